@@ -1,0 +1,57 @@
+"""Files of a run: written whole or not at all, read back without unpickling code."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is missing, damaged, or not what its place asks for; the exit code is 1."""
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Write ``record`` (tensors and plain values) so that ``path`` is never half written."""
+    _write_atomically(path, lambda file: torch.save(record, file))
+
+
+def load(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Read what :func:`save` wrote, with ``weights_only=True``.
+
+    Raises:
+        CheckpointError: the file is missing or cannot be read.
+    """
+    try:
+        record = torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such checkpoint") from error
+    except Exception as error:  # torch.load raises many types for a damaged file
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: damaged or not a checkpoint ({first_line})") from error
+    if not isinstance(record, dict) or "settings" not in record:
+        raise CheckpointError(f"{path}: a torch file, but not a checkpoint of this demo")
+    return record
+
+
+def save_json(path: Path, record: dict[str, Any]) -> None:
+    text = json.dumps(record, indent=1) + "\n"
+    _write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def _write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,223 @@
+"""The command line of the demo."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torchao_mx.demo import report
+from torchao_mx.demo.checkpoint import CheckpointError
+from torchao_mx.demo.model import build_model
+from torchao_mx.demo.quant import FORMATS
+from torchao_mx.demo.run import Run, VerificationError, clear, is_unfinished, verify
+from torchao_mx.demo.settings import DTYPES, QUICK, Settings, UsageError, resolve
+from torchao_mx.demo.train import Interrupted, OnStep
+
+_OK, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
+
+_DESCRIPTION = """\
+Quantization-aware training against post-training quantization, end to end.
+
+Trains a small causal transformer on the bytes of real text, then goes on from the same weights,
+over new text, in three ways, and compares their loss on text that none has seen:
+
+  arm 0   fine-tune in high precision
+  arm 1   the same, then quantize (PTQ)
+  arm 2   fine-tune with fake quantization (QAT), then convert
+
+Arms 0 and 2 see the same batches in the same order. The converted checkpoint of arm 2 is loaded in
+a fresh process, and its held-out loss must be equal to the last bit."""
+
+_EPILOG = """\
+examples:
+  python -m torchao_mx.demo                                  W4A4 in MXFP4, about 3 minutes on 2 cores
+  python -m torchao_mx.demo --format nvfp4 --seed 1          another format, another seed
+  python -m torchao_mx.demo --data ~/texts --dim 256 --layers 6 --steps 1000
+  python -m torchao_mx.demo --resume demo_runs/mxfp4-seed0   go on after Ctrl-C
+  python -m torchao_mx.demo --verify demo_runs/mxfp4-seed0/converted.pt
+
+exit codes: 0 done, 1 failed (a damaged checkpoint, an unequal loss), 2 wrong usage, 130 interrupted"""
+
+
+def main(argv: Sequence[str] | None = None, on_step: OnStep | None = None) -> int:
+    """Run the demo and return its exit code; ``on_step`` is called after each training step."""
+    parser = _parser()
+    try:
+        given = vars(parser.parse_args(argv))
+    except SystemExit as leave:  # argparse has printed the help or the error
+        return leave.code if isinstance(leave.code, int) else _OK
+    try:
+        _check_extras()
+        if "verify" in given:
+            return _verify(given)
+        run = _resumed(given, on_step) if "resume" in given else _new(given, on_step)
+        return _execute(run)
+    except UsageError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return _USAGE
+    except (CheckpointError, VerificationError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return _FAILED
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+
+
+def _new(given: dict[str, Any], on_step: OnStep | None) -> Run:
+    """A run of the settings in ``given``, in an emptied folder."""
+    names = {field.name for field in fields(Settings)}
+    chosen = {name: value for name, value in given.items() if name in names}
+    settings = Settings(**{**(QUICK if "quick" in given else {}), **chosen})
+    settings.validate()
+    settings, note = resolve(settings)
+    out = given.get("out", Path("demo_runs", f"{settings.format}-seed{settings.seed}")).resolve()
+    if is_unfinished(out) and "overwrite" not in given:
+        raise UsageError(
+            f"--out {out}: holds an unfinished run; go on with --resume {out}, start again with "
+            f"--overwrite, or choose another folder"
+        )
+    run = Run(settings, out, on_step)
+    try:
+        clear(out)
+    except OSError as error:
+        raise UsageError(f"--out {out}: cannot write there ({error.strerror})") from error
+    print(f"device   {note}")
+    return run
+
+
+def _resumed(given: dict[str, Any], on_step: OnStep | None) -> Run:
+    """The run in the folder that ``--resume`` names."""
+    _check_alone(given, "resume", "a run goes on with the settings it was started with")
+    out = given["resume"].resolve()
+    if not out.is_dir():
+        raise UsageError(f"--resume {given['resume']}: no such folder")
+    run = Run.resume(out, on_step)
+    print(f"device   {run.settings.device}, {run.settings.dtype}, as the run began")
+    return run
+
+
+def _verify(given: dict[str, Any]) -> int:
+    _check_alone(given, "verify", "the checkpoint knows its settings")
+    loss = verify(given["verify"])
+    print(f"held-out loss {loss!r}, equal to the recorded one")
+    return _OK
+
+
+def _execute(run: Run) -> int:
+    start = time.perf_counter()
+    print(f"data     {run.corpus.describe()}")
+    print(f"format   {run.settings.format}: {FORMATS[run.settings.format].what}")
+    print(f"model    {report.describe_model(build_model(run.settings), run.settings)}")
+    print(f"folder   {run.out}\n", flush=True)
+    try:
+        results = run.execute()
+    except (Interrupted, KeyboardInterrupt) as stop:
+        where = f" in {stop}" if str(stop) else ""
+        command = shlex.join(["python", "-m", "torchao_mx.demo", "--resume", str(run.out)])
+        print(f"\nInterrupted{where}. To go on:\n  {command}", file=sys.stderr)
+        return _INTERRUPTED
+    print(f"\n{report.format_table(results)}\n")
+    print(f"converted.pt, loaded in a fresh process: {results['verification']['message']}")
+    print(f"curves.png, results.json and converted.pt are in {run.out}")
+    print(f"{time.perf_counter() - start:.0f} s in all")
+    return _OK
+
+
+def _check_alone(given: dict[str, Any], flag: str, why: str) -> None:
+    others = [f"--{name.replace('_', '-')}" for name in given if name != flag]
+    if others:
+        raise UsageError(f"--{flag} takes no {', '.join(others)}: {why}")
+
+
+def _check_extras() -> None:
+    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    """Only the options that were given end up in the namespace."""
+    parser = argparse.ArgumentParser(
+        prog="torchao_mx.demo",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--format",
+        metavar="NAME",
+        help=f"what arms 1 and 2 end in: {', '.join(FORMATS)} (default {Settings.format})",
+    )
+    parser.add_argument(
+        "--data",
+        type=_path,
+        metavar="PATH",
+        help="a text file, or a folder of text; default: the source of Python's standard library",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where checkpoints, table and picture go (default demo_runs/FORMAT-seedSEED)",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="start again where --out holds an unfinished run"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke test of seconds: tiny sizes, no findings"
+    )
+    _add(parser, "seed", int, "for the first weights and the order of the data")
+    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default auto: a GPU if any)")
+    parser.add_argument(
+        "--dtype",
+        help=f"auto, {' or '.join(DTYPES)}: of weights and compute (default auto: bf16 on a GPU, "
+        f"and on a CPU if a measurement at the start finds it faster)",
+    )
+
+    model = parser.add_argument_group("model")
+    _add(model, "layers", int, "transformer blocks")
+    _add(model, "dim", int, "width; a multiple of 32")
+    _add(model, "heads", int, "attention heads")
+    _add(model, "seq", int, "bytes a window")
+
+    training = parser.add_argument_group("training")
+    _add(training, "pretrain_steps", int, "steps that all arms share")
+    _add(training, "steps", int, "fine-tuning steps of each arm")
+    _add(training, "batch", int, "windows a step")
+    _add(training, "pretrain_lr", float, "peak learning rate of pretraining")
+    _add(training, "lr", float, "peak learning rate of fine-tuning, which decays to 0")
+    _add(training, "eval_windows", int, "held-out windows, or as many as there are")
+    _add(training, "eval_every", int, "steps between evaluations and checkpoints")
+
+    other = parser.add_argument_group("instead of a new run")
+    other.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    other.add_argument(
+        "--verify",
+        type=Path,
+        metavar="FILE",
+        help="load a converted.pt and check that its held-out loss is the recorded one, exactly",
+    )
+    return parser
+
+
+def _add(group: argparse._ActionsContainer, name: str, kind: type, text: str) -> None:
+    default = getattr(Settings, name)
+    group.add_argument(
+        f"--{name.replace('_', '-')}",
+        type=kind,
+        metavar={int: "N", float: "X"}[kind],
+        help=f"{text} (default {default:g})",
+    )
+
+
+def _path(text: str) -> str:
+    return str(Path(text).expanduser().resolve())

@@ -1,0 +1,7 @@
+"""The public ops: ``torch.library`` custom ops, the CPU served by ``reference/``, CUDA by Triton."""
+
+from torchao_mx.ops.dequantize import dequantize
+from torchao_mx.ops.fake_quantize import fake_quantize
+from torchao_mx.ops.quantize import per_tensor_scale, quantize
+
+__all__ = ["dequantize", "fake_quantize", "per_tensor_scale", "quantize"]

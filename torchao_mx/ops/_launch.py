@@ -1,0 +1,111 @@
+"""What every launcher asks of the device and of its operand's layout."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import NamedTuple
+
+import torch
+
+from torchao_mx.formats import BlockFormat
+
+
+@functools.lru_cache
+def _capability(index: int) -> tuple[int, int]:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < (8, 0):
+        raise NotImplementedError(
+            f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the Triton kernels "
+            f"need 8.0 (Ampere) or newer: move the tensors to the CPU, which has a reference path"
+        )
+    return capability
+
+
+def has_fp8_instructions(device: torch.device) -> bool:
+    """Whether conversions to and from fp8 are instructions there (Ada, Hopper and newer).
+
+    False on the CPU, where the kernels run in Triton's interpreter.
+    """
+    return device.type == "cuda" and _capability(device.index) >= (8, 9)
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Launch on ``x``'s device, which need not be the current one."""
+    if x.device.type != "cuda":
+        return contextlib.nullcontext()
+    _capability(x.device.index)
+    return torch.cuda.device(x.device)
+
+
+def bytes_of(t: torch.Tensor) -> torch.Tensor:
+    """A one-byte dtype viewed as uint8, which every kernel accepts."""
+    return t if t.dtype == torch.uint8 else t.view(torch.uint8)
+
+
+def format_constants(fmt: BlockFormat, device: torch.device) -> dict[str, object]:
+    """The constexprs by which a kernel knows ``fmt``."""
+    return {
+        "EXPONENT_BITS": fmt.exponent_bits,
+        "MANTISSA_BITS": fmt.mantissa_bits,
+        "MAX_EXPONENT": fmt.max_exponent,
+        "ELEM_MAX": fmt.elem_max,
+        "BLOCK": fmt.block_size,
+        "E8M0": fmt.scale_dtype == torch.float8_e8m0fnu,
+        "FP8_INSTRUCTIONS": has_fp8_instructions(device),
+    }
+
+
+def batched_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., M, K]`` as ``[B, M, K]``; copies only where no strides can express the leading axes."""
+    if x.dim() == 1:
+        x = x.unsqueeze(0)
+    return x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
+
+
+def quantized_axis_is_contiguous(x_BMK: torch.Tensor) -> bool:
+    """Whether blocks along the last axis lie in neighbouring addresses (else: along the middle one)."""
+    return x_BMK.stride(2) == 1 or x_BMK.stride(1) != 1
+
+
+class RowLayout(NamedTuple):
+    """An operand ``x [B, M, K]`` whose blocks, along K, are contiguous runs in evenly spaced rows."""
+
+    x: torch.Tensor
+    n_blocks: int
+    blocks_per_row: int
+    blocks_per_batch: int
+    contiguous: bool
+
+
+def row_layout(x_BMK: torch.Tensor, block_size: int) -> RowLayout:
+    """Copies the operand unless its rows are evenly spaced runs."""
+    batch, m, k = x_BMK.shape
+    stride_b, stride_m, stride_k = x_BMK.stride()
+    if stride_k != 1 or (batch > 1 and stride_b != m * stride_m):
+        x_BMK = x_BMK.contiguous()
+    per_row = k // block_size
+    contiguous = x_BMK.is_contiguous()
+    return RowLayout(x_BMK, batch * m * per_row, per_row, m * per_row, contiguous)
+
+
+class ColumnLayout(NamedTuple):
+    """An operand ``x [B, M, K]`` with K contiguous, whose blocks run along M."""
+
+    x: torch.Tensor
+
+
+def column_layout(x_BMK: torch.Tensor) -> ColumnLayout:
+    """From an operand whose middle axis is contiguous and whose blocks run along its last."""
+    return ColumnLayout(x_BMK.mT)
+
+
+def holds_bf16_pairs(x_BMK: torch.Tensor) -> bool:
+    """Whether a kernel can read ``x`` as int32 words of two bf16 values (it runs no interpreter)."""
+    return (
+        x_BMK.is_cuda
+        and x_BMK.dtype == torch.bfloat16
+        and x_BMK.storage_offset() % 2 == 0
+        and x_BMK.data_ptr() % 4 == 0
+        and all(stride % 2 == 0 for stride in x_BMK.stride()[:2])
+    )

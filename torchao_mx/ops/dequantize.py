@@ -1,0 +1,228 @@
+"""dequantize: packed elements and block scales to values, in one pass at copy bandwidth.
+
+The kernels mirror ``ops/quantize.py``: *rows* writes the quantized axis contiguously, *columns* transposes
+on the way out, so that ``dequantize(*quantize(x, axis=-2), axis=-2)`` has x's shape and layout.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx import reference
+from torchao_mx.checks import check_axis, check_high_precision
+from torchao_mx.formats import BlockFormat, format_by_name
+from torchao_mx.ops import _tile
+from torchao_mx.ops._launch import bytes_of, format_constants, on_device_of
+from torchao_mx.ops._library import define_op
+from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind
+
+ROW_TILE, ROW_WARPS = 128, 4
+COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 128, 64, 4
+
+
+@triton.jit
+def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_blocks, blocks_per_expert,
+                            PER_TENSOR: tl.constexpr, TILE: tl.constexpr,
+                            EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                            MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
+                            BLOCK: tl.constexpr, E8M0: tl.constexpr,
+                            FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """``q_ptr`` holds bytes of fp8, or int32 words of eight e2m1 codes."""
+    LOADS: tl.constexpr = BLOCK // 8 if EXPONENT_BITS == 2 else BLOCK  # of a block
+    first = tl.program_id(0).to(tl.int64) * TILE
+    block = tl.arange(0, TILE)
+    inside = block < n_blocks - first
+    q_ptrs = q_ptr + first * LOADS + (block * LOADS)[:, None] + tl.arange(0, LOADS)[None, :]
+    packed = tl.load(q_ptrs, mask=inside[:, None], other=0)
+    byte = tl.load(s_ptr + first + block, mask=inside, other=0).to(tl.int32)
+    if PER_TENSOR == "expert":
+        pts = tl.load(pts_ptr + (first + block) // blocks_per_expert, mask=inside, other=1.0)
+    elif PER_TENSOR == "tensor":
+        pts = tl.load(pts_ptr)
+    else:
+        pts = 1.0
+    scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
+    code = _tile.unpack_nibbles(packed) if EXPONENT_BITS == 2 else packed.to(tl.int32)
+    value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
+    out_ptrs = out_ptr + first * BLOCK + (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@triton.jit
+def _dequantize_columns_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, M, K, PER_TENSOR: tl.constexpr,
+                               TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+                               EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
+                               BLOCK: tl.constexpr, E8M0: tl.constexpr,
+                               FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """``q [B, K, M / elems_per_byte]`` to ``out [B, M, K]``."""
+    BYTES: tl.constexpr = TILE_M * (1 + EXPONENT_BITS + MANTISSA_BITS) // 8
+    BLOCKS: tl.constexpr = TILE_M // BLOCK
+    tiles_k = tl.cdiv(K, TILE_K)
+    m0 = (tl.program_id(0) // tiles_k) * TILE_M
+    k0 = (tl.program_id(0) % tiles_k) * TILE_K
+    batch = tl.program_id(1).to(tl.int64)
+    k = k0 + tl.arange(0, TILE_K)
+    row_bytes = M // (TILE_M // BYTES)
+    byte_index = m0 // (TILE_M // BYTES) + tl.arange(0, BYTES)
+    q_ptrs = q_ptr + (batch * K + k[:, None]) * row_bytes + byte_index[None, :]
+    packed = tl.load(q_ptrs, mask=(k < K)[:, None] & (byte_index < row_bytes)[None, :], other=0)
+    block = m0 // BLOCK + tl.arange(0, BLOCKS)
+    s_ptrs = s_ptr + (batch * K + k[:, None]) * (M // BLOCK) + block[None, :]
+    s_mask = (k < K)[:, None] & (block < M // BLOCK)[None, :]
+    byte = tl.load(s_ptrs, mask=s_mask, other=0).to(tl.int32)
+    if PER_TENSOR == "expert":
+        pts = tl.load(pts_ptr + batch)
+    elif PER_TENSOR == "tensor":
+        pts = tl.load(pts_ptr)
+    else:
+        pts = 1.0
+    scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
+    # Transposed as bytes, before they grow to values.
+    packed = tl.trans(packed)
+    if EXPONENT_BITS == 2:
+        byte32 = packed.to(tl.int32)
+        code = tl.permute(tl.join(byte32 & 15, byte32 >> 4), (0, 2, 1)).reshape(TILE_M, TILE_K)
+    else:
+        code = packed.to(tl.int32)
+    value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)
+    value = value.reshape(BLOCKS, BLOCK, TILE_K) * tl.trans(scale)[:, None, :]
+    m = m0 + tl.arange(0, TILE_M)
+    out_ptrs = out_ptr + (batch * M + m[:, None]) * K + k[None, :]
+    tl.store(
+        out_ptrs,
+        value.reshape(TILE_M, TILE_K).to(out_ptr.dtype.element_ty),
+        mask=(m < M)[:, None] & (k < K)[None, :],
+    )
+
+
+def _empty_values(
+    qdata: torch.Tensor, fmt: BlockFormat, dtype: torch.dtype, axis: int
+) -> torch.Tensor:
+    *lead, packed = qdata.shape
+    shape = [*lead, packed * fmt.elems_per_byte]
+    if axis == -2:
+        shape[-2:] = shape[-1], shape[-2]
+    return qdata.new_empty(shape, dtype=dtype)
+
+
+def _dequantize_cpu(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: str,
+    dtype: torch.dtype,
+    axis: int,
+    per_tensor_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    return reference.dequantize(qdata, scale, format_by_name(fmt), dtype, axis, per_tensor_scale)
+
+
+def _dequantize_triton(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: str,
+    dtype: torch.dtype,
+    axis: int,
+    per_tensor_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    f = format_by_name(fmt)
+    out = _empty_values(qdata, f, dtype, axis)
+    if out.numel() == 0:
+        return out
+    qdata, scale = bytes_of(qdata).contiguous(), bytes_of(scale).contiguous()
+    pts = per_tensor_scale if per_tensor_scale is not None else bytes_of(scale)
+    common = dict(PER_TENSOR=per_tensor_kind(per_tensor_scale), **format_constants(f, qdata.device))
+    with on_device_of(qdata):
+        if axis == -1:
+            n_blocks = scale.numel()
+            per_expert = n_blocks // max(1, qdata.shape[0])
+            words = qdata.view(torch.int32) if f.elem_bits == 4 else qdata
+            _dequantize_rows_kernel[(triton.cdiv(n_blocks, ROW_TILE),)](
+                words, scale, pts, out, n_blocks, per_expert, TILE=ROW_TILE, num_warps=ROW_WARPS, **common
+            )
+        else:
+            *lead, m, k = out.shape
+            grid = (triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K), out.numel() // (m * k))
+            _dequantize_columns_kernel[grid](
+                qdata, scale, pts, out, m, k, TILE_M=COLUMN_TILE_M, TILE_K=COLUMN_TILE_K, num_warps=COLUMN_WARPS, **common
+            )
+    return out
+
+
+def _dequantize_fake(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: str,
+    dtype: torch.dtype,
+    axis: int,
+    per_tensor_scale: torch.Tensor | None,
+) -> torch.Tensor:
+    return _empty_values(qdata, format_by_name(fmt), dtype, axis)
+
+
+dequantize_op = define_op(
+    "dequantize",
+    "(Tensor qdata, Tensor scale, str fmt, ScalarType dtype, int axis, Tensor? per_tensor_scale)"
+    " -> Tensor",
+    cpu=_dequantize_cpu,
+    cuda=_dequantize_triton,
+    fake=_dequantize_fake,
+)
+
+
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: BlockFormat,
+    dtype: torch.dtype = torch.bfloat16,
+    *,
+    axis: int = -1,
+    per_tensor_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The values of :func:`torchao_mx.ops.quantize`'s results; nothing to differentiate.
+
+    Each value is element * scale (* per-tensor scale), exact in fp32 for the MX formats, rounded once to
+    ``dtype``. Scale byte 255 (E8M0) or 0x7F (E4M3) makes its whole block NaN.
+
+    Args:
+        qdata: ``[..., R, C / elems_per_byte]`` of ``fmt.qdata_dtype``.
+        scale: ``[..., R, C / block_size]`` of ``fmt.scale_dtype``.
+        fmt: the block format.
+        dtype: bfloat16, float16 or float32.
+        axis: as given to ``quantize``.
+        per_tensor_scale: as given to ``quantize``.
+
+    Returns:
+        ``[..., R, C]`` for ``axis=-1``, ``[..., C, R]`` for ``axis=-2``, contiguous.
+
+    Raises:
+        TypeError: dtypes.
+        ValueError: shapes that do not belong together.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXFP4, ops
+        >>> qdata, scale = ops.quantize(torch.arange(32.0), MXFP4)
+        >>> ops.dequantize(qdata, scale, MXFP4, torch.float32)[-4:]
+        tensor([32., 32., 32., 32.])
+    """
+    if not isinstance(fmt, BlockFormat):
+        raise TypeError(f"fmt={fmt!r} is not a BlockFormat; use one from torchao_mx, such as MXFP4")
+    check_axis(axis)
+    check_high_precision(dtype, "the output")
+    if qdata.dtype != fmt.qdata_dtype or scale.dtype != fmt.scale_dtype:
+        raise TypeError(
+            f"{fmt.name} wants qdata of dtype {fmt.qdata_dtype} and scale of dtype {fmt.scale_dtype}; "
+            f"got {qdata.dtype} and {scale.dtype}: reinterpret bytes with .view(dtype)"
+        )
+    per_scale = fmt.block_size // fmt.elems_per_byte
+    if qdata.shape != (*scale.shape[:-1], scale.shape[-1] * per_scale):
+        raise ValueError(
+            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; in {fmt.name} a scale "
+            f"covers {per_scale} bytes of the last axis and the other axes are equal"
+        )
+    if per_tensor_scale is not None:
+        check_per_tensor_scale(per_tensor_scale, fmt, qdata)
+    return dequantize_op(qdata, scale, fmt.name, dtype, axis, per_tensor_scale)

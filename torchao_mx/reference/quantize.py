@@ -1,0 +1,196 @@
+"""Quantize and dequantize, defined.
+
+A block of values becomes one scale and ``block_size`` elements::
+
+    amax   = max |x| over the block
+    scale  = a power of two from amax, by FLOOR, RCEIL, CEIL or EVEN     (MX formats)
+           = e4m3(amax / elem_max / per_tensor_scale)                    (NVFP4)
+    element = round_to_nearest_even(x / scale), saturated at +-elem_max
+    value   = element * scale (* per_tensor_scale)
+
+Sources: OCP MX v1.0 section 6.3 (FLOOR); the cuBLAS manual, "D block quantization" (RCEIL); torchao's
+``to_mx`` and ``nvfp4_quantize`` (0.18) for CEIL, EVEN and every corner, whose bytes these functions
+reproduce. Two of torchao's results depend on its version or on the device: the *elements* of a block
+that holds a NaN. Here they are :attr:`BlockFormat.nan_code`; the scale is NaN as in torchao, so the block
+dequantizes to NaN. An Inf saturates its block, as it does in torchao.
+
+Exponents are built as integers: 2**(s - 127) for the largest E8M0 bytes overflows in arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from torchao_mx.formats import BlockFormat, ScaleCalculationMode
+
+_E8M0_NAN = 255
+_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+_E4M3_MIN_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
+_FP32_MANTISSA_BITS = 23
+_FP32_MANTISSA_MASK = (1 << _FP32_MANTISSA_BITS) - 1
+_FP32_BIAS = 127
+# d(log2 v) for one unit in the last place of v's fp32 mantissa, at a power of two.
+_LOG2_PER_ULP = math.log2(math.e) * 2.0**-_FP32_MANTISSA_BITS
+_E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+
+
+def quantize(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL,
+    axis: int = -1,
+    per_tensor_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantize ``x [..., M, K]`` in blocks along ``axis``.
+
+    The quantized axis is always the last one of the results, so that it is contiguous:
+
+    Returns:
+        ``axis=-1``: qdata ``[..., M, K / elems_per_byte]`` and scale ``[..., M, K / block_size]``;
+        ``axis=-2``: qdata ``[..., K, M / elems_per_byte]`` and scale ``[..., K, M / block_size]``.
+        qdata is ``fmt.qdata_dtype``, scale ``fmt.scale_dtype``.
+    """
+    if axis == -2:
+        x = x.transpose(-2, -1)
+    blocks = x.contiguous().unflatten(-1, (-1, fmt.block_size))
+    amax = blocks.abs().amax(-1, keepdim=True).float()
+    if fmt.scale_dtype == torch.float8_e8m0fnu:
+        scale, multiplier = _e8m0_scale(amax, fmt, scaling_mode)
+    else:
+        scale, multiplier = _e4m3_scale(amax, fmt, per_tensor_scale)
+    nan_blocks = multiplier.isnan()
+    y = (blocks.float() * multiplier).clamp_(-fmt.elem_max, fmt.elem_max)
+    codes = _encode_e2m1(y) if fmt.elem_bits == 4 else y.to(fmt.elem_dtype).view(torch.uint8)
+    codes = torch.where(nan_blocks, fmt.nan_code, codes).flatten(-2)
+    if fmt.elem_bits == 4:
+        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
+    return codes.view(fmt.qdata_dtype), scale.squeeze(-1).view(fmt.scale_dtype)
+
+
+def dequantize(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: BlockFormat,
+    dtype: torch.dtype = torch.bfloat16,
+    axis: int = -1,
+    per_tensor_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The values of ``quantize``'s results in ``dtype``, shape ``[..., M, K]`` (see there).
+
+    A product element * scale is exact in fp32 and is rounded once, to ``dtype``.
+    """
+    if fmt.elem_bits == 4:
+        values = _e2m1_pairs(qdata.device)[qdata.int()].flatten(-2)
+    else:
+        values = qdata.float()
+    scale_fp32 = scale.float()
+    if per_tensor_scale is not None:
+        scale_fp32 = per_tensor_scale * scale_fp32
+    out = values.unflatten(-1, (-1, fmt.block_size)).mul_(scale_fp32.unsqueeze(-1)).flatten(-2)
+    out = out.to(dtype)
+    return out.transpose(-2, -1).contiguous() if axis == -2 else out
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL,
+    axis: int = -1,
+    per_tensor_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``dequantize(quantize(x))`` in x's dtype and shape."""
+    qdata, scale = quantize(x, fmt, scaling_mode, axis, per_tensor_scale)
+    return dequantize(qdata, scale, fmt, x.dtype, axis, per_tensor_scale)
+
+
+def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
+    """NVFP4's fp32 scale: ``amax(|x|) / (448 * 6)``, so that the largest block scale is 448.
+
+    One scale (0-d) for the tensor, or one per leading index (``[E, 1, 1]``) with ``per_expert``. A tensor
+    of zeros gets 1 (torchao divides zero by zero there and yields NaN).
+    """
+    dims = (-2, -1) if per_expert else None
+    amax = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=per_expert).float()
+    return torch.where(amax == 0, 1.0, amax / (_E4M3_MAX * fmt.elem_max))
+
+
+def _e8m0_scale(
+    amax: torch.Tensor, fmt: BlockFormat, mode: ScaleCalculationMode
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """E8M0 byte of each block, and the power of two that its values are multiplied by."""
+    if mode == ScaleCalculationMode.RCEIL:
+        byte = _rceil_byte(amax / fmt.elem_max)
+    else:
+        bits = amax.view(torch.int32)
+        if mode == ScaleCalculationMode.EVEN:  # round amax to the element's mantissa first
+            bits = bits + (1 << (_FP32_MANTISSA_BITS - fmt.mantissa_bits - 1))
+        byte = bits >> _FP32_MANTISSA_BITS
+        if mode == ScaleCalculationMode.CEIL:
+            byte = byte + (bits & _FP32_MANTISSA_MASK > 0)
+        byte = (byte - fmt.max_exponent).clamp(0, _E8M0_NAN)
+    # RCEIL reads byte 0 as "too small to scale", the others as 2**-126, the smallest normal.
+    exponent = 2 * _FP32_BIAS - byte.clamp(min=1)
+    if mode == ScaleCalculationMode.RCEIL:
+        exponent = torch.where(byte == 0, _FP32_BIAS, exponent)
+    multiplier = torch.where(
+        exponent == 0, 1 << (_FP32_MANTISSA_BITS - 1), exponent << _FP32_MANTISSA_BITS
+    ).view(torch.float32)
+    nan = amax.isnan()
+    byte = torch.where(nan, _E8M0_NAN, byte).to(torch.uint8)
+    return byte, torch.where(nan, math.nan, multiplier)
+
+
+def _rceil_byte(descale: torch.Tensor) -> torch.Tensor:
+    """127 + ceil(log2(descale)) in 0 .. 254, with log2 rounded to fp32 as torchao has it.
+
+    The rounding shows next to powers of two alone: log2(2**k * (1 + m * 2**-23)) is k until m * 1.44 ulp
+    reaches half a unit in the last place of k. Adding the two in fp32 rounds the same way on every
+    device, which a library's log2 need not (checked against torch.log2 for every exponent).
+    """
+    bits = descale.view(torch.int32)
+    exponent = bits >> _FP32_MANTISSA_BITS
+    mantissa = bits & _FP32_MANTISSA_MASK
+    subnormal = exponent == 0  # only 2**-127 and above matters: below, the byte is 0
+    half = 1 << (_FP32_MANTISSA_BITS - 1)
+    mantissa = torch.where(subnormal, (mantissa - half).clamp(min=0) * 2, mantissa)
+    k = (exponent - _FP32_BIAS).float()
+    rounded_up = k + mantissa * _LOG2_PER_ULP > k
+    return (exponent + rounded_up).clamp(max=_E8M0_NAN - 1)
+
+
+def _e4m3_scale(
+    amax: torch.Tensor, fmt: BlockFormat, per_tensor_scale: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """NVFP4's block scale, and the reciprocal of the whole scale (torchao 0.18 multiplies by it)."""
+    block_scale = amax / fmt.elem_max
+    reciprocal = 1.0
+    if per_tensor_scale is not None:
+        pts = per_tensor_scale.unsqueeze(-1) if per_tensor_scale.dim() else per_tensor_scale
+        block_scale = block_scale / pts
+        reciprocal = 1.0 / pts
+    scale = block_scale.clamp(_E4M3_MIN_NORMAL, _E4M3_MAX).to(torch.float8_e4m3fn)
+    # 0x7F whatever the sign of the NaN: x86 gives inf / inf a negative one.
+    byte = torch.where(block_scale.isnan(), 0x7F, scale.view(torch.uint8))
+    return byte, reciprocal / scale.float()
+
+
+def _encode_e2m1(y: torch.Tensor) -> torch.Tensor:
+    """4-bit codes (uint8) of fp32 values in -6 .. 6, to nearest even."""
+    magnitude = y.abs()
+    # Adding 2**22 times the value's power of two (at least 1) leaves one mantissa bit (a step of 0.5).
+    binade = (magnitude.view(torch.int32) & (0xFF << _FP32_MANTISSA_BITS)).view(torch.float32)
+    magic = binade.clamp_(min=1.0).mul_(2.0 ** (_FP32_MANTISSA_BITS - 1))
+    grid = magnitude.add_(magic).sub_(magic)
+    # Three straight pieces take 0, .5, 1, 1.5, 2, 3, 4, 6 to 0 .. 7.
+    code = torch.minimum(torch.minimum(2 * grid, grid + 2), grid / 2 + 4).to(torch.uint8)
+    return code | (y.signbit().to(torch.uint8) << 3)
+
+
+def _e2m1_pairs(device: torch.device) -> torch.Tensor:
+    """``[256, 2]`` fp32: the two values of each packed byte, low nibble first."""
+    values = torch.tensor(_E2M1_VALUES, device=device)
+    values = torch.cat([values, -values])
+    byte = torch.arange(256, device=device)
+    return torch.stack([values[byte & 15], values[byte >> 4]], -1)
