@@ -1,5 +1,6 @@
 """torchao_mx: training in microscaling formats, as configs for torchao's ``quantize_``."""
 
+from torchao_mx import ops
 from torchao_mx.formats import (
     MXFP4,
     MXFP8_E4M3,
@@ -9,6 +10,11 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
+from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, is_linear
+from torchao_mx.qat import MXFakeQuantizeConfig, MXFakeQuantizedLinear, register_qat_handler
+from torchao_mx.tensor import MXTensor
+
+__version__ = "0.1.0"
 
 __all__ = [
     "MXFP4",
@@ -16,6 +22,15 @@ __all__ = [
     "MXFP8_E5M2",
     "NVFP4",
     "BlockFormat",
+    "MXDynamicActivationMXWeightConfig",
+    "MXFakeQuantizeConfig",
+    "MXFakeQuantizedLinear",
+    "MXTensor",
+    "MXWeightOnlyConfig",
     "QuantizeSpec",
     "ScaleCalculationMode",
+    "is_linear",
+    "ops",
 ]
+
+register_qat_handler()

@@ -209,9 +209,14 @@ def _copy_(x, src, non_blocking=False):
             f"copy_ into {x} from {src}: they differ in {', '.join(differences)}; quantize both "
             f"alike, or assign instead of copying: load_state_dict(..., assign=True)"
         )
-    _map_bytes(lambda span, to, b: to.copy_(b, non_blocking), x, src)
-    if x.per_tensor_scale is not None:
-        x.per_tensor_scale.copy_(src.per_tensor_scale, non_blocking)
+    shared = x.per_tensor_scale is not None and not _per_expert(x) and x._is_view()
+    if shared and x._base.numel() > x.numel():
+        raise ValueError(
+            f"copy_ into {x}, a part of {x._base}: the source's per_tensor_scale would become that "
+            f"of the other parts too; clone() the part, or give experts a scale each (torch.stack)"
+        )
+    for to, origin in zip(_tensors(x), _tensors(src), strict=True):
+        to.copy_(origin, non_blocking)
     return x
 
 
@@ -307,7 +312,7 @@ def _view(x, size):
 def _check_not_packed(op: str, x: MXTensor, dim: int) -> None:
     if dim == _packed(x):
         raise _refuse(
-            f"{op} along axis {dim}", x, "the axis is packed in blocks; slice whole blocks"
+            f"{op} along axis {dim}", x, "the axis is packed in blocks, of which it takes parts"
         )
 
 
@@ -317,6 +322,12 @@ def _along_axis(x: MXTensor, dim: int, fn: Callable[[torch.Tensor], torch.Tensor
     if _per_expert(x) and dim == 0:
         fields["per_tensor_scale"] = fn(x.per_tensor_scale)
     return x.replace(**fields)
+
+
+def _own_scale(x: MXTensor) -> MXTensor:
+    """x with a per-tensor scale of its own, for operators whose result shares no memory."""
+    pts = x.per_tensor_scale
+    return x if pts is None else x.replace(per_tensor_scale=pts.clone())
 
 
 @_implements(aten.select.int)
@@ -401,7 +412,7 @@ def _split(x, size, dim=0):
 def _index_select(x, dim, index):
     dim = _axis(dim, x.dim())
     _check_not_packed("index_select", x, dim)
-    return _along_axis(x, dim, lambda t: t.index_select(dim, index))
+    return _own_scale(_along_axis(x, dim, lambda t: t.index_select(dim, index)))
 
 
 @_implements(aten.index.Tensor)
@@ -410,7 +421,7 @@ def _index(x, indices):
     if len(used) != 1 or indices[used[0]].dim() != 1:
         raise _refuse("indexing", x, "use one index tensor of one dimension")
     _check_not_packed("indexing", x, used[0])
-    return _along_axis(x, used[0], lambda t: aten.index.Tensor(t, indices))
+    return _own_scale(_along_axis(x, used[0], lambda t: aten.index.Tensor(t, indices)))
 
 
 # --- several into one -----------------------------------------------------------------------------
@@ -440,7 +451,7 @@ def _cat(tensors, dim=0):
                 f"one like the other, or call .dequantize() on them"
             )
     fields = _map_bytes(lambda span, *b: torch.cat(b, dim), *tensors)
-    return first.replace(**fields, per_tensor_scale=_cat_per_tensor_scale(tensors, dim))
+    return _own_scale(first.replace(**fields, per_tensor_scale=_cat_per_tensor_scale(tensors, dim)))
 
 
 @_implements(aten.stack.default)

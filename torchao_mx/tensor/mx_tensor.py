@@ -181,17 +181,14 @@ class MXTensor(TorchAOBaseTensor):
                 packed axis from the strides, would mistake it.
         """
         if not isinstance(kernel_preference, KernelPreference):
-            raise TypeError(
-                f"kernel_preference={kernel_preference!r} is not a KernelPreference; use "
-                f"KernelPreference.EMULATED or KernelPreference.AUTO"
-            )
+            raise TypeError(f"{kernel_preference=} is not a KernelPreference; use one of torchao's")
         transposed = self.packed_axis == -2
-        dense = (self.qdata.mT if transposed else self.qdata).is_contiguous()
-        if not dense or (transposed and (self.dim() > 2 or self.qdata.is_contiguous())):
+        data = [t.mT if transposed else t for t in (self.qdata, self.scale)]
+        ambiguous = transposed and (self.dim() > 2 or self.qdata.is_contiguous())
+        if ambiguous or not all(t.is_contiguous() for t in data):
             raise ValueError(
-                f"{self} has qdata of shape {tuple(self.qdata.shape)} and strides "
-                f"{self.qdata.stride()}, from which torchao would infer the wrong packed axis: call "
-                f".contiguous() first, and .mT if packed_axis is -2"
+                f"{self} has qdata of strides {self.qdata.stride()}; torchao infers packed_axis "
+                f"from them and would err: call .contiguous(), and .mT if it is -2"
             )
         fmt, kwargs = self.format, _activation_to_torchao(self.activation, kernel_preference)
         if fmt.has_per_tensor_scale:
@@ -216,10 +213,7 @@ class MXTensor(TorchAOBaseTensor):
 
     @classmethod
     def from_blocks(
-        cls,
-        blocks: torch.Tensor,
-        scales: torch.Tensor,
-        orig_dtype: torch.dtype = torch.bfloat16,
+        cls, blocks: torch.Tensor, scales: torch.Tensor, orig_dtype: torch.dtype = torch.bfloat16
     ) -> MXTensor:
         """gpt-oss's MXFP4: ``blocks [..., N, K/32, 16]`` uint8, ``scales [..., N, K/32]``; no copy.
 
@@ -234,20 +228,19 @@ class MXTensor(TorchAOBaseTensor):
                 f"as uint8 (scales may be {MXFP4.scale_dtype}): view them so"
             )
         block_bytes = MXFP4.block_size // MXFP4.elems_per_byte
-        is_blocks = blocks.dim() >= 3 and blocks.shape[-1] == block_bytes
-        if not is_blocks or scales.shape != blocks.shape[:-1]:
-            k_blocks = f"[..., N, K/{MXFP4.block_size}"
+        shapes = tuple(blocks.shape), tuple(scales.shape)
+        if len(shapes[0]) < 3 or shapes[0][-1] != block_bytes or shapes[1] != shapes[0][:-1]:
             raise ValueError(
-                f"blocks have shape {tuple(blocks.shape)} and scales {tuple(scales.shape)}; expected "
-                f"{k_blocks}, {block_bytes}] and {k_blocks}], alike in the axes before the last of "
-                f"blocks: pass one weight's two tensors as the checkpoint has them"
+                f"blocks have shape {shapes[0]} and scales {shapes[1]}; expected [..., N, "
+                f"K/{MXFP4.block_size}, {block_bytes}] and, for these blocks, {shapes[0][:-1]}: "
+                f"pass one weight's two tensors as the checkpoint has them"
             )
         try:
             qdata = blocks.view(*blocks.shape[:-2], -1)
         except RuntimeError:
             raise ValueError(
-                f"blocks have strides {blocks.stride()}, which no view of shape [..., N, K/2] can "
-                f"keep: call .contiguous() on them"
+                f"blocks have strides {blocks.stride()}, and no view joins the last two axes: call "
+                f".contiguous() on them"
             ) from None
         return cls(qdata, scales.view(MXFP4.scale_dtype), MXFP4, orig_dtype, -1)
 
@@ -334,7 +327,7 @@ class MXTensor(TorchAOBaseTensor):
 
     def __reduce_ex__(self, protocol):
         # As torch reduces wrapper subclasses; torch itself does so only where data_ptr() == 0.
-        wrapper = (type(self), self.dtype, tuple(self.shape), self.stride(), self.storage_offset())
+        wrapper = (type(self), self.dtype, self.size(), self.stride(), self.storage_offset())
         wrapper += (self.layout, self.device, self.requires_grad)
         args = (torch._utils._rebuild_wrapper_subclass, type(self), wrapper, self.__getstate__())
         return torch._tensor._rebuild_from_type_v2, args
@@ -386,8 +379,7 @@ torch.serialization.add_safe_globals([MXTensor])
 def _check_format(fmt: object) -> None:
     if not isinstance(fmt, BlockFormat):
         raise TypeError(
-            f"format={fmt!r} is not a BlockFormat; use MXFP4, MXFP8_E4M3, MXFP8_E5M2 or NVFP4 from "
-            f"torchao_mx"
+            f"format={fmt!r} is not a BlockFormat; use MXFP4, MXFP8_E4M3, MXFP8_E5M2 or NVFP4"
         )
 
 
@@ -402,8 +394,7 @@ def _check_activation(activation: object) -> None:
 def _check_rank(shape: torch.Size, what: str) -> None:
     if len(shape) < 2:
         raise ValueError(
-            f"{what} has shape {tuple(shape)}; an MXTensor has at least two dimensions [N, K]: "
-            f"unsqueeze it"
+            f"{what} has shape {tuple(shape)}; an MXTensor has two dimensions or more: unsqueeze it"
         )
 
 
@@ -434,11 +425,11 @@ def _logical_shape(qdata, scale, fmt, packed_axis, pts) -> list[int]:
     scale_shape = list(shape)
     scale_shape[packed_axis] //= fmt.block_size
     if shape[packed_axis] % fmt.block_size or list(scale.shape) != scale_shape:
+        block_bytes = fmt.block_size // fmt.elems_per_byte
         raise ValueError(
-            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; {fmt} with "
-            f"packed_axis={packed_axis} has {fmt.block_size // fmt.elems_per_byte} bytes of qdata "
-            f"along that axis for each scale, and the other axes are equal: check that they belong "
-            f"to one weight"
+            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; {fmt} has "
+            f"{block_bytes} bytes of qdata for each scale along packed_axis={packed_axis}, and its "
+            f"other axes are equal: check that they belong to one weight"
         )
     if pts is not None:
         if not fmt.has_per_tensor_scale:
@@ -482,9 +473,8 @@ def _activation_from_torchao(kwargs: object) -> QuantizeSpec | None:
     if kwargs is None:
         return None
     if isinstance(kwargs, QuantizeTensorToMXKwargs):
-        return QuantizeSpec(
-            _format_from_torchao(kwargs.elem_dtype, kwargs.block_size), kwargs.scaling_mode
-        )
+        fmt = _format_from_torchao(kwargs.elem_dtype, kwargs.block_size)
+        return QuantizeSpec(fmt, kwargs.scaling_mode)
     if isinstance(kwargs, QuantizeTensorToNVFP4Kwargs) and kwargs.use_dynamic_per_tensor_scale:
         return QuantizeSpec(_format_from_torchao(NVFP4.elem_dtype, kwargs.block_size))
     raise NotImplementedError(

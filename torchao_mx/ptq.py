@@ -1,0 +1,187 @@
+"""Post-training quantization: configs for torchao's ``quantize_``.
+
+The handlers replace ``linear.weight`` by a frozen :class:`MXTensor`; the module stays an ``nn.Linear``.
+"""
+
+from __future__ import annotations
+
+import types
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from torchao_mx.checks import check_blocks, check_high_precision
+from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
+from torchao_mx.tensor import MXTensor
+
+
+@dataclass(frozen=True)
+class MXWeightOnlyConfig(AOBaseConfig):
+    """Weights in a block format, activations as they are (W4A16, W8A16).
+
+    What gpt-oss, DeepSeek-V4 and Kimi-class experts ship in. Products decode the weight and run in the
+    activation's dtype, on the CPU and on any CUDA GPU from Ampere up.
+
+    Args:
+        dtype: element type: ``torch.float4_e2m1fn_x2``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
+        block_size: 32 for the MX formats; 16 with 4-bit elements is NVFP4.
+        scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: no format has this dtype with this block size.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao_mx import MXWeightOnlyConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, dtype=torch.bfloat16))
+        >>> quantize_(model, MXWeightOnlyConfig())
+        >>> model[0].weight
+        Parameter(MXTensor(shape=(32, 64), mxfp4, orig_dtype=bfloat16, device=cpu))
+    """
+
+    dtype: torch.dtype = torch.float4_e2m1fn_x2
+    block_size: int = 32
+    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL
+
+    def __post_init__(self) -> None:
+        self.weight_spec  # validates
+
+    @property
+    def weight_spec(self) -> QuantizeSpec:
+        return QuantizeSpec(BlockFormat.from_dtype(self.dtype, self.block_size), self.scaling_mode)
+
+    @property
+    def activation_spec(self) -> None:
+        return None
+
+
+@dataclass(frozen=True)
+class MXDynamicActivationMXWeightConfig(AOBaseConfig):
+    """Weights in a block format, and activations quantized on the way into each product.
+
+    The fields of torchao's config of this name, without its demands: the two dtypes may differ (W4A8),
+    weights may be fp16 or fp32, and no particular GPU is needed. A product is computed from the dequantized
+    operands in the activation's dtype.
+
+    Args:
+        activation_dtype: element type of the activations.
+        weight_dtype: element type of the weights.
+        block_size: of both; 32 for the MX formats, 16 with 4-bit elements for NVFP4.
+        scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: no format has one of the dtypes with this block size.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao_mx import MXDynamicActivationMXWeightConfig
+        >>> w4a8 = MXDynamicActivationMXWeightConfig(torch.float8_e4m3fn, torch.float4_e2m1fn_x2)
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32))
+        >>> quantize_(model, w4a8)
+        >>> model(torch.randn(3, 64)).shape
+        torch.Size([3, 32])
+    """
+
+    activation_dtype: torch.dtype = torch.float8_e4m3fn
+    weight_dtype: torch.dtype = torch.float8_e4m3fn
+    block_size: int = 32
+    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL
+
+    def __post_init__(self) -> None:
+        self.weight_spec, self.activation_spec  # validate
+
+    @property
+    def weight_spec(self) -> QuantizeSpec:
+        return QuantizeSpec(
+            BlockFormat.from_dtype(self.weight_dtype, self.block_size), self.scaling_mode
+        )
+
+    @property
+    def activation_spec(self) -> QuantizeSpec:
+        return QuantizeSpec(
+            BlockFormat.from_dtype(self.activation_dtype, self.block_size), self.scaling_mode
+        )
+
+
+def is_linear(module: nn.Module, fqn: str = "") -> bool:
+    """A ``filter_fn`` for ``quantize_``: every ``nn.Linear`` with a forward of its own kind.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import is_linear
+        >>> is_linear(torch.nn.Linear(32, 32)), is_linear(torch.nn.LayerNorm(32))
+        (True, False)
+    """
+    return isinstance(module, nn.Linear) and not isinstance(
+        module, nn.modules.linear.NonDynamicallyQuantizableLinear
+    )
+
+
+def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
+    """Refuse a module whose weight cannot be quantized so; nothing is changed."""
+    if not isinstance(module, nn.Linear):
+        raise TypeError(
+            f"{type(module).__name__} is not an nn.Linear; select linear layers with "
+            f"quantize_(..., filter_fn=torchao_mx.is_linear)"
+        )
+    name = (
+        f"{type(module).__name__}(in_features={module.in_features}, "
+        f"out_features={module.out_features})"
+    )
+    if type(module.weight.data) is not torch.Tensor:
+        raise TypeError(
+            f"{name}: its weight is a {type(module.weight.data).__name__} already; quantize from a "
+            f"high-precision weight, or leave this layer out with filter_fn"
+        )
+    check_high_precision(module.weight.dtype, f"{name}: its weight")
+    for spec in (weight, activation):
+        if spec is not None:
+            check_blocks(module.weight.shape, spec.format, -1, f"{name}: its weight")
+
+
+def quantize_linear(
+    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
+) -> nn.Module:
+    """Replace ``module.weight`` by its MXTensor, in place; twice is once, with a warning."""
+    if isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor):
+        warnings.warn(
+            f"{module} holds an MXTensor already; left as it is. Quantize a model once, or exclude "
+            f"this layer with filter_fn",
+            stacklevel=2,
+        )
+        return module
+    check_linear(module, weight, activation)
+    quantized = MXTensor.from_hp(
+        module.weight.detach(), weight.format, weight.scaling_mode, activation=activation
+    )
+    module.weight = nn.Parameter(quantized, requires_grad=False)
+    module.extra_repr = types.MethodType(_extra_repr, module)
+    return module
+
+
+def _extra_repr(module: Any) -> str:
+    return f"{type(module).extra_repr(module)}, weight={module.weight._quantization_type()}"
+
+
+@register_quantize_module_handler(MXWeightOnlyConfig)
+@register_quantize_module_handler(MXDynamicActivationMXWeightConfig)
+def _quantize_linear_handler(
+    module: nn.Module, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
+) -> nn.Module:
+    from torchao_mx.qat.linear import MXFakeQuantizedLinear
+
+    if isinstance(module, MXFakeQuantizedLinear):
+        raise TypeError(
+            f"{module} is being trained; convert it with quantize_(model, QATConfig(config, "
+            f"step='convert'))"
+        )
+    return quantize_linear(module, config.weight_spec, config.activation_spec)

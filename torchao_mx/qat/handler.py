@@ -1,0 +1,90 @@
+"""What torchao's ``QATConfig`` does with our configs.
+
+torchao's handler of ``QATConfig`` knows torchao's own classes alone. :func:`register_qat_handler`, which
+``import torchao_mx`` calls, puts one in front of it that takes the cases below and hands every other one on:
+
+* prepare from our PTQ configs, from torchao's ``MXDynamicActivationMXWeightConfig``, or from our
+  ``MXFakeQuantizeConfig``;
+* convert of our fake-quantized modules.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import nn
+from torchao.prototype.mx_formats import (
+    MXDynamicActivationMXWeightConfig as TorchaoMXDynamicActivationMXWeightConfig,
+)
+from torchao.quantization.qat import QATConfig
+from torchao.quantization.transform_module import (
+    _QUANTIZE_CONFIG_HANDLER,
+    register_quantize_module_handler,
+)
+
+from torchao_mx.formats import BlockFormat, QuantizeSpec
+from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig
+from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.qat.linear import MXFakeQuantizedLinear
+
+_Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
+
+
+def _configs_of(config: QATConfig) -> _Configs | None:
+    """(activation_config, weight_config) where ``config`` is ours to prepare, else None."""
+    base = config.base_config
+    if isinstance(base, (MXWeightOnlyConfig, MXDynamicActivationMXWeightConfig)):
+        return tuple(
+            MXFakeQuantizeConfig.from_spec(s) for s in (base.activation_spec, base.weight_spec)
+        )
+    if isinstance(base, TorchaoMXDynamicActivationMXWeightConfig):
+        return tuple(
+            MXFakeQuantizeConfig.from_spec(
+                QuantizeSpec(BlockFormat.from_dtype(dtype, base.block_size), base.scaling_mode)
+            )
+            for dtype in (base.activation_dtype, base.weight_dtype)
+        )
+    explicit = (config.activation_config, config.weight_config)
+    return explicit if any(isinstance(c, MXFakeQuantizeConfig) for c in explicit) else None
+
+
+def _prepare(module: nn.Module, configs: _Configs) -> nn.Module:
+    if isinstance(module, MXFakeQuantizedLinear):
+        warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
+        return module
+    return MXFakeQuantizedLinear.from_linear(module, *configs)
+
+
+def _convert(module: MXFakeQuantizedLinear, config: QATConfig) -> nn.Module:
+    base = config.base_config
+    trained = (module.activation_config, module.weight_config)
+    if base is not None:
+        wanted = _configs_of(config)
+        if wanted is None or [c and c.spec for c in wanted] != [c and c.spec for c in trained]:
+            raise ValueError(
+                f"{module} cannot be converted with {base}: that is not what it was trained for. Convert "
+                f"with the base config of its prepare step, or without one and quantize the result"
+            )
+    linear = module.to_linear()
+    return linear if base is None else _QUANTIZE_CONFIG_HANDLER[type(base)](linear, base)
+
+
+def register_qat_handler() -> None:
+    """Put our handler of ``QATConfig`` in front of torchao's; calling it again changes nothing."""
+    torchao_handler = _QUANTIZE_CONFIG_HANDLER[QATConfig]
+    if getattr(torchao_handler, "_is_torchao_mx", False):
+        return
+
+    def handler(module: nn.Module, config: QATConfig, **kwargs: Any) -> nn.Module:
+        if config.step == "convert":
+            if isinstance(module, MXFakeQuantizedLinear):
+                return _convert(module, config)
+        else:
+            configs = _configs_of(config)
+            if configs is not None:
+                return _prepare(module, configs)
+        return torchao_handler(module, config, **kwargs)
+
+    handler._is_torchao_mx = True
+    register_quantize_module_handler(QATConfig)(handler)

@@ -1,0 +1,217 @@
+"""MXFakeQuantizedLinear: train a linear layer on the values that it will have once quantized.
+
+Forward, from Xq and Wq, the operands quantized to a block format and decoded again::
+
+    Y = Xq Wq^T + bias
+
+which is what the converted layer computes, from equal operands by the same product: bit for bit.
+Backward takes quantization as the identity (straight-through)::
+
+    dX = dY Wq        dW = dY^T Xq        dbias = sum over rows of dY
+
+For backward the *packed* operands are kept (4.25 bits an element for MXFP4 rather than 16) and decoded
+again; decoding runs at copy bandwidth, a few per cent of the GEMM it feeds. An operand that is not
+quantized (weight-only) is the caller's own tensor and is kept by reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from torchao_mx.checks import check_high_precision
+from torchao_mx.formats import format_by_name
+from torchao_mx.ops.dequantize import dequantize_op
+from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
+from torchao_mx.ops.quantize import per_tensor_scale, quantize_op
+from torchao_mx.ptq import check_linear
+from torchao_mx.qat.config import MXFakeQuantizeConfig
+
+
+def _pack(x: torch.Tensor, fmt: str, scaling_mode: str) -> tuple[torch.Tensor | None, ...]:
+    """(qdata, scale, per-tensor scale or None) of ``x``."""
+    f = format_by_name(fmt)
+    pts = per_tensor_scale(x, f) if f.has_per_tensor_scale else None
+    return *quantize_op(x, fmt, scaling_mode, -1, pts), pts
+
+
+def _unpack(packed: tuple[torch.Tensor | None, ...], fmt: str, dtype: torch.dtype) -> torch.Tensor:
+    qdata, scale, pts = packed
+    return dequantize_op(qdata, scale, fmt, dtype, -1, pts)
+
+
+class _FakeQuantizedLinear(torch.autograd.Function):
+    """x [M, K] and bias [N] in the compute dtype, weight [N, K] in its own."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_format: str,
+        weight_mode: str,
+        activation_format: str,
+        activation_mode: str,
+    ) -> torch.Tensor:
+        w_packed = _pack(weight, weight_format, weight_mode)
+        wq = _unpack(w_packed, weight_format, x.dtype)
+        x_saved: tuple[torch.Tensor | None, ...] = (x,)
+        xq = x
+        if activation_format and x.numel():
+            x_saved = _pack(x, activation_format, activation_mode)
+            xq = _unpack(x_saved, activation_format, x.dtype)
+        else:
+            activation_format = ""
+        needs_dx, needs_dw, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            *(w_packed if needs_dx else (None,) * 3), *(x_saved if needs_dw else (None,))
+        )
+        ctx.weight_format, ctx.activation_format = weight_format, activation_format
+        ctx.compute_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        return product(xq, wq, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        w_packed, x_saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        needs_dx, needs_dw, needs_dbias, *_ = ctx.needs_input_grad
+        dx = dw = None
+        if needs_dx:
+            dx = dy @ _unpack(w_packed, ctx.weight_format, ctx.compute_dtype)
+        if needs_dw:
+            xq = x_saved[0]
+            if ctx.activation_format:
+                xq = _unpack(x_saved, ctx.activation_format, ctx.compute_dtype)
+            dw = (dy.mT @ xq).to(ctx.weight_dtype)
+        dbias = dy.sum(0) if needs_dbias else None
+        # x, weight, bias, weight_format, weight_mode, activation_format, activation_mode
+        return dx, dw, dbias, None, None, None, None
+
+
+class MXFakeQuantizedLinear(nn.Linear):
+    """An ``nn.Linear`` that computes with quantized weights, and activations, and trains through them.
+
+    Its parameters are those of the linear layer it came from (high precision, any of bfloat16, float16
+    and float32; the activations' dtype may differ). Under autocast x is cast and the weight is quantized
+    from its own dtype, as conversion will quantize it.
+
+    Args:
+        in_features: K, a multiple of both block sizes.
+        out_features: N.
+        bias: whether to add one.
+        activation_config: how to quantize x; None leaves it as it is (weight-only).
+        weight_config: how to quantize the weight, in blocks along K.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError: a config that is not an :class:`MXFakeQuantizeConfig`; an unsupported dtype.
+        ValueError: no ``weight_config``; ``in_features`` not a multiple of a block size.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXFakeQuantizeConfig, MXFakeQuantizedLinear
+        >>> mxfp4 = MXFakeQuantizeConfig(torch.float4_e2m1fn_x2)
+        >>> linear = MXFakeQuantizedLinear(64, 32, activation_config=mxfp4, weight_config=mxfp4)
+        >>> linear(torch.randn(2, 5, 64)).sum().backward()
+        >>> linear.weight.grad.shape
+        torch.Size([32, 64])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activation_config: MXFakeQuantizeConfig | None = None,
+        weight_config: MXFakeQuantizeConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+        _check(linear, activation_config, weight_config)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.activation_config = activation_config
+        self.weight_config = weight_config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, activation = self.weight_config.spec, None
+        if self.activation_config is not None:
+            activation = self.activation_config.spec
+        x, bias = operands(x, self.bias)
+        check_product(x, self.weight, self.in_features, activation)
+        y = _FakeQuantizedLinear.apply(
+            x.reshape(-1, self.in_features),
+            self.weight,
+            bias,
+            *spec_strings(weight),
+            *spec_strings(activation),
+        )
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, weight={self.weight_config.spec}"
+        if self.activation_config is not None:
+            text += f", activation={self.activation_config.spec}"
+        return text
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        activation_config: MXFakeQuantizeConfig | None = None,
+        weight_config: MXFakeQuantizeConfig | None = None,
+    ) -> MXFakeQuantizedLinear:
+        """The fake-quantized twin of ``linear``: the same parameters (tied ones stay tied), hooks and mode.
+
+        Raises:
+            TypeError, ValueError: as the constructor; ``linear`` is unchanged.
+        """
+        _check(linear, activation_config, weight_config)
+        if type(linear).forward is not nn.Linear.forward:
+            raise TypeError(
+                f"{type(linear).__name__} has a forward of its own, which fake quantization would drop; "
+                f"leave it out with filter_fn"
+            )
+        twin = _twin(cls, linear)
+        twin.activation_config = activation_config
+        twin.weight_config = weight_config
+        return twin
+
+    def to_linear(self) -> nn.Linear:
+        """The plain ``nn.Linear`` on the same parameters."""
+        linear = _twin(nn.Linear, self)
+        del linear.activation_config, linear.weight_config
+        return linear
+
+
+def _check(
+    linear: nn.Linear,
+    activation: MXFakeQuantizeConfig | None,
+    weight: MXFakeQuantizeConfig | None,
+) -> None:
+    if weight is None:
+        raise ValueError(
+            "weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for "
+            "weight-only)"
+        )
+    for name, config in (("weight_config", weight), ("activation_config", activation)):
+        if config is not None and not isinstance(config, MXFakeQuantizeConfig):
+            raise TypeError(
+                f"{name} is a {type(config).__name__}; it must be a torchao_mx.MXFakeQuantizeConfig"
+            )
+    check_high_precision(linear.weight.dtype, "the weight")
+    check_linear(linear, weight.spec, None if activation is None else activation.spec)
+
+
+def _twin(cls: type[nn.Linear], module: nn.Linear) -> Any:
+    """A ``cls`` that shares everything ``module`` holds: parameters, buffers, hooks, training mode."""
+    twin = cls.__new__(cls)
+    state = module.__dict__.copy()
+    for name, value in state.items():
+        if isinstance(value, dict):  # _parameters, _buffers, _modules and the hooks
+            state[name] = value.copy()
+    twin.__dict__.update(state)
+    return twin
