@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+import re
 
 import pytest
 import torch
@@ -20,14 +21,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import (
 from torchao.quantization.quantize_.common import KernelPreference
 from torchao.quantization.utils import _quantization_type
 
-from torchao_mx import (
-    MXFP4,
-    MXFP8_E4M3,
-    MXFP8_E5M2,
-    NVFP4,
-    QuantizeSpec,
-    ScaleCalculationMode,
-)
+from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, QuantizeSpec, ScaleCalculationMode
 from torchao_mx.tensor import MXTensor
 
 FORMATS = [MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4]
@@ -67,100 +61,47 @@ def assert_same(actual, expected, like=None):
     if like is not None:
         assert storage(actual.qdata) == storage(like.qdata)
         assert storage(actual.scale) == storage(like.scale)
-        assert actual.stride() == expected.stride()
+        strides = [list(t.stride()) for t in (actual, expected)]
+        assert all(a == e or n == 1 for a, e, n in zip(*strides, actual.shape, strict=True))
         assert actual.storage_offset() == expected.storage_offset()
 
 
-VIEWS_2D = {
-    "detach": lambda w: w.detach(),
-    "alias": lambda w: torch.ops.aten.alias(w),
-    "t": lambda w: w.t(),
-    "T": lambda w: w.T,
-    "mT": lambda w: w.mT,
-    "t_t": lambda w: w.t().t(),
-    "transpose": lambda w: w.transpose(-1, 0),
-    "transpose_same": lambda w: w.transpose(1, 1),
-    "permute": lambda w: w.permute(1, 0),
-    "rows": lambda w: w[8:24],
-    "every_other_row": lambda w: w[1::2],
-    "no_rows": lambda w: w[8:8],
-    "last_rows": lambda w: w[-5:],
-    "columns": lambda w: w[:, 32:96],
-    "last_columns": lambda w: w[..., -64:],
-    "rows_columns": lambda w: w[3:9, 64:],
-    "t_rows": lambda w: w.t()[32:96],
-    "t_columns": lambda w: w.t()[:, 3:9],
-    "narrow": lambda w: w.narrow(0, 3, 5),
-    "split": lambda w: w.split(24),
-    "split_sizes": lambda w: w.split([10, 54]),
-    "chunk_rows": lambda w: w.chunk(4),
-    "chunk_columns": lambda w: w.chunk(2, dim=1),
-    "t_chunk": lambda w: w.t().chunk(2),
-    "view": lambda w: w.view(4, -1, K),
-    "reshape": lambda w: w.reshape(2, 32, K),
-    "t_view": lambda w: w.view(4, 16, K).mT.view(2, 2, K, 16),
-    "unflatten_flatten": lambda w: w.unflatten(0, (4, 16)).flatten(0, 1),
-    "unsqueeze": lambda w: w.unsqueeze(0),
-    "unsqueeze_middle": lambda w: w.unsqueeze(1),
-    "unsqueeze_last": lambda w: w.unsqueeze(-1),
-    "none": lambda w: w[None, 3:5],
-    "squeeze": lambda w: w[None].squeeze(0),
-    "squeeze_long": lambda w: w.squeeze(0),
-}
+def expressions(text):
+    """A function of ``w`` for each expression, named by it."""
+    names = [name.strip() for name in re.split(r"[|\n]", text.strip())]
+    return {name: eval("lambda w: " + name, globals()) for name in names}
 
-VIEWS_3D = {
-    "select": lambda w: w[1],
-    "select_last": lambda w: w[-1],
-    "select_rows": lambda w: w[1, 8:24],
-    "slice": lambda w: w[1:3],
-    "slice_step": lambda w: w[::2],
-    "rows": lambda w: w[:, 8:24],
-    "columns": lambda w: w[:, :, 32:96],
-    "rows_columns": lambda w: w[2:, 8:24, 64:],
-    "mT": lambda w: w.mT,
-    "permute": lambda w: w.permute(0, 2, 1),
-    "mT_select": lambda w: w.mT[1],
-    "mT_slice": lambda w: w.mT[1:3, 32:96, 5:],
-    "mT_mT": lambda w: w.mT.mT[1],
-    "unbind": lambda w: w.unbind(),
-    "iterate": lambda w: list(w),
-    "split": lambda w: w.split(3),
-    "chunk": lambda w: w.chunk(2),
-    "chunk_rows": lambda w: w.chunk(2, dim=1),
-    "one_squeezed": lambda w: w[1:2].squeeze(0),
-    "same_view": lambda w: w.view(E, N, K),
-}
 
-VIEWS_3D_ONE_SCALE = {
-    "flatten": lambda w: w.view(E * N, K),
-    "reshape": lambda w: w.reshape(2, -1, K),
-    "swap_experts": lambda w: w.transpose(0, 1),
-    "select_row": lambda w: w[:, 3],
-    "unsqueeze": lambda w: w.unsqueeze(1)[:, 0],
-}
+def each(operators):
+    return pytest.mark.parametrize("op", operators.values(), ids=operators)
 
-COPIES_3D = {
-    "clone": lambda w: w.clone(),
-    "contiguous": lambda w: w[:, 1:, 32:].contiguous(),
-    "mT_contiguous": lambda w: w.mT[:, 32:, 1:].contiguous(),
-    "mT_clone": lambda w: w.mT.clone(memory_format=torch.contiguous_format),
-    "index_select": lambda w: w.index_select(0, torch.tensor([3, 0, 3])),
-    "index_select_rows": lambda w: w.index_select(1, torch.tensor([3, 0, 3])),
-    "index": lambda w: w[torch.tensor([2, 0])],
-    "index_list": lambda w: w[[2, 0]],
-    "index_mask": lambda w: w[torch.tensor([True, False, True, True])],
-    "index_rows": lambda w: w[:, torch.tensor([2, 0])],
-    "cat": lambda w: torch.cat([w, w[1:2], w[:2]]),
-    "cat_rows": lambda w: torch.cat([w, w[:, :8]], dim=1),
-    "cat_columns": lambda w: torch.cat([w, w[..., :64]], dim=-1),
-    "mT_cat": lambda w: torch.cat([w.mT, w.mT[:, 32:]], dim=1),
-    "stack": lambda w: torch.stack([w[2], w[0]]),
-    "to_dtype": lambda w: w.to(torch.float16).to(torch.bfloat16),
-    "cpu": lambda w: w.cpu(),
-    "deepcopy": lambda w: copy.deepcopy(w[1:]),
-    "pickle": lambda w: pickle.loads(pickle.dumps(w[1:].mT)),
-    "save": lambda w: save_load(w[1:, 8:]),
-}
+
+VIEWS_2D = expressions("""
+    w.detach() | torch.ops.aten.alias(w) | w.squeeze(0) | w[None].squeeze(0)
+    w.t() | w.T | w.mT | w.t().t() | w.transpose(-1, 0) | w.transpose(1, 1) | w.permute(1, 0)
+    w[8:24] | w[1::2] | w[8:8] | w[-5:] | w[:, 32:96] | w[..., -64:] | w[3:9, 64:] | w[None, 3:5]
+    w.t()[32:96] | w.t()[:, 3:9] | w.narrow(0, 3, 5) | w.split(24) | w.split([10, 54])
+    w.chunk(4) | w.chunk(2, dim=1) | w.t().chunk(2)
+    w.view(4, -1, K) | w.reshape(2, 32, K) | w.view(4, 16, K).mT.view(2, 2, K, 16)
+    w.unflatten(0, (4, 16)).flatten(0, 1) | w.unsqueeze(0) | w.unsqueeze(1) | w.unsqueeze(-1)
+""")
+VIEWS_3D = expressions("""
+    w[1] | w[-1] | w[1, 8:24] | w[1:3] | w[::2] | w[1:2].squeeze(0) | w.view(E, N, K)
+    w[:, 8:24] | w[:, :, 32:96] | w[2:, 8:24, 64:] | w.mT[1] | w.mT[1:3, 32:96, 5:] | w.mT.mT[1]
+    w.mT | w.permute(0, 2, 1) | w.unbind() | list(w) | w.split(3) | w.chunk(2) | w.chunk(2, dim=1)
+""")
+VIEWS_3D_ONE_SCALE = expressions("""
+    w.view(E * N, K) | w.reshape(2, -1, K) | w.transpose(0, 1) | w[:, 3] | w.unsqueeze(1)[:, 0]
+""")
+COPIES_3D = expressions("""
+    w.clone() | w.mT.clone(memory_format=torch.contiguous_format) | copy.deepcopy(w[1:])
+    w[:, 1:, 32:].contiguous() | w.mT[:, 32:, 1:].contiguous() | w.to(torch.half).to(torch.bfloat16)
+    w.index_select(0, torch.tensor([3, 0, 3])) | w.index_select(1, torch.tensor([3, 0, 3]))
+    w[torch.tensor([2, 0])] | w[[2, 0]] | w[torch.arange(E) != 1] | w[:, torch.tensor([2, 0])]
+    torch.cat([w, w[1:2], w[:2]]) | torch.cat([w, w[:, :8]], dim=1) | torch.stack([w[2], w[0]])
+    torch.cat([w, w[..., :64]], dim=-1) | torch.cat([w.mT, w.mT[:, 32:]], dim=1)
+    pickle.loads(pickle.dumps(w[1:].mT)) | save_load(w[1:, 8:])
+""")
 
 
 def save_load(x, **kwargs):
@@ -171,21 +112,21 @@ def save_load(x, **kwargs):
 
 
 @each_format
-@pytest.mark.parametrize("op", VIEWS_2D.values(), ids=VIEWS_2D)
+@each(VIEWS_2D)
 def test_views_of_2d(op, fmt):
     w = make(fmt, N, K)
     assert_same(op(w), op(w.dequantize()), like=w)
 
 
 @each_format
-@pytest.mark.parametrize("op", VIEWS_3D.values(), ids=VIEWS_3D)
+@each(VIEWS_3D)
 def test_views_of_3d(op, fmt):
     w = make(fmt, E, N, K)
     assert_same(op(w), op(w.dequantize()), like=w)
 
 
 @each_format
-@pytest.mark.parametrize("op", VIEWS_3D_ONE_SCALE.values(), ids=VIEWS_3D_ONE_SCALE)
+@each(VIEWS_3D_ONE_SCALE)
 def test_views_of_3d_without_scale_per_expert(op, fmt):
     w = make(fmt, E, N, K)
     if fmt.has_per_tensor_scale:
@@ -196,16 +137,15 @@ def test_views_of_3d_without_scale_per_expert(op, fmt):
 
 
 @each_format
-@pytest.mark.parametrize("op", COPIES_3D.values(), ids=COPIES_3D)
+@each(COPIES_3D)
 def test_copies(op, fmt):
     w = make(fmt, E, N, K)
     out = op(w)
     assert_same(out, op(w.dequantize()))
-    if op is not COPIES_3D["cpu"]:
-        data = (w.qdata, w.scale, w.per_tensor_scale)
-        theirs = {storage(t) for t in data if t is not None}
-        for t in (out.qdata, out.scale, out.per_tensor_scale):
-            assert t is None or storage(t) not in theirs
+    data = (w.qdata, w.scale, w.per_tensor_scale)
+    theirs = {storage(t) for t in data if t is not None}
+    for t in (out.qdata, out.scale, out.per_tensor_scale):
+        assert t is None or storage(t) not in theirs
 
 
 @each_format
@@ -265,6 +205,10 @@ def test_copy_(fmt):
     w[2].copy_(w[0].clone())
     w.mT[3].copy_(src.mT[1])
     assert torch.equal(w[2], src[0]) and torch.equal(w[3], src[1]) and torch.equal(w[1], src[1])
+    if fmt.has_per_tensor_scale:
+        for part in (w[0, :8], w[1:3, :8], src[0].clone()[:8]):
+            with pytest.raises(ValueError, match="would become that of the other parts too"):
+                part.copy_(part.clone())
     p = nn.Parameter(src.clone(), requires_grad=False)
     p.data = w.to(torch.float32)
     assert p.dtype == torch.float32 and torch.equal(p, w.to(torch.float32))
@@ -384,7 +328,7 @@ def torchao_cases():
     yield pytest.param(torchao_nvfp4(200, 192, is_swizzled_scales=True).t(), id="nvfp4-swizzled-t")
 
 
-@pytest.mark.parametrize("theirs", torchao_cases())
+@pytest.mark.parametrize("theirs", list(torchao_cases()))
 def test_from_torchao_and_back(theirs):
     ours = MXTensor.from_torchao(theirs)
     assert torch.equal(ours.dequantize(), theirs.dequantize())
@@ -417,7 +361,7 @@ def test_torchao_refusals():
         MXTensor.from_torchao(torchao_nvfp4(N, K, act_quant_kwargs=spec))
     with pytest.raises(TypeError, match="got a Tensor: quantize plain tensors"):
         MXTensor.from_torchao(torch.zeros(2, 32))
-    with pytest.raises(ValueError, match="no block format has dtype=.* with block_size=64"):
+    with pytest.raises(ValueError, match=r"no block format has dtype=.* with block_size=64"):
         MXTensor.from_torchao(TorchAOMXTensor.to_mx(hp(N, K), torch.float8_e4m3fn, 64))
     with pytest.raises(ValueError, match="fp6_e3m2 is no format here"):
         MXTensor.from_torchao(TorchAOMXTensor.to_mx(hp(N, K), "fp6_e3m2", 32))
@@ -484,7 +428,66 @@ MXTensor(shape=(64, 128), mxfp4, orig_dtype=float16, device=cpu)""",
     assert _quantization_type(w) == "MXTensor(mxfp4, orig_dtype=bfloat16)"
 
 
-def message(fn, *args):
-    with pytest.raises((NotImplementedError, ValueError, TypeError, IndexError)) as info:
-        fn(*args)
-    return f"{info.type.__name__}: {info.value}"
+def transcript(expected, **names):
+    """The lines of ``expected``, each an expression and its error, with the errors that come."""
+    lines = []
+    for line in expected.strip().split("\n"):
+        expression, _, _ = line.partition("  ->  ")
+        with pytest.raises((NotImplementedError, ValueError, TypeError)) as info:
+            eval(expression, globals(), names)
+        shown = str(info.value)
+        for name, value in names.items():
+            shown = shown.replace(str(value), f"<{name}>")
+        lines.append(f"{expression}  ->  {info.type.__name__}: {shown}")
+    return "\n".join(["", *lines, ""])
+
+
+def test_what_operators_refuse():
+    expected = """
+w + 1  ->  NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first
+torch.zeros_like(w)  ->  NotImplementedError: aten.zeros_like.default is not implemented for <w>: call .dequantize() on it first
+w.double()  ->  TypeError: <w> cannot become torch.float64; its logical dtype is bfloat16, float16 or float32: call .dequantize() on it first
+w[1]  ->  NotImplementedError: select of <w>: the result would have one dimension, and an MXTensor has two or more; call .dequantize() on it first
+w[:, 16:]  ->  ValueError: slice of <w> along axis 1 from 16 to 64 by 1: the axis is packed, so start and end have to be multiples of 32, the block size of mxfp4, and step 1: align them, or call .dequantize() first
+w[:, ::2]  ->  ValueError: slice of <w> along axis 1 from 0 to 64 by 2: the axis is packed, so start and end have to be multiples of 32, the block size of mxfp4, and step 1: align them, or call .dequantize() first
+w[:, 3]  ->  NotImplementedError: select along axis 1 of <w>: it would take blocks apart, the axis is packed; call .dequantize() on it first
+w[torch.tensor([[0], [1]])]  ->  NotImplementedError: indexing of <w>: use one index tensor of one dimension; call .dequantize() on it first
+w.index_select(1, torch.tensor([0]))  ->  NotImplementedError: index_select along axis 1 of <w>: it would take blocks apart, the axis is packed; call .dequantize() on it first
+w.view(8, 32)  ->  NotImplementedError: view as (8, 32) of <w>: the last axis must stay, to keep its blocks whole; call .dequantize() on it first
+w.view(3, 64)  ->  ValueError: view of <w> as (3, 64): the number of elements has to stay
+w[None].permute(2, 0, 1)  ->  NotImplementedError: permute of MXTensor(shape=(1, 4, 64), mxfp4, orig_dtype=bfloat16, device=cpu): its packed axis would no longer be one of the last two; call .dequantize() on it first
+w[None].t()  ->  ValueError: t of MXTensor(shape=(1, 4, 64), mxfp4, orig_dtype=bfloat16, device=cpu): it takes two dimensions; use .mT to swap the last two
+w.split([1, 2])  ->  ValueError: split of <w> along axis 0 into [1, 2]: they must sum to 4
+w.copy_(other)  ->  ValueError: copy_ into <w> from <other>: they differ in format: mxfp4 and mxfp8_e4m3; quantize both alike, or assign instead of copying: load_state_dict(..., assign=True)
+w.copy_(w.dequantize())  ->  ValueError: copy_ into <w> from a Tensor of shape (4, 64) and torch.bfloat16; both need to be MXTensors: quantize the source with MXTensor.from_hp, or call .dequantize() on it
+torch.cat([w, other])  ->  ValueError: cat along axis 0: the tensors differ in format: mxfp4 and mxfp8_e4m3; make them alike, or call .dequantize() on them first
+torch.cat([w, w.dequantize()])  ->  TypeError: cat of MXTensors and a Tensor of shape (4, 64) and torch.bfloat16: quantize it with MXTensor.from_hp, or call .dequantize() on the MXTensors
+torch.cat([w, w[:, :32]])  ->  ValueError: cat along axis 0: the tensors differ in shape: (4, 64) and (4, 32); make them alike, or call .dequantize() on them first
+torch.cat([a, b])  ->  ValueError: cat along axis 0: the tensors have different per_tensor_scales, and the result has one: torch.stack makes them experts with a scale each, or concatenate what .dequantize() gives and quantize it with MXTensor.from_hp
+torch.cat([a, a.replace(per_tensor_scale=None)])  ->  ValueError: cat along axis 0: some of the tensors have a per_tensor_scale and some do not; requantize them alike with MXTensor.from_hp
+setattr(w, "data", torch.zeros(4, 64))  ->  TypeError: .data of <w> was to be a Tensor of shape (4, 64) and torch.float32: quantize it with MXTensor.from_hp, or replace the parameter
+"""  # noqa: E501
+    w, other = MXTensor.from_hp(hp(4, 64), MXFP4), MXTensor.from_hp(hp(4, 64), MXFP8_E4M3)
+    a, b = (MXTensor.from_hp(hp(4, 16, seed=seed), NVFP4) for seed in range(2))
+    assert transcript(expected, w=w, other=other, a=a, b=b) == expected
+
+
+def test_what_constructors_refuse():
+    expected = """
+MXTensor.from_hp(torch.zeros(32), MXFP4)  ->  ValueError: data has shape (32,); an MXTensor has two dimensions or more: unsqueeze it
+MXTensor.from_hp(torch.zeros(2, 48), MXFP4)  ->  ValueError: data has shape (2, 48); its axis -1 (48) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
+MXTensor.from_hp(torch.zeros(0, 32), MXFP4)  ->  ValueError: data has shape (0, 32); a block format has no zero-size dimensions: skip empty tensors before quantizing
+MXTensor.from_hp(torch.zeros(2, 32, dtype=torch.int8), MXFP4)  ->  TypeError: data has dtype torch.int8; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
+MXTensor.from_hp(torch.zeros(2, 32), "mxfp4")  ->  TypeError: format='mxfp4' is not a BlockFormat; use MXFP4, MXFP8_E4M3, MXFP8_E5M2 or NVFP4
+MXTensor.from_hp(torch.zeros(2, 32), MXFP4, "floor")  ->  TypeError: scaling_mode='floor' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
+MXTensor.from_hp(torch.zeros(2, 32), MXFP4, activation=MXFP4)  ->  TypeError: activation=mxfp4 is a BlockFormat, not a QuantizeSpec or None; wrap a format: QuantizeSpec(MXFP8_E4M3)
+w.dequantize(torch.float64)  ->  TypeError: output_dtype has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
+w.replace(qdata=w.qdata.int())  ->  TypeError: qdata has dtype torch.int32; mxfp4 needs torch.uint8: view bytes as it, or quantize with MXTensor.from_hp
+w.replace(qdata=w.qdata.to("meta"))  ->  ValueError: scale is on cpu and qdata on meta; move them to one device
+w.replace(qdata=w.qdata[:, :8])  ->  ValueError: qdata has shape (4, 8) and scale (4, 2); mxfp4 has 16 bytes of qdata for each scale along packed_axis=-1, and its other axes are equal: check that they belong to one weight
+w.replace(packed_axis=0)  ->  ValueError: axis=0; blocks run along the last axis (-1) or the one before it (-2): move yours there with torch.movedim
+w.replace(per_tensor_scale=torch.tensor(1.0))  ->  ValueError: mxfp4 has no per_tensor_scale; leave it None
+v.replace(per_tensor_scale=torch.ones(4, 1))  ->  ValueError: per_tensor_scale has shape (4, 1); a tensor of shape (4, 64) takes a 0-d one, or [E, 1, 1] if it is [E, N, K]: reshape it
+"""  # noqa: E501
+    w, v = MXTensor.from_hp(hp(4, 64), MXFP4), MXTensor.from_hp(hp(4, 64), NVFP4)
+    assert transcript(expected, w=w, v=v) == expected

@@ -27,7 +27,9 @@ def check_axis(axis: int) -> None:
         )
 
 
-def check_blocks(shape: torch.Size | tuple[int, ...], fmt: BlockFormat, axis: int, what: str) -> None:
+def check_blocks(
+    shape: torch.Size | tuple[int, ...], fmt: BlockFormat, axis: int, what: str
+) -> None:
     """Raise ValueError unless a tensor of ``shape`` divides into blocks of ``fmt`` along ``axis``."""
     if len(shape) < -axis:
         raise ValueError(

@@ -14,10 +14,11 @@ from typing import Any
 
 from torchao_mx.demo import report
 from torchao_mx.demo.checkpoint import CheckpointError
+from torchao_mx.demo.device import resolve
 from torchao_mx.demo.model import build_model
 from torchao_mx.demo.quant import FORMATS
 from torchao_mx.demo.run import Run, VerificationError, clear, is_unfinished, verify
-from torchao_mx.demo.settings import DTYPES, QUICK, Settings, UsageError, resolve
+from torchao_mx.demo.settings import DTYPES, QUICK, Settings, UsageError
 from torchao_mx.demo.train import Interrupted, OnStep
 
 _OK, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130

@@ -25,9 +25,8 @@ MAX_BYTES = 64 << 20
 MIN_HELDOUT_WINDOWS = 16
 
 # Not prose or program text: installed packages, caches, test data, code pages, help topics.
-_STDLIB_SKIP = frozenset(
-    "site-packages dist-packages test tests idle_test __pycache__ encodings pydoc_data".split()
-)
+_STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
+_STDLIB_SKIP |= {"__pycache__", "encodings", "pydoc_data"}
 
 
 @dataclass(frozen=True)

@@ -60,15 +60,14 @@ def format_table(results: dict[str, Any]) -> str:
             f"{row['arm']:{width}}  {row['heldout_loss']:>13.4f}  {row['perplexity']:>10.4f}"
             f"  {gap:>18}  {row['bytes']:>10,} B  {row['linear_bytes']:>10,} B"
         )
-    lines += [
-        "",
-        f"Loss in nats a byte over {results['heldout_tokens']:,} held-out bytes, the same for all; "
-        f"± is the standard error of the gap.",
-        f"Quantized: the linears of the blocks. Embedding, head and norms stay in {dtype}; bytes "
-        f"are those of the tensors.",
-        f"Before fine-tuning: loss {losses['start']:.4f}, after PTQ {losses['start_ptq']:.4f}.",
-        _verdict(rows),
-    ]
+    notes = (
+        f"Loss in nats a byte over {results['heldout_tokens']:,} held-out bytes, the same for all; ± "
+        f"is the standard error of the gap.\n"
+        f"Quantized: the linears of the blocks. Embedding, head and norms stay in {dtype}; bytes are "
+        f"those of the tensors.\n"
+        f"Before fine-tuning: loss {losses['start']:.4f}, after PTQ {losses['start_ptq']:.4f}.\n"
+    )
+    lines += ["", notes + _verdict(rows)]
     return "\n".join(lines)
 
 

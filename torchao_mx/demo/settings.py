@@ -22,7 +22,7 @@ class Settings:
     """The settings of a run. The defaults take about three minutes on two CPU cores.
 
     ``data`` is an absolute path, or None for the standard library's source; ``device`` and ``dtype``
-    may be ``"auto"`` until :func:`resolve` has chosen.
+    may be ``"auto"`` until :func:`torchao_mx.demo.device.resolve` has chosen.
     """
 
     format: str = "mxfp4"
@@ -31,16 +31,16 @@ class Settings:
     device: str = "auto"
     dtype: str = "auto"
     layers: int = 4
-    dim: int = 128
-    heads: int = 4
-    seq: int = 128
-    pretrain_steps: int = 1000
-    steps: int = 300
-    batch: int = 16
-    pretrain_lr: float = 3e-3
-    lr: float = 1e-3
-    eval_windows: int = 512
-    eval_every: int = 50
+    dim: int = 64
+    heads: int = 1
+    seq: int = 256
+    pretrain_steps: int = 1500
+    steps: int = 600
+    batch: int = 8
+    pretrain_lr: float = 1e-2
+    lr: float = 4e-3
+    eval_windows: int = 256
+    eval_every: int = 100
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -106,8 +106,8 @@ class Settings:
 #: What ``--quick`` puts in place of the defaults: a smoke test of a few seconds, no result.
 QUICK = {
     "layers": 2,
-    "dim": 64,
-    "heads": 2,
+    "dim": 32,
+    "heads": 1,
     "seq": 64,
     "pretrain_steps": 40,
     "steps": 20,
@@ -115,61 +115,6 @@ QUICK = {
     "eval_windows": 32,
     "eval_every": 10,
 }
-
-
-def resolve(settings: Settings) -> tuple[Settings, str]:
-    """Settle device and dtype; the second value says which were taken and why.
-
-    Raises:
-        UsageError: the device does not exist here.
-    """
-    device, why = _resolve_device(settings.device)
-    if settings.dtype != "auto":
-        return replace(settings, device=str(device)), f"{device} ({why}), {settings.dtype} as asked"
-    if device.type != "cpu":
-        chosen, reason = "bf16", "the default on a GPU"
-    else:
-        speedup = _bf16_speedup()
-        chosen = "bf16" if speedup > 1.5 else "fp32"
-        reason = f"bf16 matmuls measured {speedup:.1f}x as fast as fp32 on this CPU"
-    note = f"{device} ({why}), {chosen} weights and compute ({reason})"
-    return replace(settings, device=str(device), dtype=chosen), note
-
-
-def _resolve_device(name: str) -> tuple[torch.device, str]:
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda"), torch.cuda.get_device_name()
-        return torch.device("cpu"), f"{torch.get_num_threads()} threads"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: not a device; use auto, cpu or cuda") from error
-    if device.type == "cpu":
-        return torch.device("cpu"), f"{torch.get_num_threads()} threads"
-    if device.type != "cuda":
-        raise UsageError(f"--device {name}: only cpu and cuda are supported")
-    if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch sees no CUDA device here; use --device cpu")
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices")
-    return device, torch.cuda.get_device_name(device)
-
-
-def _bf16_speedup(rows: int = 2048, dim: int = 256, repeats: int = 5) -> float:
-    """How many times as fast as fp32 a bf16 matmul is here: best of ``repeats``, about 50 ms."""
-    from time import perf_counter
-
-    def best(dtype: torch.dtype) -> float:
-        x, w = torch.ones(rows, dim, dtype=dtype), torch.ones(4 * dim, dim, dtype=dtype)
-        times = []
-        for _ in range(repeats + 1):  # the first builds the kernel
-            start = perf_counter()
-            torch.nn.functional.linear(x, w)
-            times.append(perf_counter() - start)
-        return min(times[1:])
-
-    return best(torch.float32) / best(torch.bfloat16)
 
 
 def _flag(name: str) -> str:

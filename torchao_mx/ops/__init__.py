@@ -3,6 +3,14 @@
 from torchao_mx.ops.dequantize import dequantize
 from torchao_mx.ops.fake_quantize import fake_quantize
 from torchao_mx.ops.matmul import grouped_mm, matmul
-from torchao_mx.ops.quantize import per_tensor_scale, quantize
+from torchao_mx.ops.quantize import per_tensor_scale, quantize, quantize_with_values
 
-__all__ = ["dequantize", "fake_quantize", "grouped_mm", "matmul", "per_tensor_scale", "quantize"]
+__all__ = [
+    "dequantize",
+    "fake_quantize",
+    "grouped_mm",
+    "matmul",
+    "per_tensor_scale",
+    "quantize",
+    "quantize_with_values",
+]

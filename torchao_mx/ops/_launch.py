@@ -89,17 +89,6 @@ def row_layout(x_BMK: torch.Tensor, block_size: int) -> RowLayout:
     return RowLayout(x_BMK, batch * m * per_row, per_row, m * per_row, contiguous)
 
 
-class ColumnLayout(NamedTuple):
-    """An operand ``x [B, M, K]`` with K contiguous, whose blocks run along M."""
-
-    x: torch.Tensor
-
-
-def column_layout(x_BMK: torch.Tensor) -> ColumnLayout:
-    """From an operand whose middle axis is contiguous and whose blocks run along its last."""
-    return ColumnLayout(x_BMK.mT)
-
-
 def holds_bf16_pairs(x_BMK: torch.Tensor) -> bool:
     """Whether a kernel can read ``x`` as int32 words of two bf16 values (it runs no interpreter)."""
     return (

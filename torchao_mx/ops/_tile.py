@@ -30,38 +30,49 @@ def max_magnitude(x, axis: tl.constexpr):
 
 
 @triton.jit
-def e8m0_scale(amax, MODE: tl.constexpr, MANTISSA_BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr,
-               ELEM_MAX: tl.constexpr):  # fmt: skip
-    """Scale byte (int32) of a block, and what takes its values to the elements' range (NaN for NaN)."""
+def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr):  # fmt: skip
+    """Scale byte (int32) of a block, and what takes its values to the elements' range (NaN for NaN).
+
+    Every mode is the exponent of ``amax``, rounded up from some mantissa on, less MAX_EXPONENT: adding
+    the mantissa's distance to the next power of two carries into the exponent.
+    """
     bits = bits_of(amax)
+    # elem_max = 2**MAX_EXPONENT * (1 + ELEM_MANTISSA * 2**-23)
+    ELEM_MANTISSA: tl.constexpr = int((ELEM_MAX / 2.0**MAX_EXPONENT - 1.0) * 8388608.0)
     if MODE == "rceil":
-        # ceil(log2(amax / elem_max)) without the division, whose slow path costs more than the rest:
-        # elem_max = 2**MAX_EXPONENT * MANTISSA, so the quotient passes a power of two where amax's
-        # mantissa passes MANTISSA. `above` counts by how many units; the quotient's mantissa is then
-        # 1 + m * 2**-23, and log2 is rounded to fp32 as the reference has it. At 2**-127 the quotient
-        # is subnormal, with steps twice as wide: one unit less.
-        MANTISSA: tl.constexpr = ELEM_MAX / 2.0**MAX_EXPONENT
+        CARRY: tl.constexpr = 0x7FFFFF - ELEM_MANTISSA
+    elif MODE == "ceil":
+        CARRY: tl.constexpr = 0x7FFFFF
+    elif MODE == "even":
+        CARRY: tl.constexpr = 1 << (22 - MANTISSA_BITS)
+    else:
+        CARRY: tl.constexpr = 0
+    if MODE == "rceil" and not SHORT_MANTISSA:
+        # The reference rounds log2(amax / elem_max) to fp32, so an fp32 amax must pass elem_max's mantissa by
+        # a few units before the exponent goes up. `above` counts units, m is the quotient's mantissa
+        # (adding 2**23 rounds it to an integer), k + m * 1.44 ulp > k is the reference's own rounding. At
+        # 2**-127 the quotient is subnormal, with steps twice as wide: one unit less. A bf16 or fp16 amax
+        # is either past all that or exactly elem_max's mantissa.
         exponent = bits >> 23
-        above = (bits & 0x7FFFFF) - int((MANTISSA - 1.0) * 8388608.0)
+        above = (bits & 0x7FFFFF) - ELEM_MANTISSA
         above = tl.maximum(above - (exponent == MAX_EXPONENT).to(tl.int32), 0)
-        # Adding 2**23 rounds to an integer (above it `above` is far past any threshold).
-        m = (above.to(tl.float32) * (1.0 / MANTISSA) + 8388608.0) - 8388608.0
+        m = (above.to(tl.float32) * (1.0 + ELEM_MANTISSA / 8388608.0) ** -1 + 8388608.0) - 8388608.0
         byte = exponent - MAX_EXPONENT
         k = (byte - 127).to(tl.float32)
         byte = tl.maximum(byte + ((k + m * _LOG2_PER_ULP) > k).to(tl.int32), 0)
-        byte = tl.where(bits == 0x7F800000, 254, byte)  # Inf
-        multiplier_exponent = tl.where(byte == 0, 127, 254 - byte)
     else:
-        if MODE == "even":
-            bits += 1 << (23 - MANTISSA_BITS - 1)
-        byte = bits >> 23
-        if MODE == "ceil":
-            byte += ((bits & 0x7FFFFF) > 0).to(tl.int32)
-        byte = tl.minimum(tl.maximum(byte - MAX_EXPONENT, 0), 255)
-        multiplier_exponent = 254 - tl.maximum(byte, 1)
-    # Exponent 0 is 2**-127, a subnormal.
-    multiplier = tl.where(multiplier_exponent == 0, 0x400000, multiplier_exponent << 23)
-    is_nan = amax != amax
+        byte = tl.maximum(((bits + CARRY) >> 23) - MAX_EXPONENT, 0)
+    if (
+        MODE == "rceil"
+    ):  # 0 is "too small to scale"; Inf has 254, whose multiplier 2**-127 is subnormal
+        is_inf = bits == 0x7F800000
+        byte = tl.where(is_inf, 254, byte)
+        multiplier = tl.where(byte == 0, 127, 254 - byte) << 23
+        multiplier = tl.where(is_inf, 0x400000, multiplier)
+    else:  # 0 is taken for 2**-126, the smallest normal
+        multiplier = (254 - tl.maximum(byte, 1)) << 23
+    is_nan = bits > 0x7F800000
     return tl.where(is_nan, 255, byte), float_of(tl.where(is_nan, 0x7FC00000, multiplier))
 
 
@@ -78,12 +89,15 @@ def e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr, FP8_INSTRUCTIONS:
 
 
 @triton.jit
-def block_scale(amax, per_tensor_scale, MODE: tl.constexpr, EXPONENT_BITS: tl.constexpr,
-                MANTISSA_BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """(scale byte, multiplier) of each block in ``amax``."""
+def block_scale(amax, per_tensor_scale, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
+                EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, E8M0: tl.constexpr,
+                FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """(scale byte, multiplier) of each block in ``amax``; SHORT_MANTISSA where x was bf16 or fp16."""
     if E8M0:
-        byte, multiplier = e8m0_scale(amax, MODE, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
+        byte, multiplier = e8m0_scale(
+            amax, MODE, SHORT_MANTISSA, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
+        )
     else:
         byte, multiplier = e4m3_scale(amax, per_tensor_scale, ELEM_MAX, FP8_INSTRUCTIONS)
     return byte, multiplier
@@ -101,7 +115,9 @@ def scale_value(byte, per_tensor_scale, E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl
 
 
 @triton.jit
-def round_to_grid(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr):
+def round_to_grid(
+    y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr
+):
     """|y| as the nearest element's magnitude, ties to even: adding 2**(e + 23 - m) drops the rest."""
     MIN_EXPONENT: tl.constexpr = 2 - (1 << (EXPONENT_BITS - 1))
     magnitude = tl.minimum(tl.abs(y), ELEM_MAX)
@@ -139,53 +155,6 @@ def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX
 
 
 @triton.jit
-def bf16_pair(low, high):
-    """Two fp32 values that are exact in bf16 as one int32, ``low`` in the low half."""
-    return ((bits_of(low) >> 16) & 0xFFFF) | (bits_of(high) & (-65536))
-
-
-@triton.jit
-def encode_e2m1_bf16_pairs(x, low_multiplier, high_multiplier):
-    """``encode`` for int32 words of two bf16 values: a code in the low nibble of each half.
-
-    The same three straight pieces, two elements an instruction: a product with a power of two is exact
-    in the fma, which rounds once, onto 128 .. 135 where bf16 holds integers. 27 instructions an element
-    become 8, and quantizing is bound by memory instead. A NaN multiplier gives an undefined code.
-    """
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 magnitude, sign, code, line, k;
-        and.b32 magnitude, $1, 0x7FFF7FFF;
-        mov.b32 k, 0x43004300;
-        fma.rn.bf16x2 code, magnitude, $2, k;
-        mov.b32 k, 0x43024302;
-        fma.rn.bf16x2 line, magnitude, $3, k;
-        min.bf16x2 code, code, line;
-        mov.b32 k, 0x43044304;
-        fma.rn.bf16x2 line, magnitude, $4, k;
-        min.bf16x2 code, code, line;
-        mov.b32 k, 0x43074307;
-        min.bf16x2 code, code, k;
-        shr.u32 sign, $1, 12;
-        lop3.b32 code, code, sign, 0x00070007, 0xE4;
-        and.b32 $0, code, 0x000F000F;
-        }
-        """,
-        "=r,r,r,r,r",
-        [
-            x,
-            bf16_pair(low_multiplier * 2.0, high_multiplier * 2.0),
-            bf16_pair(low_multiplier, high_multiplier),
-            bf16_pair(low_multiplier * 0.5, high_multiplier * 0.5),
-        ],
-        dtype=tl.int32,
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
 def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
            FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
     """fp32 values of element codes (int32)."""
@@ -212,19 +181,30 @@ def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
 
 
 @triton.jit
-def pack(code, axis: tl.constexpr, BITS: tl.constexpr):
-    """Words of neighbouring codes along ``axis``, the first in the lowest bits (the axis goes away)."""
-    N: tl.constexpr = code.shape[axis]
-    shift = tl.arange(0, N) * BITS
-    if axis == 1:
-        shift = shift[None, :, None]
-    else:
-        shift = shift[None, None, :]
-    return tl.sum(code << shift, axis=axis)
+def pack_columns(code, BITS: tl.constexpr):
+    """``[R, N, C]`` codes to ``[R, C]`` words, the first of N in the lowest bits."""
+    shift = tl.arange(0, code.shape[1]) * BITS
+    return tl.sum(code << shift[None, :, None], axis=1)
 
 
 @triton.jit
-def unpack_nibbles(word):
-    """``[R, C]`` int32 words to ``[R, 8 C]`` 4-bit codes (int32)."""
-    code = (word[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-    return code.reshape(word.shape[0], word.shape[1] * 8)
+def pack_neighbours(code, BITS: tl.constexpr):
+    """``[R, C]`` codes of BITS bits to ``[R, C / 2]`` of twice as many, the even one in the low half."""
+    low, high = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
+    return low | (high << BITS)
+
+
+@triton.jit
+def pack_words(code, BITS: tl.constexpr):
+    """``[R, C]`` codes to ``[R, C * BITS / 32]`` words, the first in the lowest bits."""
+    word = pack_neighbours(code, BITS)
+    word = pack_neighbours(word, 2 * BITS)
+    if BITS == 4:
+        word = pack_neighbours(word, 16)
+    return word
+
+
+@triton.jit
+def unpack_word(word, BITS: tl.constexpr):
+    """``[R]`` words of eight codes to ``[R, 8]`` codes (int32)."""
+    return ((word[:, None] >> (tl.arange(0, 8) * BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.int32)

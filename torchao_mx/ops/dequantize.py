@@ -23,30 +23,31 @@ COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 128, 64, 4
 
 
 @triton.jit
-def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_blocks, blocks_per_expert,
+def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_expert,
                             PER_TENSOR: tl.constexpr, TILE: tl.constexpr,
                             EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                             MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
                             BLOCK: tl.constexpr, E8M0: tl.constexpr,
                             FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """``q_ptr`` holds bytes of fp8, or int32 words of eight e2m1 codes."""
-    LOADS: tl.constexpr = BLOCK // 8 if EXPONENT_BITS == 2 else BLOCK  # of a block
+    """``q_ptr`` holds words that decode to eight elements: int32 of e2m1, or int64 of fp8.
+
+    A thread loads one word and stores its 16 bytes of bf16: nothing crosses threads.
+    """
     first = tl.program_id(0).to(tl.int64) * TILE
-    block = tl.arange(0, TILE)
-    inside = block < n_blocks - first
-    q_ptrs = q_ptr + first * LOADS + (block * LOADS)[:, None] + tl.arange(0, LOADS)[None, :]
-    packed = tl.load(q_ptrs, mask=inside[:, None], other=0)
-    byte = tl.load(s_ptr + first + block, mask=inside, other=0).to(tl.int32)
+    index = tl.arange(0, TILE)
+    inside = index < n_words - first
+    word = tl.load(q_ptr + first + index, mask=inside, other=0)
+    byte = tl.load(s_ptr + (first + index) // (BLOCK // 8), mask=inside, other=0).to(tl.int32)
     if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + (first + block) // blocks_per_expert, mask=inside, other=1.0)
+        pts = tl.load(pts_ptr + (first + index) // words_per_expert, mask=inside, other=1.0)
     elif PER_TENSOR == "tensor":
         pts = tl.load(pts_ptr)
     else:
         pts = 1.0
     scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
-    code = _tile.unpack_nibbles(packed) if EXPONENT_BITS == 2 else packed.to(tl.int32)
+    code = _tile.unpack_word(word, 1 + EXPONENT_BITS + MANTISSA_BITS)
     value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
-    out_ptrs = out_ptr + first * BLOCK + (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    out_ptrs = out_ptr + first * 8 + (index * 8)[:, None] + tl.arange(0, 8)[None, :]
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
@@ -132,21 +133,33 @@ def _dequantize_triton(
     if out.numel() == 0:
         return out
     qdata, scale = bytes_of(qdata).contiguous(), bytes_of(scale).contiguous()
-    pts = per_tensor_scale if per_tensor_scale is not None else bytes_of(scale)
+    pts = scale if per_tensor_scale is None else per_tensor_scale
     common = dict(PER_TENSOR=per_tensor_kind(per_tensor_scale), **format_constants(f, qdata.device))
     with on_device_of(qdata):
         if axis == -1:
-            n_blocks = scale.numel()
-            per_expert = n_blocks // max(1, qdata.shape[0])
-            words = qdata.view(torch.int32) if f.elem_bits == 4 else qdata
-            _dequantize_rows_kernel[(triton.cdiv(n_blocks, ROW_TILE),)](
-                words, scale, pts, out, n_blocks, per_expert, TILE=ROW_TILE, num_warps=ROW_WARPS, **common
-            )
+            words = qdata.view(torch.int32 if f.elem_bits == 4 else torch.int64)
+            n_words = words.numel()
+            _dequantize_rows_kernel[(triton.cdiv(n_words, ROW_TILE),)](
+                words, scale, pts, out, n_words, n_words // max(1, qdata.shape[0]), TILE=ROW_TILE,
+                num_warps=ROW_WARPS, **common,
+            )  # fmt: skip
         else:
             *lead, m, k = out.shape
-            grid = (triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K), out.numel() // (m * k))
+            grid = (
+                triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K),
+                out.numel() // (m * k),
+            )
             _dequantize_columns_kernel[grid](
-                qdata, scale, pts, out, m, k, TILE_M=COLUMN_TILE_M, TILE_K=COLUMN_TILE_K, num_warps=COLUMN_WARPS, **common
+                qdata,
+                scale,
+                pts,
+                out,
+                m,
+                k,
+                TILE_M=COLUMN_TILE_M,
+                TILE_K=COLUMN_TILE_K,
+                num_warps=COLUMN_WARPS,
+                **common,
             )
     return out
 

@@ -23,7 +23,7 @@ from torchao_mx.ops._launch import (
     row_layout,
 )
 from torchao_mx.ops._library import define_op
-from torchao_mx.ops.quantize import check_operand, per_tensor_kind
+from torchao_mx.ops.quantize import check_operand, per_tensor_kind, rounds_products
 
 ROW_TILE, ROW_WARPS = 128, 4
 COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 2, 64, 4
@@ -31,12 +31,12 @@ COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 2, 64, 4
 
 @triton.jit
 def _fake_quantize_tile(x, per_tensor_scale, axis: tl.constexpr, MODE: tl.constexpr,
-                        EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                        SHORT_MANTISSA: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                         MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, E8M0: tl.constexpr,
                         FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
     amax = _tile.max_magnitude(x, axis)
     byte, multiplier = _tile.block_scale(
-        amax, per_tensor_scale, MODE, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
+        amax, per_tensor_scale, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
         FP8_INSTRUCTIONS,
     )  # fmt: skip
     scale = _tile.scale_value(byte, per_tensor_scale, E8M0, FP8_INSTRUCTIONS)
@@ -49,7 +49,7 @@ def _fake_quantize_tile(x, per_tensor_scale, axis: tl.constexpr, MODE: tl.conste
 @triton.jit
 def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row, row_stride,
                                blocks_per_expert, CONTIGUOUS: tl.constexpr,
-                               PER_TENSOR: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
+                               PER_TENSOR: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                                EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                                MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
                                BLOCK: tl.constexpr, E8M0: tl.constexpr,
@@ -72,7 +72,7 @@ def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row
     else:
         pts = 1.0
     value = _fake_quantize_tile(
-        x, pts, 1, MODE, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
+        x, pts, 1, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
         FP8_INSTRUCTIONS,
     )  # fmt: skip
     out_ptrs = out_ptr + first * BLOCK + (block * BLOCK)[:, None] + elem[None, :]
@@ -82,7 +82,7 @@ def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row
 @triton.jit
 def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, row_stride,
                                   PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr,
-                                  TILE_K: tl.constexpr, MODE: tl.constexpr,
+                                  TILE_K: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                                   EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                                   MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
                                   BLOCK: tl.constexpr, E8M0: tl.constexpr,
@@ -102,7 +102,7 @@ def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, r
     else:
         pts = 1.0
     value = _fake_quantize_tile(
-        x, pts, 1, MODE, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
+        x, pts, 1, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
         FP8_INSTRUCTIONS,
     )  # fmt: skip
     out_ptrs = out_ptr + (batch * M + m) * K + k
@@ -127,7 +127,8 @@ def _fake_quantize_triton(
     common = dict(
         PER_TENSOR=per_tensor_kind(per_tensor_scale),
         MODE=scaling_mode,
-        enable_fp_fusion=f.scale_dtype == torch.float8_e8m0fnu,  # as in ops/quantize.py
+        SHORT_MANTISSA=x.dtype != torch.float32,
+        enable_fp_fusion=not rounds_products(f),
         **format_constants(f, x.device),
     )
     along_rows = quantized_axis_is_contiguous(x_BMK)

@@ -15,17 +15,15 @@ import triton.language as tl
 from torchao_mx import reference
 from torchao_mx.checks import check_axis, check_blocks, check_high_precision
 from torchao_mx.formats import (
-    MXFP4,
     BlockFormat,
     ScaleCalculationMode,
     check_scaling_mode,
     format_by_name,
 )
-from torchao_mx.ops import _tile
+from torchao_mx.ops import _bf16x2, _tile
 from torchao_mx.ops._launch import (
     batched_rows,
     bytes_of,
-    column_layout,
     format_constants,
     holds_bf16_pairs,
     on_device_of,
@@ -39,31 +37,27 @@ COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 2, 128, 4
 
 
 @triton.jit
-def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, n_blocks, blocks_per_row, row_stride,
-                          blocks_per_expert, CONTIGUOUS: tl.constexpr, PER_TENSOR: tl.constexpr,
-                          PAIRS: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr,
+def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, blocks_per_row,
+                          row_stride, blocks_per_expert, CONTIGUOUS: tl.constexpr,
+                          PER_TENSOR: tl.constexpr, VALUES: tl.constexpr, TILE: tl.constexpr,
+                          MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                           EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                           MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
                           E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """``q_ptr`` takes int32 words; with PAIRS, ``x_ptr`` holds int32 words of two bf16 values."""
+    """``q_ptr`` takes int32 words of e2m1 codes, or bytes of fp8. VALUES: also write the dequantized x."""
     BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
-    WORDS: tl.constexpr = BLOCK * BITS // 32
-    LOADS: tl.constexpr = BLOCK // 2 if PAIRS else BLOCK  # of a block
     first = tl.program_id(0).to(tl.int64) * TILE
     block = tl.arange(0, TILE)
     inside = block < n_blocks - first
+    elem = tl.arange(0, BLOCK)
+    contiguous = (first * BLOCK) + (block * BLOCK)[:, None] + elem[None, :]
     if CONTIGUOUS:
-        x_ptrs = x_ptr + first * LOADS + (block * LOADS)[:, None] + tl.arange(0, LOADS)[None, :]
+        x_ptrs = x_ptr + contiguous
     else:
         row = (first + block) // blocks_per_row
-        start = row * row_stride + (first + block - row * blocks_per_row) * LOADS
-        x_ptrs = x_ptr + start[:, None] + tl.arange(0, LOADS)[None, :]
-    x = tl.load(x_ptrs, mask=inside[:, None], other=0)
-    if PAIRS:
-        amax = _tile.float_of(tl.max(tl.maximum((x << 16) & 0x7FFFFFFF, x & 0x7FFF0000), axis=1))
-    else:
-        x = x.to(tl.float32)
-        amax = _tile.max_magnitude(x, 1)
+        start = row * row_stride + (first + block - row * blocks_per_row) * BLOCK
+        x_ptrs = x_ptr + start[:, None] + elem[None, :]
+    x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
     if PER_TENSOR == "expert":
         pts = tl.load(pts_ptr + (first + block) // blocks_per_expert, mask=inside, other=1.0)
     elif PER_TENSOR == "tensor":
@@ -71,92 +65,118 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, n_blocks, blocks_per_row
     else:
         pts = 1.0
     byte, multiplier = _tile.block_scale(
-        amax, pts, MODE, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
-        FP8_INSTRUCTIONS,
+        _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
+        MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
     )  # fmt: skip
     tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
-    if PAIRS:
-        multiplier = tl.broadcast_to(multiplier[:, None], (TILE, LOADS))
-        code = _tile.encode_e2m1_bf16_pairs(x, multiplier, multiplier)
-        code = (code | (code >> 12)) & 0xFF
-        word = _tile.pack(code.reshape(TILE, WORDS, LOADS // WORDS), 2, 8)
-        word = tl.where((byte == 255)[:, None], 0x77777777, word)
+    y = x * multiplier[:, None]
+    code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+    if BITS == 4:
+        PER_BLOCK: tl.constexpr = BLOCK // 8
+        packed = _tile.pack_words(code, BITS)
     else:
-        y = x * multiplier[:, None]
-        code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        word = _tile.pack(code.reshape(TILE, WORDS, BLOCK // WORDS), 2, BITS)
-    q_ptrs = q_ptr + first * WORDS + (block * WORDS)[:, None] + tl.arange(0, WORDS)[None, :]
-    tl.store(q_ptrs, word, mask=inside[:, None])
+        PER_BLOCK: tl.constexpr = BLOCK
+        packed = code.to(tl.uint8)
+    q_ptrs = q_ptr + first * PER_BLOCK
+    q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
+    tl.store(q_ptrs, packed, mask=inside[:, None])
+    if VALUES:
+        scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
+        value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
+        value = value.to(values_ptr.dtype.element_ty)
+        tl.store(values_ptr + contiguous, value, mask=inside[:, None])
+
+
+@triton.jit
+def _quantize_bf16_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_row,
+                               row_stride, CONTIGUOUS: tl.constexpr, VALUES: tl.constexpr,
+                               TILE: tl.constexpr, MODE: tl.constexpr,
+                               EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
+                               BLOCK: tl.constexpr):  # fmt: skip
+    """The same for bf16 and the MX formats: ``x`` and the values as int32 words of two (``_bf16x2.py``).
+
+    ``q_ptr`` takes int32 words of e2m1 codes, or int16 words of two fp8.
+    """
+    PAIRS: tl.constexpr = BLOCK // 2
+    first = tl.program_id(0).to(tl.int64) * TILE
+    block = tl.arange(0, TILE)
+    inside = block < n_blocks - first
+    pair = tl.arange(0, PAIRS)
+    contiguous = (first * PAIRS) + (block * PAIRS)[:, None] + pair[None, :]
+    if CONTIGUOUS:
+        x_ptrs = x_ptr + contiguous
+    else:
+        row = (first + block) // blocks_per_row
+        start = row * row_stride + (first + block - row * blocks_per_row) * PAIRS
+        x_ptrs = x_ptr + start[:, None] + pair[None, :]
+    x = tl.load(x_ptrs, mask=inside[:, None], other=0)
+    byte, multiplier = _tile.e8m0_scale(
+        _bf16x2.max_magnitude(x), MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
+    )
+    tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
+    scale = tl.broadcast_to(_tile.scale_value(byte, 1.0, True, True)[:, None], (TILE, PAIRS))
+    multiplier = tl.broadcast_to(multiplier[:, None], (TILE, PAIRS))
+    if EXPONENT_BITS == 2:
+        PER_BLOCK: tl.constexpr = BLOCK // 8
+        code = _bf16x2.encode_e2m1(x, multiplier)
+        value = _bf16x2.decode_e2m1(code, scale)
+        # Four codes of a word pair lie at bits 0, 16, 8 and 24; then at 0, 4, 8, 12.
+        four = _tile.pack_neighbours(code, 8)
+        packed = _tile.pack_neighbours((four | (four >> 12)) & 0xFFFF, 16)
+        packed = tl.where((byte == 255)[:, None], 0x77777777, packed)
+    else:
+        PER_BLOCK: tl.constexpr = PAIRS
+        code = _bf16x2.encode_fp8(x, multiplier, EXPONENT_BITS)
+        value = _bf16x2.decode_fp8(code, scale, EXPONENT_BITS)
+        packed = code.to(tl.int16)
+    q_ptrs = q_ptr + first * PER_BLOCK
+    q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
+    tl.store(q_ptrs, packed, mask=inside[:, None])
+    if VALUES:
+        tl.store(values_ptr + contiguous, value, mask=inside[:, None])
 
 
 @triton.jit
 def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, row_stride,
-                             PER_TENSOR: tl.constexpr, PAIRS: tl.constexpr, BLOCKS: tl.constexpr,
-                             TILE_K: tl.constexpr, MODE: tl.constexpr,
+                             PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,
+                             MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                              EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                              MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
                              BLOCK: tl.constexpr, E8M0: tl.constexpr,
                              FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """``x [B, M, K]`` to ``q [B, K, M]`` packed. With PAIRS, a load is two neighbouring columns.
+    """``x [B, M, K]`` to ``q [B, K, M]`` in int32 words.
 
     A thread's rows are packed into words before the transposition, so little data crosses threads.
     """
     BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
-    LOADS: tl.constexpr = TILE_K // 2 if PAIRS else TILE_K
     tiles_k = tl.cdiv(K, TILE_K)
     block0 = (tl.program_id(0) // tiles_k) * BLOCKS
-    k0 = (tl.program_id(0) % tiles_k) * TILE_K
+    k = (tl.program_id(0) % tiles_k) * TILE_K + tl.arange(0, TILE_K)
     batch = tl.program_id(1).to(tl.int64)
     blocks_m = M // BLOCK
     block = block0 + tl.arange(0, BLOCKS)
     m = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-    k = k0 + tl.arange(0, TILE_K)
-    load_k = k0 // (TILE_K // LOADS) + tl.arange(0, LOADS)
     x_ptrs = x_ptr + batch * batch_stride + (m.to(tl.int64) * row_stride)[:, :, None]
-    x_ptrs += load_k[None, None, :]
-    inside = (block < blocks_m)[:, None, None] & (load_k < K // (TILE_K // LOADS))[None, None, :]
-    x = tl.load(x_ptrs, mask=inside, other=0)
+    inside = (block < blocks_m)[:, None, None] & (k < K)[None, None, :]
+    x = tl.load(x_ptrs + k[None, None, :], mask=inside, other=0.0).to(tl.float32)
     if PER_TENSOR == "expert":
         pts = tl.load(pts_ptr + batch)
     elif PER_TENSOR == "tensor":
         pts = tl.load(pts_ptr)
     else:
         pts = 1.0
-    if PAIRS:
-        low = _tile.float_of(tl.max((x << 16) & 0x7FFFFFFF, axis=1))
-        high = _tile.float_of(tl.max(x & 0x7FFF0000, axis=1))
-        low_byte, low_multiplier = _tile.e8m0_scale(low, MODE, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
-        high_byte, high_multiplier = _tile.e8m0_scale(
-            high, MODE, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
-        )
-        byte = tl.join(low_byte, high_byte).reshape(BLOCKS, TILE_K)
-        shape: tl.constexpr = (BLOCKS, BLOCK, LOADS)
-        code = _tile.encode_e2m1_bf16_pairs(
-            x, tl.broadcast_to(low_multiplier[:, None, :], shape),
-            tl.broadcast_to(high_multiplier[:, None, :], shape),
-        )  # fmt: skip
-        # Four rows fill each half of a word: 16 bits of the one column, 16 of the other.
-        WORDS: tl.constexpr = BLOCKS * BLOCK // 4
-        word = _tile.pack(code.reshape(WORDS, 4, LOADS), 1, 4)
-        low_nan = tl.broadcast_to((low_byte == 255)[:, None, :], (BLOCKS, BLOCK // 4, LOADS))
-        high_nan = tl.broadcast_to((high_byte == 255)[:, None, :], (BLOCKS, BLOCK // 4, LOADS))
-        low_word = tl.where(low_nan.reshape(WORDS, LOADS), 0x7777, word & 0xFFFF)
-        high_word = tl.where(high_nan.reshape(WORDS, LOADS), 0x7777, (word >> 16) & 0xFFFF)
-        word = tl.join(low_word, high_word).reshape(WORDS, TILE_K).to(tl.int16)
-    else:
-        x = x.to(tl.float32)
-        byte, multiplier = _tile.block_scale(
-            _tile.max_magnitude(x, 1), pts, MODE, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT,
-            ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-        )  # fmt: skip
-        y = x * multiplier[:, None, :]
-        code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        WORDS: tl.constexpr = BLOCKS * BLOCK * BITS // 32
-        word = _tile.pack(code.reshape(WORDS, 32 // BITS, TILE_K), 1, BITS)
-    in_k = (k < K)[None, :]
+    byte, multiplier = _tile.block_scale(
+        _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
+        MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
+    )  # fmt: skip
+    y = x * multiplier[:, None, :]
+    code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+    PER_BLOCK: tl.constexpr = BLOCK * BITS // 32
+    WORDS: tl.constexpr = BLOCKS * PER_BLOCK
+    word = _tile.pack_columns(code.reshape(WORDS, 32 // BITS, TILE_K), BITS)
     s_ptrs = s_ptr + batch * K * blocks_m + k[None, :].to(tl.int64) * blocks_m + block[:, None]
-    tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks_m)[:, None] & in_k)
-    PER_BLOCK: tl.constexpr = WORDS // BLOCKS
+    tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks_m)[:, None] & (k < K)[None, :])
     index = block0 * PER_BLOCK + tl.arange(0, WORDS)
     row_words = blocks_m * PER_BLOCK
     q_ptrs = q_ptr + batch * K * row_words + k[:, None].to(tl.int64) * row_words + index[None, :]
@@ -188,36 +208,88 @@ def _quantize_triton(
     if x.numel() == 0:
         return qdata, scale
     x_BMK = batched_rows(x if axis == -1 else x.mT)
-    along_rows = quantized_axis_is_contiguous(x_BMK)
-    layout = row_layout(x_BMK, f.block_size) if along_rows else column_layout(x_BMK)
-    pairs = f is MXFP4 and holds_bf16_pairs(layout.x)
-    source = layout.x.view(torch.int32) if pairs else layout.x
-    common = dict(
-        PER_TENSOR=per_tensor_kind(per_tensor_scale),
-        PAIRS=pairs,
-        MODE=scaling_mode,
-        # A product fused with the addition that rounds it would round once where torchao rounds twice.
-        enable_fp_fusion=f.scale_dtype == torch.float8_e8m0fnu,
-        **format_constants(f, x.device),
-    )
+    if quantized_axis_is_contiguous(x_BMK):
+        _launch_rows(x_BMK, f, scaling_mode, per_tensor_scale, qdata, scale, None)
+    else:
+        _launch_columns(x_BMK.mT, f, scaling_mode, per_tensor_scale, qdata, scale)
+    return qdata, scale
+
+
+def _launch_rows(
+    x_BMK: torch.Tensor,
+    fmt: BlockFormat,
+    scaling_mode: str,
+    per_tensor_scale: torch.Tensor | None,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    values: torch.Tensor | None,
+) -> None:
+    layout = row_layout(x_BMK, fmt.block_size)
+    x = layout.x
+    constants = format_constants(fmt, x.device)
+    grid = (triton.cdiv(layout.n_blocks, ROW_TILE),)
     scale_bytes = bytes_of(scale)
-    pts = per_tensor_scale if per_tensor_scale is not None else scale_bytes
+    common = dict(
+        CONTIGUOUS=layout.contiguous,
+        VALUES=values is not None,
+        TILE=ROW_TILE,
+        MODE=scaling_mode,
+        num_warps=ROW_WARPS,
+    )
     with on_device_of(x):
-        if along_rows:
-            _quantize_rows_kernel[(triton.cdiv(layout.n_blocks, ROW_TILE),)](
-                source, qdata.view(torch.int32), scale_bytes, pts, layout.n_blocks,
-                layout.blocks_per_row, source.stride(1), layout.blocks_per_batch,
-                CONTIGUOUS=layout.contiguous, TILE=ROW_TILE, num_warps=ROW_WARPS, **common,
+        if (
+            constants["E8M0"]
+            and holds_bf16_pairs(x)
+            and (values is None or values.dtype == torch.bfloat16)
+            and (fmt.elem_bits == 4 or constants["FP8_INSTRUCTIONS"])
+        ):
+            source = x.view(torch.int32)
+            target = source if values is None else values.view(torch.int32)
+            packed = qdata.view(torch.int32 if fmt.elem_bits == 4 else torch.int16)
+            for unused in ("E8M0", "FP8_INSTRUCTIONS"):
+                del constants[unused]
+            _quantize_bf16_rows_kernel[grid](
+                source, packed, scale_bytes, target, layout.n_blocks, layout.blocks_per_row,
+                source.stride(1), **common, **constants,
             )  # fmt: skip
         else:
-            batch, m, k = layout.x.shape
-            tiles = triton.cdiv(m, COLUMN_BLOCKS * f.block_size) * triton.cdiv(k, COLUMN_TILE_K)
-            _quantize_columns_kernel[(tiles, batch)](
-                source, qdata.view(torch.int16 if pairs else torch.int32), scale_bytes, pts, m, k,
-                source.stride(0), source.stride(1), BLOCKS=COLUMN_BLOCKS, TILE_K=COLUMN_TILE_K,
-                num_warps=COLUMN_WARPS, **common,
+            pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
+            packed = qdata.view(torch.int32) if fmt.elem_bits == 4 else bytes_of(qdata)
+            _quantize_rows_kernel[grid](
+                x, packed, scale_bytes, x if values is None else values, pts, layout.n_blocks,
+                layout.blocks_per_row, x.stride(1), layout.blocks_per_batch,
+                PER_TENSOR=per_tensor_kind(per_tensor_scale),
+                SHORT_MANTISSA=x.dtype != torch.float32,
+                enable_fp_fusion=not rounds_products(fmt), **common, **constants,
             )  # fmt: skip
-    return qdata, scale
+
+
+def _launch_columns(
+    x_BMK: torch.Tensor,
+    fmt: BlockFormat,
+    scaling_mode: str,
+    per_tensor_scale: torch.Tensor | None,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+) -> None:
+    """Blocks along M; K is contiguous."""
+    batch, m, k = x_BMK.shape
+    tiles = triton.cdiv(m, COLUMN_BLOCKS * fmt.block_size) * triton.cdiv(k, COLUMN_TILE_K)
+    scale_bytes = bytes_of(scale)
+    with on_device_of(x_BMK):
+        _quantize_columns_kernel[(tiles, batch)](
+            x_BMK, qdata.view(torch.int32), scale_bytes,
+            scale_bytes if per_tensor_scale is None else per_tensor_scale, m, k,
+            x_BMK.stride(0), x_BMK.stride(1), PER_TENSOR=per_tensor_kind(per_tensor_scale),
+            BLOCKS=COLUMN_BLOCKS, TILE_K=COLUMN_TILE_K, MODE=scaling_mode,
+            SHORT_MANTISSA=x_BMK.dtype != torch.float32, num_warps=COLUMN_WARPS,
+            enable_fp_fusion=not rounds_products(fmt), **format_constants(fmt, x_BMK.device),
+        )  # fmt: skip
+
+
+def rounds_products(fmt: BlockFormat) -> bool:
+    """Whether a value times its multiplier is rounded, so that no fma may skip the rounding."""
+    return fmt.scale_dtype != torch.float8_e8m0fnu
 
 
 def per_tensor_kind(per_tensor_scale: torch.Tensor | None) -> str:
@@ -239,6 +311,52 @@ quantize_op = define_op(
     cpu=_quantize_cpu,
     cuda=_quantize_triton,
     fake=_quantize_fake,
+)
+
+
+def _with_values_cpu(
+    x: torch.Tensor,
+    fmt: str,
+    scaling_mode: str,
+    dtype: torch.dtype,
+    per_tensor_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    f = format_by_name(fmt)
+    qdata, scale = _quantize_cpu(x, fmt, scaling_mode, -1, per_tensor_scale)
+    return qdata, scale, reference.dequantize(qdata, scale, f, dtype, -1, per_tensor_scale)
+
+
+def _with_values_triton(
+    x: torch.Tensor,
+    fmt: str,
+    scaling_mode: str,
+    dtype: torch.dtype,
+    per_tensor_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    f = format_by_name(fmt)
+    qdata, scale, values = _with_values_fake(x, fmt, scaling_mode, dtype, per_tensor_scale)
+    if x.numel():
+        _launch_rows(batched_rows(x), f, scaling_mode, per_tensor_scale, qdata, scale, values)
+    return qdata, scale, values
+
+
+def _with_values_fake(
+    x: torch.Tensor,
+    fmt: str,
+    scaling_mode: str,
+    dtype: torch.dtype,
+    per_tensor_scale: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return *_results(x, format_by_name(fmt), -1), x.new_empty(x.shape, dtype=dtype)
+
+
+quantize_with_values_op = define_op(
+    "quantize_with_values",
+    "(Tensor x, str fmt, str scaling_mode, ScalarType dtype, Tensor? per_tensor_scale)"
+    " -> (Tensor, Tensor, Tensor)",
+    cpu=_with_values_cpu,
+    cuda=_with_values_triton,
+    fake=_with_values_fake,
 )
 
 
@@ -283,6 +401,37 @@ def quantize(
     return quantize_op(x.detach(), fmt.name, scaling_mode.value, axis, per_tensor_scale)
 
 
+def quantize_with_values(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL,
+    *,
+    dtype: torch.dtype | None = None,
+    per_tensor_scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`quantize` along the last axis and its dequantized values, in one pass; not differentiable.
+
+    What a training step wants of an operand: the values for this product, the packed form for backward.
+
+    Returns:
+        ``(qdata, scale, values)``, ``values`` in x's shape and in ``dtype`` (x's by default). Arguments and
+        errors as ``quantize``.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXFP4, ops
+        >>> x = torch.randn(4, 64)
+        >>> torch.equal(ops.quantize_with_values(x, MXFP4)[2], ops.fake_quantize(x, MXFP4))
+        True
+    """
+    check_operand(x, fmt, scaling_mode, -1, per_tensor_scale)
+    dtype = x.dtype if dtype is None else dtype
+    check_high_precision(dtype, "the output")
+    return quantize_with_values_op(
+        x.detach(), fmt.name, scaling_mode.value, dtype, per_tensor_scale
+    )
+
+
 def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
     """NVFP4's fp32 scale of ``x``, ``amax / (448 * 6)``: 0-d, or ``[E, 1, 1]`` with ``per_expert``.
 
@@ -309,7 +458,9 @@ def check_operand(
         check_per_tensor_scale(per_tensor_scale, fmt, x)
 
 
-def check_per_tensor_scale(per_tensor_scale: torch.Tensor, fmt: BlockFormat, x: torch.Tensor) -> None:
+def check_per_tensor_scale(
+    per_tensor_scale: torch.Tensor, fmt: BlockFormat, x: torch.Tensor
+) -> None:
     """Refuse a per-tensor scale that ``fmt`` has not, or of a shape that does not fit ``x``."""
     if not fmt.has_per_tensor_scale:
         raise ValueError(f"{fmt.name} has no per-tensor scale; leave per_tensor_scale out")

@@ -25,19 +25,25 @@ from torchao_mx.checks import check_high_precision
 from torchao_mx.formats import format_by_name
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
-from torchao_mx.ops.quantize import per_tensor_scale, quantize_op
+from torchao_mx.ops.quantize import per_tensor_scale, quantize_with_values_op
 from torchao_mx.ptq import check_linear
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 
 
-def _pack(x: torch.Tensor, fmt: str, scaling_mode: str) -> tuple[torch.Tensor | None, ...]:
-    """(qdata, scale, per-tensor scale or None) of ``x``."""
+_Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # qdata, scale, per-tensor scale
+
+
+def _pack(
+    x: torch.Tensor, fmt: str, scaling_mode: str, dtype: torch.dtype
+) -> tuple[_Packed, torch.Tensor]:
+    """``x`` packed, and its dequantized values in ``dtype``."""
     f = format_by_name(fmt)
     pts = per_tensor_scale(x, f) if f.has_per_tensor_scale else None
-    return *quantize_op(x, fmt, scaling_mode, -1, pts), pts
+    qdata, scale, values = quantize_with_values_op(x, fmt, scaling_mode, dtype, pts)
+    return (qdata, scale, pts), values
 
 
-def _unpack(packed: tuple[torch.Tensor | None, ...], fmt: str, dtype: torch.dtype) -> torch.Tensor:
+def _unpack(packed: _Packed, fmt: str, dtype: torch.dtype) -> torch.Tensor:
     qdata, scale, pts = packed
     return dequantize_op(qdata, scale, fmt, dtype, -1, pts)
 
@@ -56,13 +62,11 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         activation_format: str,
         activation_mode: str,
     ) -> torch.Tensor:
-        w_packed = _pack(weight, weight_format, weight_mode)
-        wq = _unpack(w_packed, weight_format, x.dtype)
+        w_packed, wq = _pack(weight, weight_format, weight_mode, x.dtype)
         x_saved: tuple[torch.Tensor | None, ...] = (x,)
         xq = x
         if activation_format and x.numel():
-            x_saved = _pack(x, activation_format, activation_mode)
-            xq = _unpack(x_saved, activation_format, x.dtype)
+            x_saved, xq = _pack(x, activation_format, activation_mode, x.dtype)
         else:
             activation_format = ""
         needs_dx, needs_dw, *_ = ctx.needs_input_grad

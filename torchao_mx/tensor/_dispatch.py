@@ -11,7 +11,6 @@ What would cut a block, or leave the packed axis elsewhere than on one of the la
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -31,7 +30,14 @@ def _implements(*overloads):
     def decorator(fn):
         @MXTensor.implements(list(overloads))
         def _(func, types, args, kwargs):
-            return return_and_correct_aliasing(func, args, kwargs, fn(*args, **kwargs))
+            # A view of a tensor from outside inference mode may not be an inference tensor, which
+            # a wrapper made inside that mode would be.
+            leave = (
+                func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference()
+            )
+            with torch.inference_mode(False) if leave else contextlib.nullcontext():
+                out = fn(*args, **kwargs)
+            return return_and_correct_aliasing(func, args, kwargs, out)
 
         return fn
 
@@ -189,6 +195,10 @@ def _differences(a: MXTensor, b: MXTensor) -> list[str]:
     return [f"{name}: {x} and {y}" for name, x, y in pairs if x != y]
 
 
+def _values_a_scale(x: MXTensor) -> int:
+    return 0 if x.per_tensor_scale is None else x.numel() // x.per_tensor_scale.numel()
+
+
 @_implements(aten.copy_.default)
 def _copy_(x, src, non_blocking=False):
     if not (isinstance(x, MXTensor) and isinstance(src, MXTensor)):
@@ -209,11 +219,11 @@ def _copy_(x, src, non_blocking=False):
             f"copy_ into {x} from {src}: they differ in {', '.join(differences)}; quantize both "
             f"alike, or assign instead of copying: load_state_dict(..., assign=True)"
         )
-    shared = x.per_tensor_scale is not None and not _per_expert(x) and x._is_view()
-    if shared and x._base.numel() > x.numel():
+    base = x._base if x._is_view() else x
+    if _values_a_scale(x) < _values_a_scale(base):
         raise ValueError(
-            f"copy_ into {x}, a part of {x._base}: the source's per_tensor_scale would become that "
-            f"of the other parts too; clone() the part, or give experts a scale each (torch.stack)"
+            f"copy_ into {x}, a part of {base}: the source's per_tensor_scale would become that of "
+            f"the other parts too; clone() the part, or give experts a scale each (torch.stack)"
         )
     for to, origin in zip(_tensors(x), _tensors(src), strict=True):
         to.copy_(origin, non_blocking)
@@ -311,9 +321,7 @@ def _view(x, size):
 
 def _check_not_packed(op: str, x: MXTensor, dim: int) -> None:
     if dim == _packed(x):
-        raise _refuse(
-            f"{op} along axis {dim}", x, "the axis is packed in blocks, of which it takes parts"
-        )
+        raise _refuse(f"{op} along axis {dim}", x, "it would take blocks apart, the axis is packed")
 
 
 def _along_axis(x: MXTensor, dim: int, fn: Callable[[torch.Tensor], torch.Tensor]) -> MXTensor:
@@ -343,27 +351,7 @@ def _select(x, dim, index):
     return x.replace(**fields, packed_axis=packed_axis)
 
 
-def _implements_multi_view(overload):
-    """As ``_implements``, for views of many outputs.
-
-    Of a tensor made outside inference mode, autograd requires such views not to be inference
-    tensors, which wrappers made inside it would be.
-    """
-
-    def decorator(fn):
-        @_implements(overload)
-        @functools.wraps(fn)
-        def views(x, *args):
-            leave = torch.is_inference_mode_enabled() and not x.is_inference()
-            with torch.inference_mode(False) if leave else contextlib.nullcontext():
-                return fn(x, *args)
-
-        return fn
-
-    return decorator
-
-
-@_implements_multi_view(aten.unbind.int)
+@_implements(aten.unbind.int)
 def _unbind(x, dim=0):
     return [_select(x, dim, i) for i in range(x.shape[_axis(dim, x.dim())])]
 
@@ -391,16 +379,18 @@ def _clamp(index: int | None, length: int, default: int) -> int:
     return min(max(index + length if index < 0 else index, 0), length)
 
 
-@_implements_multi_view(aten.split_with_sizes.default)
+@_implements(aten.split_with_sizes.default)
 def _split_with_sizes(x, sizes, dim=0):
     dim = _axis(dim, x.dim())
     if sum(sizes) != x.shape[dim]:
-        raise ValueError(f"split of {x} along axis {dim} into {sizes}: they sum to {sum(sizes)}")
+        raise ValueError(
+            f"split of {x} along axis {dim} into {sizes}: they must sum to {x.shape[dim]}"
+        )
     ends = itertools.accumulate(sizes)
     return [_slice(x, dim, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-@_implements_multi_view(aten.split.Tensor)
+@_implements(aten.split.Tensor)
 def _split(x, size, dim=0):
     dim = _axis(dim, x.dim())
     if size <= 0:
@@ -447,8 +437,8 @@ def _cat(tensors, dim=0):
             differences.append(f"shape: {tuple(first.shape)} and {tuple(t.shape)}")
         if differences:
             raise ValueError(
-                f"cat along axis {dim}: the tensors differ in {', '.join(differences)}; requantize "
-                f"one like the other, or call .dequantize() on them"
+                f"cat along axis {dim}: the tensors differ in {', '.join(differences)}; make them "
+                f"alike, or call .dequantize() on them first"
             )
     fields = _map_bytes(lambda span, *b: torch.cat(b, dim), *tensors)
     return _own_scale(first.replace(**fields, per_tensor_scale=_cat_per_tensor_scale(tensors, dim)))

@@ -386,8 +386,8 @@ def _check_format(fmt: object) -> None:
 def _check_activation(activation: object) -> None:
     if activation is not None and not isinstance(activation, QuantizeSpec):
         raise TypeError(
-            f"activation={activation!r} is neither a QuantizeSpec nor None; wrap a format: "
-            f"QuantizeSpec(MXFP8_E4M3)"
+            f"activation={activation} is a {type(activation).__name__}, not a QuantizeSpec or None;"
+            f" wrap a format: QuantizeSpec(MXFP8_E4M3)"
         )
 
 
