@@ -33,18 +33,20 @@ over new text, in three ways, and compares their loss on text that none has seen
   arm 1   the same, then quantize (PTQ)
   arm 2   fine-tune with fake quantization (QAT), then convert
 
-Arms 0 and 2 see the same batches in the same order. The converted checkpoint of arm 2 is loaded in
+Arms 0 and 2 see the same batches in the same order. The defaults take about three minutes on two
+CPU cores. The converted checkpoint of arm 2 is loaded in
 a fresh process, and its held-out loss must be equal to the last bit."""
 
 _EPILOG = """\
 examples:
-  python -m torchao_mx.demo                                  W4A4 in MXFP4, about 3 minutes on 2 cores
+  python -m torchao_mx.demo                                  MXFP4 weights and activations
   python -m torchao_mx.demo --format nvfp4 --seed 1          another format, another seed
   python -m torchao_mx.demo --data ~/texts --dim 256 --layers 6 --steps 1000
   python -m torchao_mx.demo --resume demo_runs/mxfp4-seed0   go on after Ctrl-C
   python -m torchao_mx.demo --verify demo_runs/mxfp4-seed0/converted.pt
 
-exit codes: 0 done, 1 failed (a damaged checkpoint, an unequal loss), 2 wrong usage, 130 interrupted"""
+exit codes: 0 done; 1 failed (a damaged checkpoint, an unequal loss); 2 wrong usage;
+130 interrupted"""
 
 
 def main(argv: Sequence[str] | None = None, on_step: OnStep | None = None) -> int:

@@ -1,7 +1,7 @@
 """A small causal transformer over bytes: pre-norm, RoPE, SwiGLU, no biases.
 
-Query, key and value share one linear, and so do the MLP's gate and up: a layer then has four linears
-to quantize, and quantizes each activation once.
+Query, key and value share one linear, and so do the MLP's gate and up: a layer then has four
+linears to quantize, and quantizes each activation once.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Transformer(nn.Module):
 
 
 def build_model(settings: Settings) -> Transformer:
-    """A freshly initialised model, a function of the settings alone (the global RNG is untouched)."""
+    """A freshly initialised model, a function of the settings alone."""
     model = Transformer(
         settings.layers, settings.dim, settings.heads, settings.hidden, settings.seq
     )

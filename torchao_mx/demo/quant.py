@@ -18,7 +18,7 @@ _FP4, _FP8 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
 
 @dataclass(frozen=True)
 class Format:
-    """A choice of ``--format``: ``what`` it is in a line, and the torchao_mx config that makes it."""
+    """A choice of ``--format``: what it is in a line, and the config that makes it."""
 
     what: str
     config: Callable[[], AOBaseConfig]

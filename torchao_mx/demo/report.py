@@ -18,7 +18,7 @@ _VISIBLE = 0.005
 
 
 def table_rows(endpoints: dict[str, Endpoint], settings: Settings) -> list[dict[str, Any]]:
-    """The three arms. ``gap`` is to arm 0, on the same windows; ``gap_error`` its standard error."""
+    """The three arms. ``gap`` is to arm 0 on the same windows, ``gap_error`` its standard error."""
     titles = {
         "high_precision": f"0  {settings.dtype} fine-tune",
         "ptq": f"1  {settings.dtype} fine-tune, then PTQ to {settings.format}",
@@ -60,12 +60,13 @@ def format_table(results: dict[str, Any]) -> str:
             f"{row['arm']:{width}}  {row['heldout_loss']:>13.4f}  {row['perplexity']:>10.4f}"
             f"  {gap:>18}  {row['bytes']:>10,} B  {row['linear_bytes']:>10,} B"
         )
+    converted = rows[2]["heldout_loss"] - losses["qat_before_convert"]
     notes = (
-        f"Loss in nats a byte over {results['heldout_tokens']:,} held-out bytes, the same for all; ± "
-        f"is the standard error of the gap.\n"
-        f"Quantized: the linears of the blocks. Embedding, head and norms stay in {dtype}; bytes are "
-        f"those of the tensors.\n"
-        f"Before fine-tuning: loss {losses['start']:.4f}, after PTQ {losses['start_ptq']:.4f}.\n"
+        f"Loss in nats a byte over {results['heldout_tokens']:,} held-out bytes, the same for all\n"
+        f"arms; ± is the standard error of the gap. Bytes are those of the tensors. Quantized are the\n"
+        f"linears of the blocks; embedding, head and norms stay in {dtype}.\n"
+        f"Where both arms start: {losses['start']:.4f}, and {losses['start_ptq']:.4f} after PTQ. "
+        f"Converting arm 2 changed its\nloss by {converted:+.6f}.\n"
     )
     lines += ["", notes + _verdict(rows)]
     return "\n".join(lines)
@@ -151,5 +152,5 @@ def describe_model(model: torch.nn.Module, settings: Settings) -> str:
     count = sum(p.numel() for p in model.parameters())
     return (
         f"{count / 1e6:.2f} M parameters: {settings.layers} layers of {settings.dim}, "
-        f"MLP {settings.hidden}, {settings.heads} heads, windows of {settings.seq} bytes"
+        f"MLP {settings.hidden}, heads of {settings.dim // settings.heads}, windows of {settings.seq} bytes"
     )

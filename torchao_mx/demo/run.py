@@ -37,7 +37,7 @@ from torchao_mx.demo.quant import (
     weight_bytes,
 )
 from torchao_mx.demo.settings import Settings, UsageError
-from torchao_mx.demo.train import MasterAdamW, OnStep, Phase, train_phase
+from torchao_mx.demo.train import MasterAdam, OnStep, Phase, train_phase
 
 PRETRAIN, FINETUNE, QAT = "pretrain", "finetune", "qat"
 _WEIGHTS = {PRETRAIN: "pretrained.pt", FINETUNE: "finetuned.pt", QAT: "qat.pt"}
@@ -50,7 +50,7 @@ _CHECKPOINT, _CONVERTED, _RESULTS, _PLOT = (
 
 
 class VerificationError(RuntimeError):
-    """A reloaded checkpoint does not have the held-out loss it was saved with; the exit code is 1."""
+    """A reloaded checkpoint has not the loss it was saved with; the exit code is 1."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Run:
             model = self._model(self._load_weights(PRETRAIN))
         if phase.name == QAT:
             prepare_qat(model, self.settings.format)
-        optimizer = MasterAdamW(model)
+        optimizer = MasterAdam(model)
         if record is not None:
             optimizer.load_state_dict(record["optimizer"])
 
@@ -136,9 +136,13 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         endpoints = self._endpoints()
-        losses = {name: e.losses.mean().item() for name, e in endpoints.items()}
         verification = verify_in_fresh_process(self.out / _CONVERTED)
         curves = {name: phase.history for name, phase in self.phases.items()}
+        losses = {
+            "start": curves[FINETUNE][0][1],
+            "start_ptq": curves[QAT][0][1],  # fake quantization before any step is PTQ
+            "qat_before_convert": curves[QAT][-1][1],
+        }
         results = {
             "settings": self.settings.to_dict(),
             "corpus": self.corpus.describe(),
@@ -155,21 +159,15 @@ class Run:
         return results
 
     def _endpoints(self) -> dict[str, Endpoint]:
-        """Measure the start, its PTQ, and the three arms; save arm 2 converted."""
+        """Measure the three arms; save arm 2 converted."""
         fmt = self.settings.format
-        start = self._model(self._load_weights(PRETRAIN))
-        endpoints = {"start": self._measure(start)}
-        quantize_after_training(start, fmt)
-        endpoints["start_ptq"] = self._measure(start)
-
         finetuned = self._model(self._load_weights(FINETUNE))
-        endpoints["high_precision"] = self._measure(finetuned)
+        endpoints = {"high_precision": self._measure(finetuned)}
         quantize_after_training(finetuned, fmt)
         endpoints["ptq"] = self._measure(finetuned)
 
         qat = self._model(self._load_weights(QAT))
         prepare_qat(qat, fmt)
-        endpoints["fake_quantized"] = self._measure(qat)
         convert_qat(qat, fmt)
         endpoints["qat"] = self._measure(qat)
         record = {
@@ -194,7 +192,7 @@ class Run:
     def _load_weights(self, phase: str) -> dict[str, torch.Tensor]:
         return checkpoint.load(self.out / _WEIGHTS[phase])["model"]
 
-    def _save_checkpoint(self, model: nn.Module, optimizer: MasterAdamW) -> None:
+    def _save_checkpoint(self, model: nn.Module, optimizer: MasterAdam) -> None:
         record = {
             "settings": self.settings.to_dict(),
             "corpus_digest": self.corpus.digest,
@@ -220,7 +218,7 @@ def clear(out: Path) -> None:
 
 
 def verify(path: Path) -> float:
-    """The held-out loss of a converted checkpoint, once it is found equal to the one recorded in it.
+    """The held-out loss of a converted checkpoint, if it is the one recorded in it.
 
     Raises:
         CheckpointError: the file is not such a checkpoint, or the text has changed since.
@@ -292,8 +290,8 @@ def _settings_of(record: dict[str, Any], path: Path) -> Settings:
 def _check_corpus(record: dict[str, Any], corpus: Corpus, path: Path) -> None:
     if record.get("corpus_digest") != corpus.digest:
         raise CheckpointError(
-            f"{path}: the text of {corpus.name} is not the one this run was made with; put it back, "
-            f"or start a new run"
+            f"{path}: the text of {corpus.name} is not the one this run was made with; put "
+            f"it back, or start a new run"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ class UsageError(ValueError):
 class Settings:
     """The settings of a run. The defaults take about three minutes on two CPU cores.
 
-    ``data`` is an absolute path, or None for the standard library's source; ``device`` and ``dtype``
-    may be ``"auto"`` until :func:`torchao_mx.demo.device.resolve` has chosen.
+    ``data`` is an absolute path, or None for the standard library's source; ``device`` and
+    ``dtype`` may be ``"auto"`` until :func:`torchao_mx.demo.device.resolve` has chosen.
     """
 
     format: str = "mxfp4"

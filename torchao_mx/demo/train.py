@@ -6,10 +6,10 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -29,26 +29,20 @@ class Interrupted(Exception):
     """Training stopped between two steps, and its checkpoint is saved."""
 
 
-class MasterAdamW:
-    """AdamW with its state and its copy of the weights in fp32, whatever the model computes in.
+class MasterAdam:
+    """Adam with its state and its copy of the weights in fp32, whatever the model computes in.
 
     bf16 weights alone would lose the updates smaller than 1/256 of a weight, which late in training
     is most of them. fp32 parameters are their own copy.
     """
 
-    def __init__(self, model: nn.Module, weight_decay: float = 0.1) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.params = [p for p in model.parameters() if p.requires_grad]
         self.masters = [
             p if p.dtype == torch.float32 else p.detach().float().requires_grad_()
             for p in self.params
         ]
-        matrices = [m for m in self.masters if m.ndim >= 2]
-        vectors = [m for m in self.masters if m.ndim < 2]
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=True)
+        self.optimizer = torch.optim.Adam(self.masters, lr=0.0, betas=(0.9, 0.95), fused=True)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -66,11 +60,11 @@ class MasterAdamW:
 
     def state_dict(self) -> dict[str, Any]:
         masters = [m.detach() for m in self.masters]
-        return {"adamw": self.optimizer.state_dict(), "masters": masters}
+        return {"adam": self.optimizer.state_dict(), "masters": masters}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["adamw"])
+        self.optimizer.load_state_dict(state["adam"])
         for master, saved in zip(self.masters, state["masters"], strict=True):
             master.copy_(saved)
         self._refresh()
@@ -94,8 +88,8 @@ def learning_rate(step: int, steps: int, peak: float, floor: float) -> float:
 class Phase:
     """A stretch of training and how far it has come.
 
-    ``data`` names the part of the corpus that it reads: phases that read the same part, with the same
-    seed, see the same batches. ``history`` holds ``[step, held-out loss]`` pairs.
+    ``data`` names the part of the corpus that it reads: phases that read the same part, with the
+    same seed, see the same batches. ``history`` holds ``[step, held-out loss]`` pairs.
     """
 
     name: str
@@ -115,30 +109,29 @@ class Phase:
 def train_phase(
     phase: Phase,
     model: nn.Module,
-    optimizer: MasterAdamW,
+    optimizer: MasterAdam,
     corpus: Corpus,
     heldout: torch.Tensor,
     settings: Settings,
     save: Callable[[], None],
     on_step: OnStep | None = None,
 ) -> None:
-    """Train ``model`` from ``phase.step`` to the end of ``phase``, evaluating and saving on the way.
+    """Train ``model`` from ``phase.step`` to the phase's end, evaluating and saving on the way.
 
     Raises:
         Interrupted: Ctrl-C came; the step under way was finished and ``save`` called.
     """
     from tqdm import tqdm
 
-    def evaluate() -> None:
+    def evaluate(progress: str) -> None:
         loss = heldout_losses(model, heldout, settings.batch).mean().item()
         phase.history.append([phase.step, loss])
         bar.set_postfix_str(f"held-out {loss:.4f}")
         if bar.disable:
-            print(f"  {phase.label}: step {phase.step}/{phase.steps}, held-out loss {loss:.4f}")
+            print(f"  step {phase.step}/{phase.steps}: held-out {loss:.4f}{progress}", flush=True)
 
     model.train()
     bar = tqdm(
-        desc=f"  {phase.label}",
         total=phase.steps,
         initial=phase.step,
         unit="step",
@@ -149,7 +142,7 @@ def train_phase(
     meter = _Meter(phase.seconds)
     with bar, _interrupt_flag() as interrupted:
         if not phase.history:
-            evaluate()
+            evaluate("")
         while phase.step < phase.steps:
             tokens = corpus.batch(
                 phase.data, phase.step, settings.seed, settings.batch, settings.seq
@@ -161,11 +154,13 @@ def train_phase(
             phase.step += 1
             meter.count(settings.batch * settings.seq)
             bar.update()
-            if phase.step % _LOG_EVERY == 0:
-                bar.set_description(f"  {phase.label}: loss {loss.item():.3f}, {meter.rate()}")
             due = phase.step % settings.eval_every == 0 or phase.step == phase.steps
+            if due or phase.step % _LOG_EVERY == 0:
+                progress = f"loss {loss.item():.3f}, {meter.rate()}"
+                bar.set_description(f"  {progress}")
             if due:
-                evaluate()
+                with meter.paused():
+                    evaluate(f", {progress}")
             phase.seconds = meter.seconds()
             try:
                 if on_step is not None:
@@ -182,22 +177,29 @@ class _Meter:
     """Seconds spent, those before a resume included, and the rate of the tokens counted here."""
 
     def __init__(self, seconds_before: float) -> None:
-        self.before, self.start, self.tokens = seconds_before, time.perf_counter(), 0
+        self.before, self.start, self.tokens, self.pause = seconds_before, perf_counter(), 0, 0.0
 
     def count(self, tokens: int) -> None:
         self.tokens += tokens
 
     def seconds(self) -> float:
-        return self.before + time.perf_counter() - self.start
+        return self.before + perf_counter() - self.start
 
     def rate(self) -> str:
-        rate = self.tokens / (time.perf_counter() - self.start)
+        rate = self.tokens / (perf_counter() - self.start - self.pause)
         return f"{rate / 1e3:.1f}k tokens/s"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what runs in here out of the rate."""
+        start = perf_counter()
+        yield
+        self.pause += perf_counter() - start
 
 
 @contextmanager
 def _interrupt_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that a step is never cut in half; a second one stops."""
+    """An event that the first Ctrl-C sets, so that no step is cut in half; a second one stops."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag  # only the main thread may handle signals

@@ -11,6 +11,7 @@ import triton.language as tl
 _LOG2_PER_ULP = tl.constexpr(1.4426950408889634 * 2.0**-23)
 _E4M3_MAX = tl.constexpr(448.0)
 _E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
+E2M1_NAN_WORD = tl.constexpr(0x77777777)  # eight codes of a block whose scale is NaN
 
 
 @triton.jit
@@ -129,7 +130,10 @@ def round_to_grid(
 @triton.jit
 def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
            FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """Element codes (int32) of scaled values: to nearest even, saturated, NaN to the format's nan_code."""
+    """Element codes (int32) of scaled values, to nearest even and saturated.
+
+    NaN becomes 0x7F in the fp8 types; its e2m1 code is undefined, and callers put NAN_WORD over the block.
+    """
     if EXPONENT_BITS == 2:
         # Three straight pieces take 0, .5, 1, 1.5, 2, 3, 4, 6 to 0 .. 7; an fma onto 2**23 rounds
         # once, to an integer in the low bits.
@@ -137,7 +141,6 @@ def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX
         code = tl.minimum(tl.fma(magnitude, 2.0, 8388608.0), tl.fma(magnitude, 1.0, 8388610.0))
         code = tl.minimum(code, tl.fma(magnitude, 0.5, 8388612.0))
         code = (bits_of(tl.minimum(code, 8388615.0)) & 7) | ((bits_of(y) >> 28) & 8)
-        code = tl.where(y != y, 7, code)
     elif FP8_INSTRUCTIONS:  # they saturate, and turn NaN into 0x7F
         if EXPONENT_BITS == 4:
             fp8 = y.to(tl.float8e4nv)

@@ -18,8 +18,9 @@ from torchao_mx.ops._launch import bytes_of, format_constants, on_device_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind
 
-ROW_TILE, ROW_WARPS = 128, 4
-COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 128, 64, 4
+# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
+ROW_TILE, ROW_WARPS = 256, 4
+COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 64, 64, 4
 
 
 @triton.jit

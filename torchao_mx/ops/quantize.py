@@ -32,8 +32,9 @@ from torchao_mx.ops._launch import (
 )
 from torchao_mx.ops._library import define_op
 
-ROW_TILE, ROW_WARPS = 128, 4
-COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 2, 128, 4
+# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
+ROW_TILE, ROW_WARPS = 64, 2
+COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 2, 32, 1
 
 
 @triton.jit
@@ -73,7 +74,8 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
     code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
     if BITS == 4:
         PER_BLOCK: tl.constexpr = BLOCK // 8
-        packed = _tile.pack_words(code, BITS)
+        is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+        packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code, BITS))
     else:
         PER_BLOCK: tl.constexpr = BLOCK
         packed = code.to(tl.uint8)
@@ -124,7 +126,7 @@ def _quantize_bf16_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks
         # Four codes of a word pair lie at bits 0, 16, 8 and 24; then at 0, 4, 8, 12.
         four = _tile.pack_neighbours(code, 8)
         packed = _tile.pack_neighbours((four | (four >> 12)) & 0xFFFF, 16)
-        packed = tl.where((byte == 255)[:, None], 0x77777777, packed)
+        packed = tl.where((byte == 255)[:, None], _tile.E2M1_NAN_WORD, packed)
     else:
         PER_BLOCK: tl.constexpr = PAIRS
         code = _bf16x2.encode_fp8(x, multiplier, EXPONENT_BITS)
@@ -175,6 +177,10 @@ def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, r
     PER_BLOCK: tl.constexpr = BLOCK * BITS // 32
     WORDS: tl.constexpr = BLOCKS * PER_BLOCK
     word = _tile.pack_columns(code.reshape(WORDS, 32 // BITS, TILE_K), BITS)
+    if BITS == 4:
+        is_nan = (byte == (255 if E8M0 else 0x7F))[:, None, :]
+        word = word.reshape(BLOCKS, PER_BLOCK, TILE_K)
+        word = tl.where(is_nan, _tile.E2M1_NAN_WORD, word).reshape(WORDS, TILE_K)
     s_ptrs = s_ptr + batch * K * blocks_m + k[None, :].to(tl.int64) * blocks_m + block[:, None]
     tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks_m)[:, None] & (k < K)[None, :])
     index = block0 * PER_BLOCK + tl.arange(0, WORDS)

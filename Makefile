@@ -1,0 +1,61 @@
+# `make demo` and `make test` do everything; each first installs what it needs into .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+# torch, and the Triton that it was released with: change both together. Where PYTHON already has a torch
+# that will do (a GPU machine's image), that one is used and neither is installed.
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
+RUFF ?= ruff==0.17.5
+# pytest's processes
+JOBS ?= 2
+# passed on: make demo ARGS="--format mxfp8", make test ARGS="-k qat"
+ARGS ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+py := $(VENV)/bin/python
+installed := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(RUFF)' | cksum | cut -d ' ' -f 1)
+check_python = import sys; v = sys.version_info; \
+	sys.exit(v < (3, 10) and f"torchao_mx needs Python 3.10 or newer and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=...")
+has_torch = import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])
+is_base = import sys; sys.exit(sys.prefix != sys.base_prefix)
+has_gpu = import sys, torch; sys.exit(not torch.cuda.is_available())
+
+.PHONY: help demo test lint bench
+
+help:
+	@echo 'make demo    train a small transformer on real text, quantize it after and during training, compare'
+	@echo 'make test    the tests and the doctests; on a GPU machine the GPU tests too'
+	@echo 'make lint    ruff'
+	@echo 'make bench   the benchmarks; they need a GPU'
+	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
+
+demo: $(installed)
+	$(py) -m torchao_mx.demo $(ARGS)
+
+test: $(installed)
+	$(py) -m pytest -n $(JOBS) -m 'not gpu' --doctest-modules --doctest-glob=README.md \
+		test torchao_mx README.md $(ARGS)
+	@if $(py) -c '$(has_gpu)'; then set -x; $(py) -m pytest -m gpu test $(ARGS) || test $$? = 5; fi
+
+lint: $(installed)
+	$(py) -m ruff check .
+	$(py) -m ruff format --check .
+
+bench: $(installed)
+	@$(py) -c '$(has_gpu)' || { echo 'make bench needs a CUDA GPU, and torch sees none here' >&2; exit 1; }
+	$(py) benchmarks/ops/bench_quantize.py
+	$(py) benchmarks/bench_qat_linear.py
+
+# Virtual environments do not nest, so only a base interpreter can lend its torch.
+$(installed): setup.py
+	@$(PYTHON) -c '$(check_python)'
+	@echo 'Installing into $(VENV), once; torch is large.'
+	@if $(PYTHON) -c '$(is_base)' && $(PYTHON) -c '$(has_torch)' 2>/dev/null; \
+	then lend=--system-site-packages; else lend=; fi; \
+	set -x; $(PYTHON) -m venv $$lend $(VENV)
+	@$(py) -c '$(has_torch)' 2>/dev/null || { set -x; $(py) -m pip install $(TORCH) $(TRITON); }
+	$(py) -m pip install --quiet --editable '.[demo,test]' $(RUFF)
+	@rm -f $(VENV)/.installed-*
+	@touch $@

@@ -1,0 +1,149 @@
+"""What the benchmarks share: timing that is fair, a gate before any figure, and where results go.
+
+* ``graph_ms`` replays a CUDA graph: the kernels' own time, launches excluded.
+* ``interleaved_ms`` takes eager steps of several variants in turn, so that clocks and heat, which move a
+  GEMM by ten per cent, move every variant alike; a ratio is the median over rounds of same-round ratios.
+* Inputs are random and rotate over more bytes than L2 holds.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+Row = dict[str, Any]
+
+
+def require_gpu() -> None:
+    """Exit with a sentence rather than a traceback where there is nothing to measure on."""
+    if not torch.cuda.is_available():
+        raise SystemExit("This benchmark measures CUDA kernels and found no GPU.")
+
+
+def gpu_slug() -> str:
+    """``NVIDIA H200`` as ``h200``."""
+    return torch.cuda.get_device_name().lower().replace("nvidia", "").strip().replace(" ", "-")
+
+
+def gate(name: str, passed: bool) -> None:
+    """Stop before any time is printed for a kernel whose result is wrong."""
+    if not passed:
+        raise SystemExit(f"{name}: the result does not match its oracle; no time is reported")
+
+
+def first_call_s(fn: Callable[[], Any]) -> float:
+    """Seconds of the first call: compilation included (Triton's cache may be warm)."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    fn()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def graph_ms(fn: Callable[[int], Any], inputs: int, replays: int = 10) -> float:
+    """Median milliseconds of ``fn(i)`` in a replayed CUDA graph that cycles twice over the inputs."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(inputs):
+            fn(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(2 * inputs):
+            fn(i % inputs)
+    for _ in range(2):
+        graph.replay()
+    return _median_ms(graph.replay, replays) / (2 * inputs)
+
+
+def interleaved_ms(
+    steps: dict[str, Callable[[], Any]], rounds: int = 12, repeats: int = 8
+) -> dict[str, list[float]]:
+    """Per variant, the median eager milliseconds of each round; every round runs all variants."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        for _ in range(3):
+            step()
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_median_ms(step, repeats))
+    return times
+
+
+def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
+    """Median over rounds of the same round's ratio."""
+    return statistics.median(t / b for t, b in zip(times, baseline, strict=True))
+
+
+def peak_mb(step: Callable[[], Any]) -> float:
+    """Peak of memory allocated during ``step`` over what was allocated before it, in MB (1e6 bytes)."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def copy_bandwidth(shape: tuple[int, int]) -> float:
+    """GB/s (bytes read and written) of a bf16 device copy of this shape: the yardstick of the ops."""
+    sources = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
+    target = [torch.empty_like(sources[0]) for _ in range(2)]
+    ms = graph_ms(lambda i: target[i % 2].copy_(sources[i]), len(sources))
+    return 2 * sources[0].nbytes / ms / 1e6
+
+
+def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:
+    """Write ``results/<name>-<gpu>.json`` and return the path of the PNG that belongs beside it."""
+    RESULTS.mkdir(exist_ok=True)
+    stem = RESULTS / f"{name}-{gpu_slug()}"
+    meta = {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "torchao": _torchao_version(),
+        **meta,
+    }
+    stem.with_suffix(".json").write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    return stem.with_suffix(".png")
+
+
+def markdown(rows: list[Row], columns: dict[str, str]) -> str:
+    """A table of ``rows``: column key to heading, floats to sensible places."""
+    lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
+    for row in rows:
+        lines.append("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def _median_ms(fn: Callable[[], Any], repeats: int) -> float:
+    events = [(torch.cuda.Event(True), torch.cuda.Event(True)) for _ in range(repeats)]
+    for start, end in events:
+        start.record()
+        fn()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events)
+
+
+def _torchao_version() -> str:
+    import torchao
+
+    return getattr(torchao, "__version__", "unknown")
