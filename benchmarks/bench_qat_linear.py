@@ -2,8 +2,8 @@
 
     python benchmarks/bench_qat_linear.py [--shape M K N ...] [--no-torchao]
 
-Before any time: the fake-quantized forward must equal the converted layer's bit for bit, and the gradients of x,
-weight and bias must agree with an fp32 product of the dequantized operands.
+Before any time: the fake-quantized forward must equal the converted layer's bit for bit, and the gradients
+of x, weight and bias must agree with an fp32 product of the dequantized operands.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import copy
 import functools
 import pathlib
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -99,22 +98,24 @@ def bench_shape(m: int, k: int, n: int, with_torchao: bool) -> list[harness.Row]
     steps = {name: step_of(model, x, dy) for name, model in models.items()}
     first = {name: harness.first_call_s(step) for name, step in steps.items()}
     peak = {name: harness.peak_mb(step) for name, step in steps.items()}
-    times = harness.interleaved_ms(steps)
-    with torch.no_grad():
-        forward = harness.interleaved_ms(
-            {name: functools.partial(model, x) for name, model in models.items()}, rounds=6
-        )
+    graph = {name: graph_step_ms(step) for name, step in steps.items() if "torchao" not in name}
     rows = []
-    for name in models:
+    for name, model in models.items():
+        ms, ratio = harness.paired_ms(steps[name], steps["bf16"])
+        with torch.no_grad():
+            forward_ms = harness.step_ms(functools.partial(model, x))
         rows.append(
             dict(
-                shape=f"{m} x {k} x {n}", layer=name, ms=statistics.median(times[name]),
-                ratio=harness.median_ratio(times[name], times["bf16"]),
-                forward_ms=statistics.median(forward[name]), peak_mb=peak[name],
-                first_s=first[name],
+                shape=f"{m} x {k} x {n}", layer=name, ms=ms, ratio=ratio, graph_ms=graph.get(name),
+                forward_ms=forward_ms, peak_mb=peak[name], first_s=first[name],
             )
         )  # fmt: skip
     return rows
+
+
+def graph_step_ms(step: Callable[[], None]) -> float:
+    """A whole step, forward and backward, in a replayed CUDA graph."""
+    return harness.graph_ms(lambda _i: step(), inputs=2)
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
@@ -162,8 +163,16 @@ def main() -> None:
         rows += bench_shape(*shape, with_torchao=not args.no_torchao and i == 0)
     png = harness.save("qat_linear", dict(dtype="bfloat16", bias=True), rows)
     plot(rows, png, torch.cuda.get_device_name())
-    columns = dict(shape="M x K x N", layer="layer", ms="fwd + bwd ms", ratio="ratio to bf16",
-                   forward_ms="fwd ms", peak_mb="peak MB", first_s="first step s")  # fmt: skip
+    columns = {
+        "shape": "M x K x N",
+        "layer": "layer",
+        "ms": "fwd + bwd ms",
+        "ratio": "ratio to bf16",
+        "graph_ms": "in a CUDA graph, ms",
+        "forward_ms": "fwd ms",
+        "peak_mb": "peak MB",
+        "first_s": "first step s",
+    }
     print(harness.markdown(rows, columns))
 
 

@@ -1,8 +1,8 @@
 """What the benchmarks share: timing that is fair, a gate before any figure, and where results go.
 
 * ``graph_ms`` replays a CUDA graph: the kernels' own time, launches excluded.
-* ``interleaved_ms`` takes eager steps of several variants in turn, so that clocks and heat, which move a
-  GEMM by ten per cent, move every variant alike; a ratio is the median over rounds of same-round ratios.
+* ``paired_ms`` takes eager steps of a variant and of its baseline in turns, so that clocks and heat, which
+  move a GEMM by ten per cent, move both alike; a ratio is the median over rounds of same-round ratios.
 * Inputs are random and rotate over more bytes than L2 holds.
 """
 
@@ -12,7 +12,7 @@ import json
 import pathlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,23 +65,26 @@ def graph_ms(fn: Callable[[int], Any], inputs: int, replays: int = 10) -> float:
     return _median_ms(graph.replay, replays) / (2 * inputs)
 
 
-def interleaved_ms(
-    steps: dict[str, Callable[[], Any]], rounds: int = 12, repeats: int = 8
-) -> dict[str, list[float]]:
-    """Per variant, the median eager milliseconds of each round; every round runs all variants."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for step in steps.values():
-        for _ in range(3):
-            step()
-    for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(_median_ms(step, repeats))
-    return times
+def step_ms(step: Callable[[], Any], rounds: int = 3, repeats: int = 8) -> float:
+    """Median eager milliseconds of ``step``, the best of a few rounds."""
+    for _ in range(3):
+        step()
+    return min(_median_ms(step, repeats) for _ in range(rounds))
 
 
-def median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
-    """Median over rounds of the same round's ratio."""
-    return statistics.median(t / b for t, b in zip(times, baseline, strict=True))
+def paired_ms(
+    step: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 12, repeats: int = 8
+) -> tuple[float, float]:
+    """(median eager milliseconds of ``step``, its ratio to ``baseline``), the two taken in turns.
+
+    A GEMM slows by ten per cent as the card warms up; turns let both see the same card.
+    """
+    for _ in range(20):
+        baseline()
+        step()
+    times = [(_median_ms(baseline, repeats), _median_ms(step, repeats)) for _ in range(rounds)]
+    ms = statistics.median(t for _, t in times)
+    return ms, statistics.median(t / b for b, t in times)
 
 
 def peak_mb(step: Callable[[], Any]) -> float:
@@ -120,14 +123,13 @@ def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:
 def markdown(rows: list[Row], columns: dict[str, str]) -> str:
     """A table of ``rows``: column key to heading, floats to sensible places."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(key)) for key in columns) + " |")
+    lines += ["| " + " | ".join(_cell(row.get(key)) for key in columns) + " |" for row in rows]
     return "\n".join(lines)
 
 
 def _cell(value: Any) -> str:
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.3f}" if value < 10 else f"{value:.1f}"
     return str(value)

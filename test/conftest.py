@@ -15,10 +15,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped where there is none")
-
-
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -51,8 +47,6 @@ def poisoned(monkeypatch):
     def poisoning(allocate):
         def wrapper(*args, **kwargs):
             out = allocate(*args, **kwargs)
-            if out.device.type not in ("meta", "cpu", "cuda"):
-                return out
             if out.device.type != "meta" and type(out) is torch.Tensor:
                 storage = out.untyped_storage()
                 torch.tensor([], dtype=torch.uint8, device=out.device).set_(storage).fill_(0xAB)

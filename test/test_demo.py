@@ -29,7 +29,8 @@ TINY = ["--quick", "--dtype", "bf16", "--device", "cpu", "--pretrain-steps", "20
 
 
 def tiny_settings(**changes: object) -> Settings:
-    values = {"layers": 1, "dim": 32, "heads": 1, "seq": 32, "dtype": "bf16", "device": "cpu"}
+    values = {"layers": 1, "dim": 32, "heads": 1, "seq": 32, "dtype": "bf16"}
+    values |= {"device": "cpu", "threads": 1}
     return Settings(**{**values, **changes})
 
 
@@ -195,6 +196,7 @@ class TestUsage:
             (["--dim", "64", "--heads", "3"], "must divide into heads"),
             (["--steps", "-5"], "--steps -5: must be at least 1"),
             (["--pretrain-steps", "0"], "--pretrain-steps 0: must be at least 1"),
+            (["--threads", "-2"], "--threads -2: must be at least 1"),
             (["--batch", "two"], "invalid int value: 'two'"),
             (["--lr", "nan"], "must be a positive number"),
             (["--seed", "-1"], "--seed -1: must be from 0"),
@@ -223,6 +225,18 @@ class TestUsage:
         (tmp_path / "blob").write_bytes(bytes(range(256)) * 99)
         assert main(["--data", str(tmp_path), "--dtype", "bf16"]) == 2
         assert "no UTF-8 text found" in capsys.readouterr().err
+
+    def test_out_inside_data(self, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert main([*TINY, "--data", str(text), "--out", str(text / "run")]) == 2
+        assert "lies in --data" in capsys.readouterr().err
+        assert not (text / "run").exists()
+
+    def test_diverging(
+        self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        lr = ["--pretrain-lr", "1e30", "--dtype", "fp32"]
+        assert main([*TINY, *lr, "--data", str(text), "--out", str(tmp_path)]) == 1
+        assert "start again with a lower" in capsys.readouterr().err
 
     def test_out_is_a_file(
         self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from _grids import FORMATS, MODES, name_of
+from _grids import FORMATS, MODES, name_of, refusals
 from expecttest import assert_expected_inline
 
 import torchao_mx
@@ -23,12 +23,6 @@ from torchao_mx import (
 from torchao_mx.formats import check_scaling_mode, format_by_name
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
-
-
-def message(error, call, *args, **kwargs):
-    with pytest.raises(error) as info:
-        call(*args, **kwargs)
-    return str(info.value)
 
 
 def test_fields():
@@ -117,27 +111,27 @@ def test_import_is_light():
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_messages():
+def test_refusals():
     assert_expected_inline(
-        "\n".join(
+        refusals(
             [
-                message(ValueError, BlockFormat.from_dtype, torch.bfloat16),
-                message(ValueError, BlockFormat.from_dtype, torch.float8_e4m3fn, 16),
-                message(TypeError, BlockFormat.from_dtype, "float8_e4m3fn"),
-                message(ValueError, format_by_name, "mxfp6"),
-                message(TypeError, QuantizeSpec, "mxfp4"),
-                message(TypeError, QuantizeSpec, MXFP4, "rceil"),
-                message(TypeError, check_scaling_mode, None),
+                lambda: BlockFormat.from_dtype(torch.bfloat16),
+                lambda: BlockFormat.from_dtype(torch.float8_e4m3fn, 16),
+                lambda: BlockFormat.from_dtype("float8_e4m3fn"),
+                lambda: format_by_name("mxfp6"),
+                lambda: QuantizeSpec("mxfp4"),
+                lambda: QuantizeSpec(MXFP4, "rceil"),
+                lambda: check_scaling_mode(None),
             ]
         ),
         """\
-no block format has dtype=torch.bfloat16 with block_size=32; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
-no block format has dtype=torch.float8_e4m3fn with block_size=16; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
-dtype='float8_e4m3fn' is not a torch.dtype; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
-no block format is called 'mxfp6'; use one of ['mxfp4', 'mxfp8_e4m3', 'mxfp8_e5m2', 'nvfp4']
-format='mxfp4' is not a BlockFormat; use one of MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4 from torchao_mx
-scaling_mode='rceil' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
-scaling_mode=None is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN""",
+ValueError: no block format has dtype=torch.bfloat16 with block_size=32; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
+ValueError: no block format has dtype=torch.float8_e4m3fn with block_size=16; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
+TypeError: dtype='float8_e4m3fn' is not a torch.dtype; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
+ValueError: no block format is called 'mxfp6'; use one of ['mxfp4', 'mxfp8_e4m3', 'mxfp8_e5m2', 'nvfp4']
+TypeError: format='mxfp4' is not a BlockFormat; use one of MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4 from torchao_mx
+TypeError: scaling_mode='rceil' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
+TypeError: scaling_mode=None is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN""",
     )
 
 

@@ -142,7 +142,9 @@ def test_results_lie_as_the_fake_kernels_say(kernel_device, layout, axis):
         meta = x.to("meta").as_strided(x.shape, x.stride(), x.storage_offset())
         fake = getattr(_module(name), f"_{name}_fake")(meta, *args)
         real = getattr(_module(name), f"_{name}_triton")(x, *args)
-        for r, f in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, fake)), strict=True):
+        for r, f in zip(
+            *((t if isinstance(t, tuple) else (t,)) for t in (real, fake)), strict=True
+        ):
             assert (r.shape, r.stride(), r.dtype) == (f.shape, f.stride(), f.dtype), name
 
 
@@ -169,12 +171,19 @@ def test_dequantize_into(kernel_device, out, axis, fmt):
 def test_dequantize_of_views(kernel_device, fmt):
     """Slices of experts and of rows, as MXTensor hands them over."""
     qdata, scale = reference.quantize(randn(4, 48, 64), fmt)
-    views = (lambda t: t[1:3], lambda t: t[:, 7:40], lambda t: t[::2], lambda t: t[:, :, t.shape[2] // 2 :])
+    views = (
+        lambda t: t[1:3],
+        lambda t: t[:, 7:40],
+        lambda t: t[::2],
+        lambda t: t[:, :, t.shape[2] // 2 :],
+    )
     for view in views:
         q, s = view(qdata), view(scale)
         for axis in (-1, -2):
             expected = reference.dequantize(q, s, fmt, torch.float32, axis)
-            actual = dequantize(to(kernel_device, q), to(kernel_device, s), fmt, torch.float32, axis)
+            actual = dequantize(
+                to(kernel_device, q), to(kernel_device, s), fmt, torch.float32, axis
+            )
             assert_same_values(actual.cpu(), expected)
 
 

@@ -20,9 +20,12 @@ from _grids import (
     assert_same_values,
     finite,
     from_bits,
+    generator,
     name_of,
     randn,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import (
     NVFP4Tensor,
@@ -30,7 +33,7 @@ from torchao.prototype.mx_formats.nvfp4_tensor import (
     per_tensor_amax_to_scale,
 )
 
-from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, ScaleCalculationMode, reference
+from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, ScaleCalculationMode, ops, reference
 
 AT_LEAST_0_18 = tuple(int(n) for n in torchao.__version__.split(".")[:2]) >= (0, 18)
 
@@ -312,3 +315,56 @@ def test_low_nibble_comes_first(fmt, elements, packed):
     qdata, scale = reference.quantize(x, fmt)
     assert scale.float().tolist() == [1.0]
     assert as_bytes(qdata)[: len(packed)].tolist() == packed
+
+
+@st.composite
+def tensors(draw):
+    """Any rank from 1, whole blocks along both axes, values of any bits, magnitude or dtype."""
+    lead = draw(st.lists(st.integers(1, 3), max_size=2))
+    shape = [*lead, *(32 * n for n in draw(st.lists(st.integers(1, 3), min_size=1, max_size=2)))]
+    dtype = draw(st.sampled_from(DTYPES))
+    g = generator(draw(st.integers(0, 2**31)))
+    if draw(st.booleans()):
+        x = from_bits(torch.randint(-(2**31), 2**31, shape, generator=g), dtype)
+    else:
+        x = (torch.randn(shape, generator=g) * 2.0 ** draw(st.integers(-130, 120))).to(dtype)
+    if draw(st.booleans()) and len(shape) > 1 and shape[-2] % 32 == 0:
+        x = x.mT
+    return x
+
+
+@settings(max_examples=150, deadline=None)
+@given(x=tensors(), fmt_mode=st.sampled_from(FORMAT_MODES), axis=st.sampled_from([-1, -2]))
+def test_fake_quantize_is_dequantize_of_quantize(x, fmt_mode, axis):
+    fmt, mode = fmt_mode
+    if x.dim() == 1 or x.shape[axis] % fmt.block_size:
+        axis = -1
+    pts = ops.per_tensor_scale(finite(x), fmt) if fmt.has_per_tensor_scale else None
+    packed = ops.quantize(x, fmt, mode, axis=axis, per_tensor_scale=pts)
+    values = ops.dequantize(*packed, fmt, x.dtype, axis=axis, per_tensor_scale=pts)
+    at_once = ops.fake_quantize(x, fmt, mode, axis=axis, per_tensor_scale=pts)
+    assert_same_values(at_once, values)
+    if axis == -1:
+        *twin, twin_values = ops.quantize_with_values(x, fmt, mode, per_tensor_scale=pts)
+        assert_same_values(twin_values, values)
+        for actual, expected in zip(twin, packed, strict=True):
+            assert_same_bytes(actual, expected)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    power=st.integers(-80, 80),
+    fmt=st.sampled_from(MX_FORMATS),
+    mode=st.sampled_from(MODES),
+)
+def test_powers_of_two_move_into_the_scale(seed, power, fmt, mode):
+    x = randn(4, 64, seed=seed)
+    qdata, scale = ops.quantize(x, fmt, mode)
+    shifted_qdata, shifted_scale = ops.quantize(x * 2.0**power, fmt, mode)
+    if mode != RCEIL:  # whose rounded log2 blurs the thresholds where |log2| is large
+        assert_same_bytes(shifted_qdata, qdata)
+        assert torch.equal(shifted_scale.float(), scale.float() * 2.0**power)
+    once = ops.dequantize(qdata, scale, fmt, torch.float32)
+    if mode in (RCEIL, ScaleCalculationMode.CEIL):  # nothing saturates: quantizing again is exact
+        assert torch.equal(ops.fake_quantize(once, fmt, mode), once)

@@ -43,7 +43,7 @@ class MXWeightOnlyConfig(AOBaseConfig):
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, dtype=torch.bfloat16))
         >>> quantize_(model, MXWeightOnlyConfig())
         >>> model[0].weight
-        Parameter(MXTensor(shape=(32, 64), mxfp4, orig_dtype=bfloat16, device=cpu))
+        MXTensor(shape=(32, 64), mxfp4, orig_dtype=bfloat16, device=cpu)
     """
 
     dtype: torch.dtype = torch.float4_e2m1fn_x2

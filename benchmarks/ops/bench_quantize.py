@@ -92,10 +92,10 @@ def bench_format(xs: list[torch.Tensor], fmt: BlockFormat, copy_gbs: float) -> l
     rows = []
     for op, direction, nbytes, fn in variants:
         ms = harness.graph_ms(fn, len(xs))
-        eager = harness.interleaved_ms({"op": lambda fn=fn: fn(0)}, rounds=3)["op"]
+        eager = harness.step_ms(lambda fn=fn: fn(0))
         rows.append(
             dict(
-                format=fmt.name, op=op, direction=direction, ms=ms, eager_ms=min(eager),
+                format=fmt.name, op=op, direction=direction, ms=ms, eager_ms=eager,
                 gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
                 first_check_s=first_s,
             )
@@ -116,8 +116,7 @@ def bench_torchao(xs: list[torch.Tensor], fmt: BlockFormat, copy_gbs: float) -> 
     ):
         for how, call in (("eager", fn), ("compiled", torch.compile(fn, dynamic=False))):
             first_s = harness.first_call_s(lambda call=call: call(xs[0]))
-            step = {"op": lambda call=call: call(xs[0])}
-            ms = min(harness.interleaved_ms(step, rounds=3)["op"])
+            ms = harness.step_ms(lambda call=call: call(xs[0]))
             rows.append(
                 dict(format=fmt.name, op=f"torchao {name}, {how}", direction="rows", ms=ms,
                      eager_ms=ms, gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,

@@ -20,21 +20,21 @@ def save(path: Path, record: dict[str, Any]) -> None:
     _write_atomically(path, lambda file: torch.save(record, file))
 
 
-def load(path: Path, device: str = "cpu") -> dict[str, Any]:
-    """Read what :func:`save` wrote, with ``weights_only=True``.
+def load(path: Path, what: str, names: frozenset[str]) -> dict[str, Any]:
+    """Read a record of exactly ``names`` onto the CPU, with ``weights_only=True``.
 
     Raises:
-        CheckpointError: the file is missing or cannot be read.
+        CheckpointError: the file is missing, cannot be read, or is not ``what`` was asked for.
     """
     try:
-        record = torch.load(path, map_location=device, weights_only=True)
+        record = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises many types for a damaged file
         first_line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: damaged or not a checkpoint ({first_line})") from error
-    if not isinstance(record, dict) or "settings" not in record:
-        raise CheckpointError(f"{path}: a torch file, but not a checkpoint of this demo")
+    if not isinstance(record, dict) or set(record) != names:
+        raise CheckpointError(f"{path}: a torch file, but not {what} of this demo")
     return record
 
 

@@ -19,7 +19,7 @@ from torchao_mx.demo.model import build_model
 from torchao_mx.demo.quant import FORMATS
 from torchao_mx.demo.run import Run, VerificationError, clear, is_unfinished, verify
 from torchao_mx.demo.settings import DTYPES, QUICK, Settings, UsageError
-from torchao_mx.demo.train import Interrupted, OnStep
+from torchao_mx.demo.train import Diverged, Interrupted, OnStep
 
 _OK, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
 
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None, on_step: OnStep | None = None) -> in
     except UsageError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return _USAGE
-    except (CheckpointError, VerificationError) as error:
+    except (CheckpointError, Diverged, VerificationError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return _FAILED
     except KeyboardInterrupt:
@@ -86,6 +86,11 @@ def _new(given: dict[str, Any], on_step: OnStep | None) -> Run:
             f"--out {out}: holds an unfinished run; go on with --resume {out}, start again with "
             f"--overwrite, or choose another folder"
         )
+    if settings.data is not None and out.is_relative_to(settings.data):
+        raise UsageError(
+            f"--out {out}: lies in --data {settings.data}, so the run's own files would be read as "
+            f"its text; choose another folder"
+        )
     run = Run(settings, out, on_step)
     try:
         clear(out)
@@ -102,7 +107,9 @@ def _resumed(given: dict[str, Any], on_step: OnStep | None) -> Run:
     if not out.is_dir():
         raise UsageError(f"--resume {given['resume']}: no such folder")
     run = Run.resume(out, on_step)
-    print(f"device   {run.settings.device}, {run.settings.dtype}, as the run began")
+    print(
+        f"device   {run.settings.device}, {run.settings.dtype} weights and compute, as the run began"
+    )
     return run
 
 
@@ -184,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         help=f"auto, {' or '.join(DTYPES)}: of weights and compute (default auto: bf16 on a GPU, "
         f"and on a CPU if a measurement at the start finds it faster)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="CPU threads; default: as many as the tensors' size is worth, 1 for the default sizes",
     )
 
     model = parser.add_argument_group("model")

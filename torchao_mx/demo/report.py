@@ -117,6 +117,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
             fontsize=9,
             arrowprops={"arrowstyle": "-", "color": color, "lw": 0.8},
         )
+    zoom.set_xticks([tick for tick in zoom.get_xticks() if 0 <= tick <= last])
     zoom.set_xlim(-0.02 * last, last * 1.34)
     zoom.set_title(f"Fine-tuning, and {settings['format']} at its end")
     zoom.set_xlabel("fine-tuning step")

@@ -16,8 +16,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,7 @@ import torchao_mx
 from torchao_mx.demo import checkpoint, report
 from torchao_mx.demo.checkpoint import CheckpointError
 from torchao_mx.demo.data import Corpus, load_corpus
+from torchao_mx.demo.device import reproducible
 from torchao_mx.demo.model import build_model, heldout_losses
 from torchao_mx.demo.quant import (
     convert_qat,
@@ -47,6 +46,12 @@ _CHECKPOINT, _CONVERTED, _RESULTS, _PLOT = (
     "results.json",
     "curves.png",
 )
+
+
+# What the records in these files hold.
+_OF_CHECKPOINT = frozenset({"settings", "corpus_digest", "current", "phases", "model", "optimizer"})
+_OF_CONVERTED = frozenset({"settings", "corpus_digest", "heldout_loss", "model"})
+_OF_WEIGHTS = frozenset({"settings", "model"})
 
 
 class VerificationError(RuntimeError):
@@ -83,10 +88,9 @@ class Run:
         Raises:
             CheckpointError: there is none, it is damaged, or the text has changed since.
         """
-        record = checkpoint.load(out / _CHECKPOINT)
+        record = checkpoint.load(out / _CHECKPOINT, "a training checkpoint", _OF_CHECKPOINT)
         run = cls(_settings_of(record, out / _CHECKPOINT), out, on_step)
         _check_corpus(record, run.corpus, out / _CHECKPOINT)
-        torch.set_num_threads(record["threads"])
         run.current = record["current"]
         for name, state in record["phases"].items():
             for key, value in state.items():
@@ -101,7 +105,7 @@ class Run:
             Interrupted: Ctrl-C stopped the training; ``checkpoint.pt`` is up to date.
             VerificationError: the converted checkpoint's loss is not the one measured here.
         """
-        with _deterministic(self.settings.device):
+        with reproducible(self.settings):
             names = list(self.phases)
             for name in names[names.index(self.current) :]:
                 self.current = name
@@ -173,7 +177,6 @@ class Run:
         record = {
             "settings": self.settings.to_dict(),
             "corpus_digest": self.corpus.digest,
-            "threads": torch.get_num_threads(),
             "heldout_loss": endpoints["qat"].losses.mean().item(),
             "model": qat.state_dict(),
         }
@@ -190,13 +193,12 @@ class Run:
         return model
 
     def _load_weights(self, phase: str) -> dict[str, torch.Tensor]:
-        return checkpoint.load(self.out / _WEIGHTS[phase])["model"]
+        return checkpoint.load(self.out / _WEIGHTS[phase], "weights", _OF_WEIGHTS)["model"]
 
     def _save_checkpoint(self, model: nn.Module, optimizer: MasterAdam) -> None:
         record = {
             "settings": self.settings.to_dict(),
             "corpus_digest": self.corpus.digest,
-            "threads": torch.get_num_threads(),
             "current": self.current,
             "phases": {name: phase.state_dict() for name, phase in self.phases.items()},
             "model": model.state_dict(),
@@ -224,13 +226,10 @@ def verify(path: Path) -> float:
         CheckpointError: the file is not such a checkpoint, or the text has changed since.
         VerificationError: the two differ in any bit.
     """
-    record = checkpoint.load(path)
-    if "heldout_loss" not in record:
-        raise CheckpointError(f"{path}: not a converted checkpoint; verify {_CONVERTED}")
+    record = checkpoint.load(path, "a converted checkpoint", _OF_CONVERTED)
     settings = _settings_of(record, path)
     corpus = load_corpus(settings.data, settings.seq)
     _check_corpus(record, corpus, path)
-    torch.set_num_threads(record["threads"])
     model = build_model(settings)
     quantize_after_training(model, settings.format)
     try:
@@ -239,7 +238,7 @@ def verify(path: Path) -> float:
         raise CheckpointError(f"{path}: its weights do not fit its settings: {error}") from error
     model.to(settings.device)
     heldout = corpus.heldout_windows(settings.eval_windows, settings.seq).to(settings.device)
-    with _deterministic(settings.device):
+    with reproducible(settings):
         loss = heldout_losses(model, heldout, settings.batch).mean().item()
     if loss != record["heldout_loss"]:
         raise VerificationError(
@@ -298,17 +297,4 @@ def _check_corpus(record: dict[str, Any], corpus: Corpus, path: Path) -> None:
 def _device_name(settings: Settings) -> str:
     if settings.device.startswith("cuda"):
         return torch.cuda.get_device_name(settings.device)
-    return f"cpu, {torch.get_num_threads()} threads"
-
-
-@contextmanager
-def _deterministic(device: str) -> Iterator[None]:
-    """Ask CUDA for deterministic kernels, where it has the choice; on the CPU they are anyway."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    if device.startswith("cuda"):
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+    return "cpu"

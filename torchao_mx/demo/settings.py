@@ -22,7 +22,8 @@ class Settings:
     """The settings of a run. The defaults take about three minutes on two CPU cores.
 
     ``data`` is an absolute path, or None for the standard library's source; ``device`` and
-    ``dtype`` may be ``"auto"`` until :func:`torchao_mx.demo.device.resolve` has chosen.
+    ``dtype`` may be ``"auto"``, and ``threads`` 0, until :func:`torchao_mx.demo.device.resolve` has
+    chosen.
     """
 
     format: str = "mxfp4"
@@ -30,15 +31,16 @@ class Settings:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
+    threads: int = 0
     layers: int = 4
     dim: int = 64
     heads: int = 1
     seq: int = 256
-    pretrain_steps: int = 1500
-    steps: int = 600
+    pretrain_steps: int = 1200
+    steps: int = 500
     batch: int = 8
     pretrain_lr: float = 1e-2
-    lr: float = 4e-3
+    lr: float = 3e-3
     eval_windows: int = 256
     eval_every: int = 100
 
@@ -84,6 +86,8 @@ class Settings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
                 raise UsageError(f"{_flag(name)} {value:g}: must be a positive number")
+        if self.threads < 0:
+            raise UsageError(f"--threads {self.threads}: must be at least 1")
         if not 0 <= self.seed < 2**31:
             raise UsageError(f"--seed {self.seed}: must be from 0 to {2**31 - 1}")
         if self.dim % 32:

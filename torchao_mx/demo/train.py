@@ -29,6 +29,10 @@ class Interrupted(Exception):
     """Training stopped between two steps, and its checkpoint is saved."""
 
 
+class Diverged(RuntimeError):
+    """The held-out loss is not a finite number; the exit code is 1."""
+
+
 class MasterAdam:
     """Adam with its state and its copy of the weights in fp32, whatever the model computes in.
 
@@ -120,11 +124,17 @@ def train_phase(
 
     Raises:
         Interrupted: Ctrl-C came; the step under way was finished and ``save`` called.
+        Diverged: the held-out loss is not finite.
     """
     from tqdm import tqdm
 
     def evaluate(progress: str) -> None:
         loss = heldout_losses(model, heldout, settings.batch).mean().item()
+        if not math.isfinite(loss):
+            raise Diverged(
+                f"{phase.label}: held-out loss {loss} at step {phase.step}; start again with a lower "
+                f"--lr or --pretrain-lr than {phase.peak_lr:g}"
+            )
         phase.history.append([phase.step, loss])
         bar.set_postfix_str(f"held-out {loss:.4f}")
         if bar.disable:

@@ -14,48 +14,60 @@ from torchao_mx.ops import _tile
 
 
 @triton.jit
-def duplicate(value):
-    """An fp32 value that is exact in bf16, in both halves."""
-    high = _tile.bits_of(value) & (-65536)
-    return high | ((high >> 16) & 0xFFFF)
+def magnitudes(x):
+    """|x| of both halves."""
+    return x & 0x7FFF7FFF
 
 
 @triton.jit
-def max_magnitude(x):
-    """max |x| over axis 1, in fp32; NaN wins. The low halves are noise below the high ones' last bit."""
-    magnitude = x & 0x7FFF7FFF
-    return _tile.float_of(tl.max(tl.maximum(magnitude, magnitude << 16), axis=1) & 0x7FFF0000)
+def max_of_pairs(magnitude, axis: tl.constexpr):
+    """The largest of ``magnitudes`` along ``axis``, halves together, in fp32; NaN wins.
+
+    The low halves are noise below the high ones' last bit.
+    """
+    largest = tl.max(tl.maximum(magnitude, magnitude << 16), axis=axis)
+    return _tile.float_of(largest & 0x7FFF0000)
 
 
 @triton.jit
-def encode_e2m1(x, multiplier):
-    """Codes of ``x * multiplier`` (fp32, a power of two): one in the low nibble of each half.
+def max_of_halves(magnitude, axis: tl.constexpr):
+    """The largest of the low halves and of the high halves along ``axis``, in fp32; NaN wins."""
+    low = _tile.float_of(tl.max(magnitude << 16, axis=axis))
+    return low, _tile.float_of(tl.max(magnitude, axis=axis) & 0x7FFF0000)
 
-    ``_tile.encode``'s three straight pieces: the product is exact inside the fma, which rounds once, onto
-    128 .. 135 where bf16 holds the integers. A NaN multiplier gives undefined codes.
+
+@triton.jit
+def pair(low, high):
+    """Two fp32 values that are exact in bf16, one in each half."""
+    return (_tile.bits_of(high) & (-65536)) | ((_tile.bits_of(low) >> 16) & 0xFFFF)
+
+
+@triton.jit
+def encode_e2m1(magnitude, double, one, half):
+    """Unsigned codes of ``magnitude * one``, one in the low byte of each half (0x43 in the high byte).
+
+    ``_tile.encode``'s three straight pieces: the product with a power of two is exact inside the fma, which
+    rounds once, onto 128 .. 135 where bf16 holds the integers. ``double``, ``one`` and ``half`` are twice the
+    multiplier, the multiplier and half of it, as pairs. A NaN multiplier gives undefined codes.
     """
     return tl.inline_asm_elementwise(
         """
         {
-        .reg .b32 magnitude, sign, code, line, k;
-        and.b32 magnitude, $1, 0x7FFF7FFF;
+        .reg .b32 line, k;
         mov.b32 k, 0x43004300;
-        fma.rn.bf16x2 code, magnitude, $2, k;
+        fma.rn.bf16x2 $0, $1, $2, k;
         mov.b32 k, 0x43024302;
-        fma.rn.bf16x2 line, magnitude, $3, k;
-        min.bf16x2 code, code, line;
+        fma.rn.bf16x2 line, $1, $3, k;
+        min.bf16x2 $0, $0, line;
         mov.b32 k, 0x43044304;
-        fma.rn.bf16x2 line, magnitude, $4, k;
-        min.bf16x2 code, code, line;
+        fma.rn.bf16x2 line, $1, $4, k;
+        min.bf16x2 $0, $0, line;
         mov.b32 k, 0x43074307;
-        min.bf16x2 code, code, k;
-        shr.u32 sign, $1, 12;
-        lop3.b32 code, code, sign, 0x00070007, 0xE4;
-        and.b32 $0, code, 0x000F000F;
+        min.bf16x2 $0, $0, k;
         }
         """,
-        "=r,r,r,r,r",
-        [x, duplicate(multiplier * 2.0), duplicate(multiplier), duplicate(multiplier * 0.5)],
+        "=&r,r,r,r,r",
+        [magnitude, double, one, half],
         dtype=tl.int32,
         is_pure=True,
         pack=1,
@@ -63,10 +75,50 @@ def encode_e2m1(x, multiplier):
 
 
 @triton.jit
-def decode_e2m1(code, scale):
-    """bf16 pairs ``code * scale`` from what :func:`encode_e2m1` returns; ``scale`` fp32, a power of two.
+def pack_four(code, next_code, x, next_x):
+    """Four signed codes from two words: those of ``code`` in byte 0, those of ``next_code`` in byte 2.
 
-    The code sits at the top of a bf16's mantissa and exponent; 2**126 is the difference of the biases.
+    ``code`` as :func:`encode_e2m1` returns it, the signs from ``x``; bytes 1 and 3 are undefined.
+    """
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 codes, signs, mask;
+        prmt.b32 codes, $1, $2, 0x6420;
+        prmt.b32 signs, $3, $4, 0x7531;
+        shr.u32 signs, signs, 4;
+        mov.b32 mask, 0x08080808;
+        lop3.b32 codes, codes, signs, mask, 0xF8;
+        shr.u32 signs, codes, 4;
+        or.b32 $0, codes, signs;
+        }
+        """,
+        "=r,r,r,r,r",
+        [code, next_code, x, next_x],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def pack_eight(four, next_four):
+    """A word of eight codes from two results of :func:`pack_four`."""
+    return tl.inline_asm_elementwise(
+        "prmt.b32 $0, $1, $2, 0x6420;",
+        "=r,r,r",
+        [four, next_four],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def decode_e2m1(code, x, scale):
+    """bf16 pairs ``+-code * scale``: codes of :func:`encode_e2m1`, signs of ``x``, ``scale`` a pair.
+
+    The code goes to the top of a bf16's mantissa and exponent; 2**126 is the difference of the biases.
     """
     return tl.inline_asm_elementwise(
         """
@@ -74,16 +126,16 @@ def decode_e2m1(code, scale):
         .reg .b32 value, sign, k, zero;
         shl.b32 value, $1, 6;
         and.b32 value, value, 0x01C001C0;
-        shl.b32 sign, $1, 12;
-        lop3.b32 value, value, sign, 0x80008000, 0xF8;
+        mov.b32 sign, 0x80008000;
+        lop3.b32 value, value, $2, sign, 0xF8;
         mov.b32 k, 0x7E807E80;
         mov.b32 zero, 0x80008000;
         fma.rn.bf16x2 value, value, k, zero;
-        fma.rn.bf16x2 $0, value, $2, zero;
+        fma.rn.bf16x2 $0, value, $3, zero;
         }
         """,
-        "=r,r,r",
-        [code, duplicate(scale)],
+        "=r,r,r,r",
+        [code, x, scale],
         dtype=tl.int32,
         is_pure=True,
         pack=1,

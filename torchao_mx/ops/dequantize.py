@@ -145,7 +145,7 @@ def _dequantize_triton(
                 num_warps=ROW_WARPS, **common,
             )  # fmt: skip
         else:
-            *lead, m, k = out.shape
+            *_lead, m, k = out.shape
             grid = (
                 triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K),
                 out.numel() // (m * k),

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from torchao_mx.checks import check_high_precision
-from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode, format_by_name
+from torchao_mx.formats import BlockFormat, QuantizeSpec, format_by_name
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op

@@ -34,7 +34,7 @@ from torchao_mx.ops._library import define_op
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
 ROW_TILE, ROW_WARPS = 64, 2
-COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 2, 32, 1
+COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_TILE_PAIRS, COLUMN_WARPS = 2, 32, 32, 1
 
 
 @triton.jit
@@ -113,24 +113,34 @@ def _quantize_bf16_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks
         start = row * row_stride + (first + block - row * blocks_per_row) * PAIRS
         x_ptrs = x_ptr + start[:, None] + pair[None, :]
     x = tl.load(x_ptrs, mask=inside[:, None], other=0)
+    magnitude = _bf16x2.magnitudes(x)
     byte, multiplier = _tile.e8m0_scale(
-        _bf16x2.max_magnitude(x), MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
+        _bf16x2.max_of_pairs(magnitude, 1), MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
     )
     tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
-    scale = tl.broadcast_to(_tile.scale_value(byte, 1.0, True, True)[:, None], (TILE, PAIRS))
-    multiplier = tl.broadcast_to(multiplier[:, None], (TILE, PAIRS))
+    scale = _tile.scale_value(byte, 1.0, True, True)
+    shape: tl.constexpr = (TILE, PAIRS)
     if EXPONENT_BITS == 2:
         PER_BLOCK: tl.constexpr = BLOCK // 8
-        code = _bf16x2.encode_e2m1(x, multiplier)
-        value = _bf16x2.decode_e2m1(code, scale)
-        # Four codes of a word pair lie at bits 0, 16, 8 and 24; then at 0, 4, 8, 12.
-        four = _tile.pack_neighbours(code, 8)
-        packed = _tile.pack_neighbours((four | (four >> 12)) & 0xFFFF, 16)
+        code = _bf16x2.encode_e2m1(
+            magnitude,
+            tl.broadcast_to(_bf16x2.pair(multiplier * 2.0, multiplier * 2.0)[:, None], shape),
+            tl.broadcast_to(_bf16x2.pair(multiplier, multiplier)[:, None], shape),
+            tl.broadcast_to(_bf16x2.pair(multiplier * 0.5, multiplier * 0.5)[:, None], shape),
+        )
+        scale_pair = tl.broadcast_to(_bf16x2.pair(scale, scale)[:, None], shape)
+        value = _bf16x2.decode_e2m1(code, x, scale_pair)
+        even, odd = tl.split(code.reshape(TILE, PAIRS // 2, 2))
+        even_x, odd_x = tl.split(x.reshape(TILE, PAIRS // 2, 2))
+        four = _bf16x2.pack_four(even, odd, even_x, odd_x)
+        even, odd = tl.split(four.reshape(TILE, PER_BLOCK, 2))
+        packed = _bf16x2.pack_eight(even, odd)
         packed = tl.where((byte == 255)[:, None], _tile.E2M1_NAN_WORD, packed)
     else:
         PER_BLOCK: tl.constexpr = PAIRS
+        multiplier = tl.broadcast_to(multiplier[:, None], shape)
         code = _bf16x2.encode_fp8(x, multiplier, EXPONENT_BITS)
-        value = _bf16x2.decode_fp8(code, scale, EXPONENT_BITS)
+        value = _bf16x2.decode_fp8(code, tl.broadcast_to(scale[:, None], shape), EXPONENT_BITS)
         packed = code.to(tl.int16)
     q_ptrs = q_ptr + first * PER_BLOCK
     q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
@@ -187,6 +197,57 @@ def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, r
     row_words = blocks_m * PER_BLOCK
     q_ptrs = q_ptr + batch * K * row_words + k[:, None].to(tl.int64) * row_words + index[None, :]
     tl.store(q_ptrs, tl.trans(word), mask=(k < K)[:, None] & (index < row_words)[None, :])
+
+
+@triton.jit
+def _quantize_bf16_columns_kernel(x_ptr, q_ptr, s_ptr, M, K, batch_stride, row_stride,
+                                  BLOCKS: tl.constexpr, TILE_K: tl.constexpr, MODE: tl.constexpr,
+                                  EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                                  MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
+                                  BLOCK: tl.constexpr):  # fmt: skip
+    """The same for bf16 and MXFP4: ``x`` as int32 words of two columns, TILE_K of them; ``q`` in int16.
+
+    A word keeps its two columns in its two halves all the way: four rows of codes fill each.
+    """
+    tiles_k = tl.cdiv(K // 2, TILE_K)
+    block0 = (tl.program_id(0) // tiles_k) * BLOCKS
+    pair = (tl.program_id(0) % tiles_k) * TILE_K + tl.arange(0, TILE_K)
+    batch = tl.program_id(1).to(tl.int64)
+    blocks_m = M // BLOCK
+    block = block0 + tl.arange(0, BLOCKS)
+    m = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
+    x_ptrs = x_ptr + batch * batch_stride + (m.to(tl.int64) * row_stride)[:, :, None]
+    inside = (block < blocks_m)[:, None, None] & (pair < K // 2)[None, None, :]
+    x = tl.load(x_ptrs + pair[None, None, :], mask=inside, other=0)
+    magnitude = _bf16x2.magnitudes(x)
+    low, high = _bf16x2.max_of_halves(magnitude, 1)
+    low_byte, low_m = _tile.e8m0_scale(low, MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
+    high_byte, high_m = _tile.e8m0_scale(high, MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
+    shape: tl.constexpr = (BLOCKS, BLOCK, TILE_K)
+    code = _bf16x2.encode_e2m1(
+        magnitude,
+        tl.broadcast_to(_bf16x2.pair(low_m * 2.0, high_m * 2.0)[:, None, :], shape),
+        tl.broadcast_to(_bf16x2.pair(low_m, high_m)[:, None, :], shape),
+        tl.broadcast_to(_bf16x2.pair(low_m * 0.5, high_m * 0.5)[:, None, :], shape),
+    )
+    code = (code & 0x00070007) | ((x >> 12) & 0x00080008)
+    PER_BLOCK: tl.constexpr = BLOCK // 4
+    WORDS: tl.constexpr = BLOCKS * PER_BLOCK
+    word = _tile.pack_columns(code.reshape(WORDS, 4, TILE_K), 4)
+    nan = tl.where(low_byte == 255, 0xFFFF, 0) | tl.where(high_byte == 255, -65536, 0)
+    nan = tl.broadcast_to(nan[:, None, :], (BLOCKS, PER_BLOCK, TILE_K)).reshape(WORDS, TILE_K)
+    word = (word & ~nan) | (_tile.E2M1_NAN_WORD & nan)
+    k = tl.join(2 * pair, 2 * pair + 1).reshape(2 * TILE_K)
+    byte = tl.join(low_byte, high_byte).reshape(BLOCKS, 2 * TILE_K)
+    s_ptrs = s_ptr + batch * K * blocks_m + k[None, :].to(tl.int64) * blocks_m + block[:, None]
+    tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks_m)[:, None] & (k < K)[None, :])
+    index = block0 * PER_BLOCK + tl.arange(0, WORDS)
+    row_words = blocks_m * PER_BLOCK
+    # [TILE_K, WORDS] of two columns each to [2 TILE_K, WORDS]
+    word = tl.trans(word)
+    word = tl.permute(tl.join(word, word >> 16), (0, 2, 1)).reshape(2 * TILE_K, WORDS).to(tl.int16)
+    q_ptrs = q_ptr + batch * K * row_words + k[:, None].to(tl.int64) * row_words + index[None, :]
+    tl.store(q_ptrs, word, mask=(k < K)[:, None] & (index < row_words)[None, :])
 
 
 def _results(x: torch.Tensor, fmt: BlockFormat, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -280,17 +341,29 @@ def _launch_columns(
 ) -> None:
     """Blocks along M; K is contiguous."""
     batch, m, k = x_BMK.shape
-    tiles = triton.cdiv(m, COLUMN_BLOCKS * fmt.block_size) * triton.cdiv(k, COLUMN_TILE_K)
+    tiles_m = triton.cdiv(m, COLUMN_BLOCKS * fmt.block_size)
     scale_bytes = bytes_of(scale)
+    constants = format_constants(fmt, x_BMK.device)
+    common = dict(BLOCKS=COLUMN_BLOCKS, MODE=scaling_mode, num_warps=COLUMN_WARPS)
     with on_device_of(x_BMK):
-        _quantize_columns_kernel[(tiles, batch)](
-            x_BMK, qdata.view(torch.int32), scale_bytes,
-            scale_bytes if per_tensor_scale is None else per_tensor_scale, m, k,
-            x_BMK.stride(0), x_BMK.stride(1), PER_TENSOR=per_tensor_kind(per_tensor_scale),
-            BLOCKS=COLUMN_BLOCKS, TILE_K=COLUMN_TILE_K, MODE=scaling_mode,
-            SHORT_MANTISSA=x_BMK.dtype != torch.float32, num_warps=COLUMN_WARPS,
-            enable_fp_fusion=not rounds_products(fmt), **format_constants(fmt, x_BMK.device),
-        )  # fmt: skip
+        if constants["E8M0"] and fmt.elem_bits == 4 and k % 2 == 0 and holds_bf16_pairs(x_BMK):
+            source = x_BMK.view(torch.int32)
+            for unused in ("E8M0", "FP8_INSTRUCTIONS"):
+                del constants[unused]
+            grid = (tiles_m * triton.cdiv(k // 2, COLUMN_TILE_PAIRS), batch)
+            _quantize_bf16_columns_kernel[grid](
+                source, qdata.view(torch.int16), scale_bytes, m, k, source.stride(0),
+                source.stride(1), TILE_K=COLUMN_TILE_PAIRS, **common, **constants,
+            )  # fmt: skip
+        else:
+            pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
+            grid = (tiles_m * triton.cdiv(k, COLUMN_TILE_K), batch)
+            _quantize_columns_kernel[grid](
+                x_BMK, qdata.view(torch.int32), scale_bytes, pts, m, k, x_BMK.stride(0),
+                x_BMK.stride(1), PER_TENSOR=per_tensor_kind(per_tensor_scale),
+                TILE_K=COLUMN_TILE_K, SHORT_MANTISSA=x_BMK.dtype != torch.float32,
+                enable_fp_fusion=not rounds_products(fmt), **common, **constants,
+            )  # fmt: skip
 
 
 def rounds_products(fmt: BlockFormat) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ class MXFakeQuantizeConfig(FakeQuantizeConfigBase):
                 f"KernelPreference.AUTO or KernelPreference.EMULATED"
             )
 
-    @property
+    @functools.cached_property
     def spec(self) -> QuantizeSpec:
         return QuantizeSpec(BlockFormat.from_dtype(self.dtype, self.block_size), self.scaling_mode)
 

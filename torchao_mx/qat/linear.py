@@ -29,7 +29,6 @@ from torchao_mx.ops.quantize import per_tensor_scale, quantize_with_values_op
 from torchao_mx.ptq import check_linear
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 
-
 _Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # qdata, scale, per-tensor scale
 
 
