@@ -2,6 +2,7 @@
 
 import os
 
+import hypothesis
 import pytest
 import torch
 
@@ -11,6 +12,10 @@ if not torch.cuda.is_available():
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker per core already
+
+# Reproducible, and without a folder of examples in the working tree.
+hypothesis.settings.register_profile("torchao_mx", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("torchao_mx")
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 

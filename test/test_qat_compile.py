@@ -1,9 +1,10 @@
-"""QAT under autocast, gradient checkpointing and torch.compile."""
+"""QAT in a training step: what backward keeps, autocast, gradient checkpointing, torch.compile."""
 
 import pytest
 import torch
 from _grids import (
     BASES,
+    DTYPES,
     assert_close,
     assert_same_bytes,
     convert,
@@ -14,10 +15,13 @@ from _grids import (
     randn,
 )
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 K, N = 64, 96
 SOME = {name: BASES[name] for name in ("w4a16", "w4a4", "w4a8", "nvfp4")}
+each_base = pytest.mark.parametrize("base", BASES.values(), ids=BASES)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 some_bases = pytest.mark.parametrize("base", SOME.values(), ids=SOME)
 
 
@@ -27,6 +31,53 @@ def network(dtype=torch.float32, device="cpu"):
         nn.GELU(),
         *linear(bias=False, dtype=dtype, device=device, k=N, n=32),
     )
+
+
+def saved_for_backward(model, x):
+    """{storage: bytes} of what the forward pass saves, parameters apart."""
+    saved = {}
+
+    def pack(t):
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        model(x)
+    for param in model.parameters():
+        saved.pop(param.untyped_storage().data_ptr(), None)
+    return saved
+
+
+def packed_bytes(tensor, spec):
+    per_tensor = 4 if spec.format.has_per_tensor_scale else 0
+    return tensor.numel() * spec.format.bits_per_element / 8 + per_tensor
+
+
+@each_base
+@each_dtype
+def test_backward_keeps_packed_operands(base, dtype):
+    model, x = prepare(linear(dtype=dtype), base), randn(128, K, dtype=dtype).requires_grad_()
+    saved = saved_for_backward(model, x)
+    weight = packed_bytes(model[0].weight, base.weight_spec)
+    if base.activation_spec is None:  # the caller's own x, by reference
+        assert saved.pop(x.untyped_storage().data_ptr())
+        assert sum(saved.values()) <= weight
+    else:
+        assert x.untyped_storage().data_ptr() not in saved
+        assert sum(saved.values()) <= weight + packed_bytes(x, base.activation_spec)
+
+
+def test_backward_keeps_nothing_that_it_will_not_need():
+    x = randn(128, K)
+    model = prepare(linear(), BASES["w4a4"])
+    assert sum(saved_for_backward(model, x).values()) == packed_bytes(
+        x, BASES["w4a4"].activation_spec
+    )
+    model[0].weight.requires_grad_(False)
+    weight = packed_bytes(model[0].weight, BASES["w4a4"].weight_spec)
+    assert sum(saved_for_backward(model, x.requires_grad_()).values()) == weight
+    with torch.no_grad():
+        assert not saved_for_backward(model, x)
 
 
 @some_bases

@@ -19,6 +19,7 @@ Exponents are built as integers: 2**(s - 127) for the largest E8M0 bytes overflo
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -34,6 +35,8 @@ _FP32_BIAS = 127
 # d(log2 v) for one unit in the last place of v's fp32 mantissa, at a power of two.
 _LOG2_PER_ULP = math.log2(math.e) * 2.0**-_FP32_MANTISSA_BITS
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_E2M1_CASE_SHIFT = 21  # keeps two mantissa bits
+_E2M1_CASE_MASK = (1 << _E2M1_CASE_SHIFT) - 1
 
 
 def quantize(
@@ -60,13 +63,15 @@ def quantize(
         scale, multiplier = _e8m0_scale(amax, fmt, scaling_mode)
     else:
         scale, multiplier = _e4m3_scale(amax, fmt, per_tensor_scale)
-    nan_blocks = multiplier.isnan()
-    y = (blocks.float() * multiplier).clamp_(-fmt.elem_max, fmt.elem_max)
-    codes = _encode_e2m1(y) if fmt.elem_bits == 4 else y.to(fmt.elem_dtype).view(torch.uint8)
-    codes = torch.where(nan_blocks, fmt.nan_code, codes).flatten(-2)
+    y = blocks.float() * multiplier
     if fmt.elem_bits == 4:
-        codes = codes[..., 0::2] | (codes[..., 1::2] << 4)
-    return codes.view(fmt.qdata_dtype), scale.squeeze(-1).view(fmt.scale_dtype)
+        codes = _encode_e2m1(y).flatten(-2).view(torch.int16)  # even element in the low byte
+        qdata = (codes | (codes >> 4)).to(torch.uint8)
+    else:
+        codes = y.clamp_(-fmt.elem_max, fmt.elem_max).to(fmt.elem_dtype).view(torch.uint8)
+        codes = torch.where(multiplier.isnan(), fmt.nan_code, codes)
+        qdata = codes.flatten(-2).view(fmt.elem_dtype)
+    return qdata, scale.squeeze(-1).view(fmt.scale_dtype)
 
 
 def dequantize(
@@ -82,7 +87,9 @@ def dequantize(
     A product element * scale is exact in fp32 and is rounded once, to ``dtype``.
     """
     if fmt.elem_bits == 4:
-        values = _e2m1_pairs(qdata.device)[qdata.int()].flatten(-2)
+        pairs = _e2m1_pairs(qdata.device)
+        values = pairs.index_select(0, qdata.flatten().int()).view(torch.float32)
+        values = values.view(*qdata.shape[:-1], -1)
     else:
         values = qdata.float()
     scale_fp32 = scale.float()
@@ -177,20 +184,38 @@ def _e4m3_scale(
 
 
 def _encode_e2m1(y: torch.Tensor) -> torch.Tensor:
-    """4-bit codes (uint8) of fp32 values in -6 .. 6, to nearest even."""
-    magnitude = y.abs()
-    # Adding 2**22 times the value's power of two (at least 1) leaves one mantissa bit (a step of 0.5).
-    binade = (magnitude.view(torch.int32) & (0xFF << _FP32_MANTISSA_BITS)).view(torch.float32)
-    magic = binade.clamp_(min=1.0).mul_(2.0 ** (_FP32_MANTISSA_BITS - 1))
-    grid = magnitude.add_(magic).sub_(magic)
-    # Three straight pieces take 0, .5, 1, 1.5, 2, 3, 4, 6 to 0 .. 7.
-    code = torch.minimum(torch.minimum(2 * grid, grid + 2), grid / 2 + 4).to(torch.uint8)
-    return code | (y.signbit().to(torch.uint8) << 3)
+    """4-bit codes (uint8) of fp32 values: to nearest even, saturated, NaN to E2M1's nan_code.
+
+    One look-up: the points where the code changes have two mantissa bits, so sign, exponent, two mantissa
+    bits and whether any lower bit is set decide it. The floor and the ceiling of the bits to two mantissa
+    bits, added, number the cases (Inf's neighbours wrap around to -1, among the NaNs).
+    """
+    bits = y.view(torch.int32)
+    case = (bits >> _E2M1_CASE_SHIFT).add_((bits + _E2M1_CASE_MASK) >> _E2M1_CASE_SHIFT)
+    table = _e2m1_codes(y.device)
+    return table.index_select(0, case.bitwise_and_(len(table) - 1).flatten()).view(y.shape)
 
 
+@functools.lru_cache
+def _e2m1_codes(device: torch.device) -> torch.Tensor:
+    """``[4096]`` uint8: the code of each case of :func:`_encode_e2m1`."""
+    case = torch.arange(-2048, 2048, dtype=torch.int32).roll(-2048)  # 0 .. 2047, -2048 .. -1
+    between = (case & 1) * ((_E2M1_CASE_MASK + 1) // 2)
+    value = (((case >> 1) << _E2M1_CASE_SHIFT) + between).view(torch.float32)
+    grid = torch.tensor(_E2M1_VALUES)
+    middle = (grid[1:] + grid[:-1]) / 2
+    # From code c to c + 1: a tie goes to the even one of the two.
+    above = value.abs().unsqueeze(-1)
+    up = torch.where(torch.arange(len(middle)) % 2 == 0, above > middle, above >= middle)
+    code = up.sum(-1) | (value.signbit().int() << 3)
+    return torch.where(value.isnan(), len(grid) - 1, code).to(torch.uint8).to(device)
+
+
+@functools.lru_cache
 def _e2m1_pairs(device: torch.device) -> torch.Tensor:
-    """``[256, 2]`` fp32: the two values of each packed byte, low nibble first."""
-    values = torch.tensor(_E2M1_VALUES, device=device)
+    """``[256]``: the two fp32 values of each packed byte, low nibble first, as one 8-byte item."""
+    values = torch.tensor(_E2M1_VALUES)
     values = torch.cat([values, -values])
-    byte = torch.arange(256, device=device)
-    return torch.stack([values[byte & 15], values[byte >> 4]], -1)
+    byte = torch.arange(256)
+    pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1)
+    return pairs.view(torch.int64).flatten().to(device)
