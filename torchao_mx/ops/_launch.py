@@ -22,6 +22,7 @@ def _capability(index: int) -> tuple[int, int]:
     return capability
 
 
+@torch.compiler.assume_constant_result
 def has_fp8_instructions(device: torch.device) -> bool:
     """Whether conversions to and from fp8 are instructions there (Ada, Hopper and newer).
 

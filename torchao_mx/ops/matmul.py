@@ -1,5 +1,7 @@
 """matmul and grouped_mm with a packed weight: decode, then the vendor's GEMM.
 
+MXFP4 times MXFP4 takes 8-bit tensor cores where the GPU has them (``ops/mxfp4_product.py``).
+
 For a weight ``W [N, K]`` packed along K, and x quantized on the way in where an ``activation`` says so::
 
     transpose_weight       Y = Q(X) Wq^T   (X [M, K])     dX = dY Wq      a forward pass
@@ -21,7 +23,9 @@ from torchao_mx.formats import BlockFormat, QuantizeSpec, format_by_name
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
+from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale as amax_scale
+from torchao_mx.ops.quantize import quantize_op
 
 NO_ACTIVATION = ("", "")
 
@@ -62,6 +66,10 @@ def _matmul(
     activation: str,
     activation_mode: str,
 ) -> torch.Tensor:
+    if transpose_weight and takes_mxfp4_product(x, qdata.shape[0], fmt, activation):
+        return mxfp4_product_op(
+            *quantize_op(x, activation, activation_mode, -1, None), qdata, scale, bias
+        )
     x = fake_quantize_activation(x, activation, activation_mode)
     w = dequantize_op(qdata, scale, fmt, x.dtype, -1, per_tensor_scale)
     return product(x, w if transpose_weight else w.mT, bias)

@@ -25,7 +25,8 @@ from torchao_mx.checks import check_high_precision
 from torchao_mx.formats import format_by_name
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
-from torchao_mx.ops.quantize import per_tensor_scale, quantize_with_values_op
+from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
+from torchao_mx.ops.quantize import per_tensor_scale, quantize_op, quantize_with_values_op
 from torchao_mx.ptq import check_linear
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 
@@ -61,20 +62,25 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         activation_format: str,
         activation_mode: str,
     ) -> torch.Tensor:
-        w_packed, wq = _pack(weight, weight_format, weight_mode, x.dtype)
-        x_saved: tuple[torch.Tensor | None, ...] = (x,)
-        xq = x
-        if activation_format and x.numel():
-            x_saved, xq = _pack(x, activation_format, activation_mode, x.dtype)
+        if takes_mxfp4_product(x, len(weight), weight_format, activation_format):
+            w_packed = *quantize_op(weight, weight_format, weight_mode, -1, None), None
+            x_saved = *quantize_op(x, activation_format, activation_mode, -1, None), None
+            y = mxfp4_product_op(*x_saved[:2], *w_packed[:2], bias)
         else:
-            activation_format = ""
+            w_packed, wq = _pack(weight, weight_format, weight_mode, x.dtype)
+            if activation_format and x.numel():
+                x_saved, xq = _pack(x, activation_format, activation_mode, x.dtype)
+            else:
+                activation_format = ""
+                x_saved, xq = (x,), x
+            y = product(xq, wq, bias)
         needs_dx, needs_dw, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             *(w_packed if needs_dx else (None,) * 3), *(x_saved if needs_dw else (None,))
         )
         ctx.weight_format, ctx.activation_format = weight_format, activation_format
         ctx.compute_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        return product(xq, wq, bias)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

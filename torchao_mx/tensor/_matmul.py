@@ -55,7 +55,9 @@ def _product(
     )
 
 
-def _linear(input: torch.Tensor, weight: MXTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def _linear(
+    input: torch.Tensor, weight: MXTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
     return _product(input, weight, bias, transposed=True, name="linear")
 
 
@@ -87,7 +89,12 @@ def _addmm(
 
 
 def _baddbmm(
-    input: torch.Tensor, batch1: torch.Tensor, batch2: MXTensor, *, beta: float = 1, alpha: float = 1
+    input: torch.Tensor,
+    batch1: torch.Tensor,
+    batch2: MXTensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> torch.Tensor:
     product = _product(batch1, batch2, None, transposed=False, name="baddbmm")
     return _scaled_sum(input, product, beta, alpha)
