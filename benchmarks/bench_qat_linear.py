@@ -98,24 +98,22 @@ def bench_shape(m: int, k: int, n: int, with_torchao: bool) -> list[harness.Row]
     steps = {name: step_of(model, x, dy) for name, model in models.items()}
     first = {name: harness.first_call_s(step) for name, step in steps.items()}
     peak = {name: harness.peak_mb(step) for name, step in steps.items()}
-    graph = {name: graph_step_ms(step) for name, step in steps.items() if "torchao" not in name}
+    graphs = {n: harness.captured(step) for n, step in steps.items() if "torchao" not in n}
     rows = []
     for name, model in models.items():
         ms, ratio = harness.paired_ms(steps[name], steps["bf16"])
+        graph_ms = graph_ratio = None
+        if name in graphs:
+            graph_ms, graph_ratio = harness.paired_ms(graphs[name], graphs["bf16"])
         with torch.no_grad():
             forward_ms = harness.step_ms(functools.partial(model, x))
         rows.append(
             dict(
-                shape=f"{m} x {k} x {n}", layer=name, ms=ms, ratio=ratio, graph_ms=graph.get(name),
-                forward_ms=forward_ms, peak_mb=peak[name], first_s=first[name],
+                shape=f"{m} x {k} x {n}", layer=name, ms=ms, ratio=ratio, graph_ms=graph_ms,
+                graph_ratio=graph_ratio, forward_ms=forward_ms, peak_mb=peak[name], first_s=first[name],
             )
         )  # fmt: skip
     return rows
-
-
-def graph_step_ms(step: Callable[[], None]) -> float:
-    """A whole step, forward and backward, in a replayed CUDA graph."""
-    return harness.graph_ms(lambda _i: step(), inputs=2)
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
@@ -169,6 +167,7 @@ def main() -> None:
         "ms": "fwd + bwd ms",
         "ratio": "ratio to bf16",
         "graph_ms": "in a CUDA graph, ms",
+        "graph_ratio": "its ratio",
         "forward_ms": "fwd ms",
         "peak_mb": "peak MB",
         "first_s": "first step s",

@@ -48,21 +48,30 @@ def first_call_s(fn: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def graph_ms(fn: Callable[[int], Any], inputs: int, replays: int = 10) -> float:
-    """Median milliseconds of ``fn(i)`` in a replayed CUDA graph that cycles twice over the inputs."""
+def captured(step: Callable[[], Any]) -> Callable[[], None]:
+    """``step`` as a CUDA graph; calling the result replays it."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for i in range(inputs):
-            fn(i)
+        step()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def graph_ms(fn: Callable[[int], Any], inputs: int, replays: int = 10) -> float:
+    """Median milliseconds of ``fn(i)`` in a replayed CUDA graph that cycles twice over the inputs."""
+
+    def cycle() -> None:
         for i in range(2 * inputs):
             fn(i % inputs)
+
+    replay = captured(cycle)
     for _ in range(2):
-        graph.replay()
-    return _median_ms(graph.replay, replays) / (2 * inputs)
+        replay()
+    return _median_ms(replay, replays) / (2 * inputs)
 
 
 def step_ms(step: Callable[[], Any], rounds: int = 3, repeats: int = 8) -> float:

@@ -93,7 +93,9 @@ def build_model(settings: Settings) -> Transformer:
         for name, weight in model.named_parameters():
             if weight.ndim < 2:
                 continue  # norms start at one
-            std = 0.02
+            # 1 at the embedding, and linears that keep the variance; GPT-2's 0.02 takes twice the
+            # steps at this width.
+            std = 1.0 if name.startswith("embedding") else weight.shape[1] ** -0.5
             if name.endswith(("attention.out.weight", "mlp.down.weight")):
                 std /= (2 * settings.layers) ** 0.5  # keeps the residual stream's variance level
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)

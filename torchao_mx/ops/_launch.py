@@ -31,6 +31,14 @@ def has_fp8_instructions(device: torch.device) -> bool:
     return device.type == "cuda" and _capability(device.index) >= (8, 9)
 
 
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least; 1 on the CPU, in Triton's interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Launch on ``x``'s device, which need not be the current one."""
     if x.device.type != "cuda":

@@ -25,6 +25,19 @@ def float_of(bits):
 
 
 @triton.jit
+def tile_of_program(m, TILE_M: tl.constexpr, k, TILE_K: tl.constexpr):
+    """(batch as int64, tile row, tile column) of a program on ``[B, m, k]``.
+
+    All on the first grid axis: the others hold 65,535 programs.
+    """
+    tiles_k = tl.cdiv(k, TILE_K)
+    tiles = tl.cdiv(m, TILE_M) * tiles_k
+    batch = tl.program_id(0) // tiles
+    tile = tl.program_id(0) - batch * tiles
+    return batch.to(tl.int64), tile // tiles_k, tile % tiles_k
+
+
+@triton.jit
 def max_magnitude(x, axis: tl.constexpr):
     """max |x| along ``axis``; NaN wins, as its bits are above Inf's."""
     return float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=axis))

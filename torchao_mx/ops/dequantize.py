@@ -62,10 +62,8 @@ def _dequantize_columns_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, M, K, PER_TENSOR:
     """``q [B, K, M / elems_per_byte]`` to ``out [B, M, K]``."""
     BYTES: tl.constexpr = TILE_M * (1 + EXPONENT_BITS + MANTISSA_BITS) // 8
     BLOCKS: tl.constexpr = TILE_M // BLOCK
-    tiles_k = tl.cdiv(K, TILE_K)
-    m0 = (tl.program_id(0) // tiles_k) * TILE_M
-    k0 = (tl.program_id(0) % tiles_k) * TILE_K
-    batch = tl.program_id(1).to(tl.int64)
+    batch, tile_m, tile_k = _tile.tile_of_program(M, TILE_M, K, TILE_K)
+    m0, k0 = tile_m * TILE_M, tile_k * TILE_K
     k = k0 + tl.arange(0, TILE_K)
     row_bytes = M // (TILE_M // BYTES)
     byte_index = m0 // (TILE_M // BYTES) + tl.arange(0, BYTES)
@@ -146,10 +144,8 @@ def _dequantize_triton(
             )  # fmt: skip
         else:
             *_lead, m, k = out.shape
-            grid = (
-                triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K),
-                out.numel() // (m * k),
-            )
+            tiles = triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K)
+            grid = (tiles * (out.numel() // (m * k)),)
             _dequantize_columns_kernel[grid](
                 qdata,
                 scale,

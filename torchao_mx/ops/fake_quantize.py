@@ -88,11 +88,10 @@ def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, r
                                   MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
                                   BLOCK: tl.constexpr, E8M0: tl.constexpr,
                                   FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    tiles_k = tl.cdiv(K, TILE_K)
-    batch = tl.program_id(1).to(tl.int64)
-    block = (tl.program_id(0) // tiles_k) * BLOCKS + tl.arange(0, BLOCKS)
+    batch, tile_m, tile_k = _tile.tile_of_program(M // BLOCK, BLOCKS, K, TILE_K)
+    block = tile_m * BLOCKS + tl.arange(0, BLOCKS)
     m = ((block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]).to(tl.int64)[:, :, None]
-    k = ((tl.program_id(0) % tiles_k) * TILE_K + tl.arange(0, TILE_K))[None, None, :]
+    k = (tile_k * TILE_K + tl.arange(0, TILE_K))[None, None, :]
     inside = (m < M) & (k < K)
     x_ptrs = x_ptr + batch * batch_stride + m * row_stride + k
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -118,13 +117,28 @@ def _fake_quantize_cpu(
     )
 
 
+def _empty_result(x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` as a kernel takes it, ``[B, M, K]`` with the blocks along K, and an empty result laid out like it.
+
+    The result is contiguous along the axis that x is, so that neither kernel transposes.
+    """
+    x_BMK = batched_rows(x if axis == -1 else x.mT)
+    if quantized_axis_is_contiguous(x_BMK):
+        return x_BMK, x.new_empty(x_BMK.shape)
+    return x_BMK, x.new_empty(x_BMK.mT.shape).mT
+
+
+def _in_shape_of(x: torch.Tensor, axis: int, out_BMK: torch.Tensor) -> torch.Tensor:
+    return (out_BMK if axis == -1 else out_BMK.mT).reshape(x.shape)
+
+
 def _fake_quantize_triton(
     x: torch.Tensor, fmt: str, scaling_mode: str, axis: int, per_tensor_scale: torch.Tensor | None
 ) -> torch.Tensor:
     f = format_by_name(fmt)
     if x.numel() == 0:
         return torch.empty_like(x, memory_format=torch.contiguous_format)
-    x_BMK = batched_rows(x if axis == -1 else x.mT)
+    x_BMK, out_BMK = _empty_result(x, axis)
     common = dict(
         PER_TENSOR=per_tensor_kind(per_tensor_scale),
         MODE=scaling_mode,
@@ -132,34 +146,32 @@ def _fake_quantize_triton(
         enable_fp_fusion=not rounds_products(f),
         **format_constants(f, x.device),
     )
-    along_rows = quantized_axis_is_contiguous(x_BMK)
-    # The result has the layout that its kernel writes; a view of it has x's shape.
-    out = x.new_empty(x_BMK.shape if along_rows else x_BMK.mT.shape)
-    pts = per_tensor_scale if per_tensor_scale is not None else out
+    pts = out_BMK if per_tensor_scale is None else per_tensor_scale
     with on_device_of(x):
-        if along_rows:
+        if quantized_axis_is_contiguous(x_BMK):
             layout = row_layout(x_BMK, f.block_size)
             _fake_quantize_rows_kernel[(triton.cdiv(layout.n_blocks, ROW_TILE),)](
-                layout.x, out, pts, layout.n_blocks, layout.blocks_per_row, layout.x.stride(1),
-                layout.blocks_per_batch, CONTIGUOUS=layout.contiguous, TILE=ROW_TILE, num_warps=ROW_WARPS,
-                **common,
+                layout.x, out_BMK, pts, layout.n_blocks, layout.blocks_per_row,
+                layout.x.stride(1), layout.blocks_per_batch, CONTIGUOUS=layout.contiguous,
+                TILE=ROW_TILE, num_warps=ROW_WARPS, **common,
             )  # fmt: skip
         else:
             x_BKM = x_BMK.mT
             batch, m, k = x_BKM.shape
             tiles = triton.cdiv(m, COLUMN_BLOCKS * f.block_size) * triton.cdiv(k, COLUMN_TILE_K)
-            _fake_quantize_columns_kernel[(tiles, batch)](
-                x_BKM, out, pts, m, k, x_BKM.stride(0), x_BKM.stride(1), BLOCKS=COLUMN_BLOCKS,
+            _fake_quantize_columns_kernel[(batch * tiles,)](
+                x_BKM, out_BMK, pts, m, k, x_BKM.stride(0), x_BKM.stride(1), BLOCKS=COLUMN_BLOCKS,
                 TILE_K=COLUMN_TILE_K, num_warps=COLUMN_WARPS, **common,
             )  # fmt: skip
-    out = out if along_rows == (axis == -1) else out.mT
-    return out.reshape(x.shape)
+    return _in_shape_of(x, axis, out_BMK)
 
 
 def _fake_quantize_fake(
     x: torch.Tensor, fmt: str, scaling_mode: str, axis: int, per_tensor_scale: torch.Tensor | None
 ) -> torch.Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    if x.device.type == "cpu" or x.numel() == 0:
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return _in_shape_of(x, axis, _empty_result(x, axis)[1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -7,8 +7,8 @@ twice the bf16 rate. Three launches:
 
 1. each operand: e4m3 rows, their scales, and a flag for the rows that do not fit;
 2. ``torch._scaled_mm`` with ``use_fast_accum=False`` (fast accumulation keeps too few bits);
-3. a Triton GEMM in bf16 over the tiles that hold a flagged row, overwriting them; elsewhere it exits at
-   once. Deciding on the device costs 4 microseconds and keeps the host out of it.
+3. a Triton GEMM in bf16 that overwrites the flagged rows and columns, and returns at once where there are
+   none: deciding on the device keeps the host out of it.
 
 Flagged are also rows with a NaN block and rows of scales so large or small that the product of two row scales
 could leave fp32.
@@ -24,11 +24,12 @@ import triton.language as tl
 from torchao_mx import reference
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _tile
-from torchao_mx.ops._launch import bytes_of, has_fp8_instructions, on_device_of
+from torchao_mx.ops._launch import bytes_of, has_fp8_instructions, multiprocessors, on_device_of
 from torchao_mx.ops._library import define_op
 
 # Below this many rows the GEMM is bound by the weight's bytes and the extra launches do not pay.
 MIN_ROWS = 512
+FP8_ROWS_TILE = 1024  # words of a tile
 _MIN_BYTE, _MAX_BYTE = tl.constexpr(64), tl.constexpr(190)  # of a row's largest scale
 _MAX_SPREAD = tl.constexpr(14)
 
@@ -125,25 +126,39 @@ def _flagged_tiles_kernel(xq_ptr, xs_ptr, wq_ptr, ws_ptr, bias_ptr, y_ptr, x_fla
                           M, N, words_per_row, HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr,
                           TILE_N: tl.constexpr, TILE_WORDS: tl.constexpr,
                           DOT_DTYPE: tl.constexpr):  # fmt: skip
-    m = tl.program_id(0) * TILE_M + tl.arange(0, TILE_M)
-    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
-    x_flag = tl.load(x_flag_ptr + m, mask=m < M, other=0).to(tl.int32)
-    w_flag = tl.load(w_flag_ptr + n, mask=n < N, other=0).to(tl.int32)
-    if tl.max(x_flag, axis=0) + tl.max(w_flag, axis=0) > 0:
-        total = tl.zeros((TILE_M, TILE_N), tl.float32)
-        for first in range(0, words_per_row, TILE_WORDS):
-            k_word = first + tl.arange(0, TILE_WORDS)
-            x = _load_bf16(xq_ptr, xs_ptr, m, M, k_word, words_per_row, DOT_DTYPE)
-            w = _load_bf16(wq_ptr, ws_ptr, n, N, k_word, words_per_row, DOT_DTYPE)
-            total = tl.dot(x, tl.trans(w), total)
-        if HAS_BIAS:
-            total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
-        # Whole rows and columns that are not flagged keep the scaled GEMM's result.
-        mine = (
-            ((x_flag != 0)[:, None] | (w_flag != 0)[None, :]) & (m < M)[:, None] & (n < N)[None, :]
-        )
-        tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mine)
+    """Overwrites the flagged rows and columns of ``y``; a program that finds no flag at all returns."""
+    any_flag = _any(x_flag_ptr, M) + _any(w_flag_ptr, N)
+    if any_flag > 0:
+        tiles_n = tl.cdiv(N, TILE_N)
+        for tile in range(tl.program_id(0), tl.cdiv(M, TILE_M) * tiles_n, tl.num_programs(0)):
+            m = (tile // tiles_n) * TILE_M + tl.arange(0, TILE_M)
+            n = (tile % tiles_n) * TILE_N + tl.arange(0, TILE_N)
+            x_flag = tl.load(x_flag_ptr + m, mask=m < M, other=0).to(tl.int32)
+            w_flag = tl.load(w_flag_ptr + n, mask=n < N, other=0).to(tl.int32)
+            if tl.max(x_flag, axis=0) + tl.max(w_flag, axis=0) > 0:
+                total = tl.zeros((TILE_M, TILE_N), tl.float32)
+                for first in range(0, words_per_row, TILE_WORDS):
+                    k_word = first + tl.arange(0, TILE_WORDS)
+                    x = _load_bf16(xq_ptr, xs_ptr, m, M, k_word, words_per_row, DOT_DTYPE)
+                    w = _load_bf16(wq_ptr, ws_ptr, n, N, k_word, words_per_row, DOT_DTYPE)
+                    total = tl.dot(x, tl.trans(w), total)
+                if HAS_BIAS:
+                    total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+                y_ptrs = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+                mine = (x_flag != 0)[:, None] | (w_flag != 0)[None, :]
+                mine = mine & (m < M)[:, None] & (n < N)[None, :]
+                tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mine)
+
+
+@triton.jit
+def _any(flag_ptr, n):
+    """The largest of ``n`` int8 flags."""
+    largest = tl.zeros((2048,), tl.int32)
+    for first in range(0, n, 2048):
+        index = first + tl.arange(0, 2048)
+        flag = tl.load(flag_ptr + index, mask=index < n, other=0).to(tl.int32)
+        largest = tl.maximum(largest, flag)
+    return tl.max(largest, axis=0)
 
 
 def fp8_rows(
@@ -159,11 +174,12 @@ def fp8_rows(
     row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
     flag = torch.empty(rows, dtype=torch.int8, device=qdata.device)
     span = triton.next_power_of_2(words)
-    tile_rows = max(1, 2048 // span)
+    tile_rows = max(1, FP8_ROWS_TILE // span)
     with on_device_of(qdata):
         _fp8_rows_kernel[(triton.cdiv(rows, tile_rows),)](
             qdata.view(torch.int32), bytes_of(scale), fp8.view(torch.int32), row_scale, flag, rows,
-            words, ROWS=tile_rows, WORDS=span, num_warps=4 if span <= 2048 else 8,
+            words, ROWS=tile_rows, WORDS=span,
+            num_warps=4 if span <= FP8_ROWS_TILE else 8,
         )  # fmt: skip
     return fp8, row_scale, flag
 
@@ -179,8 +195,9 @@ def recompute_flagged(
 ) -> None:
     """Overwrite the flagged rows and columns of ``y [M, N]`` by the product in bf16 (fp32 in tests)."""
     (m, n), words = y.shape, x[0].shape[1] // 4
+    tiles = triton.cdiv(m, 128) * triton.cdiv(n, 128)
     with on_device_of(y):
-        _flagged_tiles_kernel[(triton.cdiv(m, 128), triton.cdiv(n, 128))](
+        _flagged_tiles_kernel[(min(tiles, multiprocessors(y.device)),)](
             x[0].view(torch.int32), bytes_of(x[1]), w[0].view(torch.int32), bytes_of(w[1]),
             y if bias is None else bias, y, x_flag, w_flag, m, n, words, HAS_BIAS=bias is not None,
             TILE_M=128, TILE_N=128, TILE_WORDS=8, DOT_DTYPE=dot_dtype, num_warps=8,

@@ -162,11 +162,10 @@ def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, r
     A thread's rows are packed into words before the transposition, so little data crosses threads.
     """
     BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
-    tiles_k = tl.cdiv(K, TILE_K)
-    block0 = (tl.program_id(0) // tiles_k) * BLOCKS
-    k = (tl.program_id(0) % tiles_k) * TILE_K + tl.arange(0, TILE_K)
-    batch = tl.program_id(1).to(tl.int64)
     blocks_m = M // BLOCK
+    batch, tile_m, tile_k = _tile.tile_of_program(blocks_m, BLOCKS, K, TILE_K)
+    block0 = tile_m * BLOCKS
+    k = tile_k * TILE_K + tl.arange(0, TILE_K)
     block = block0 + tl.arange(0, BLOCKS)
     m = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     x_ptrs = x_ptr + batch * batch_stride + (m.to(tl.int64) * row_stride)[:, :, None]
@@ -209,11 +208,10 @@ def _quantize_bf16_columns_kernel(x_ptr, q_ptr, s_ptr, M, K, batch_stride, row_s
 
     A word keeps its two columns in its two halves all the way: four rows of codes fill each.
     """
-    tiles_k = tl.cdiv(K // 2, TILE_K)
-    block0 = (tl.program_id(0) // tiles_k) * BLOCKS
-    pair = (tl.program_id(0) % tiles_k) * TILE_K + tl.arange(0, TILE_K)
-    batch = tl.program_id(1).to(tl.int64)
     blocks_m = M // BLOCK
+    batch, tile_m, tile_k = _tile.tile_of_program(blocks_m, BLOCKS, K // 2, TILE_K)
+    block0 = tile_m * BLOCKS
+    pair = tile_k * TILE_K + tl.arange(0, TILE_K)
     block = block0 + tl.arange(0, BLOCKS)
     m = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
     x_ptrs = x_ptr + batch * batch_stride + (m.to(tl.int64) * row_stride)[:, :, None]
@@ -350,14 +348,14 @@ def _launch_columns(
             source = x_BMK.view(torch.int32)
             for unused in ("E8M0", "FP8_INSTRUCTIONS"):
                 del constants[unused]
-            grid = (tiles_m * triton.cdiv(k // 2, COLUMN_TILE_PAIRS), batch)
+            grid = (batch * tiles_m * triton.cdiv(k // 2, COLUMN_TILE_PAIRS),)
             _quantize_bf16_columns_kernel[grid](
                 source, qdata.view(torch.int16), scale_bytes, m, k, source.stride(0),
                 source.stride(1), TILE_K=COLUMN_TILE_PAIRS, **common, **constants,
             )  # fmt: skip
         else:
             pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
-            grid = (tiles_m * triton.cdiv(k, COLUMN_TILE_K), batch)
+            grid = (batch * tiles_m * triton.cdiv(k, COLUMN_TILE_K),)
             _quantize_columns_kernel[grid](
                 x_BMK, qdata.view(torch.int32), scale_bytes, pts, m, k, x_BMK.stride(0),
                 x_BMK.stride(1), PER_TENSOR=per_tensor_kind(per_tensor_scale),
