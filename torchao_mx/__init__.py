@@ -10,7 +10,12 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
-from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, is_linear
+from torchao_mx.ptq import (
+    MXDynamicActivationMXWeightConfig,
+    MXWeightOnlyConfig,
+    check_model,
+    is_linear,
+)
 from torchao_mx.qat import MXFakeQuantizeConfig, MXFakeQuantizedLinear, register_qat_handler
 from torchao_mx.tensor import MXTensor
 
@@ -29,6 +34,7 @@ __all__ = [
     "MXWeightOnlyConfig",
     "QuantizeSpec",
     "ScaleCalculationMode",
+    "check_model",
     "is_linear",
     "ops",
 ]

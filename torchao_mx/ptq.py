@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,64 @@ def is_linear(module: nn.Module, fqn: str = "") -> bool:
     return isinstance(module, nn.Linear) and not isinstance(
         module, nn.modules.linear.NonDynamicallyQuantizableLinear
     )
+
+
+def check_model(
+    model: nn.Module,
+    config: AOBaseConfig,
+    filter_fn: Callable[[nn.Module, str], bool] = is_linear,
+) -> None:
+    """Refuse, before ``quantize_``, a model that it could not convert to the end.
+
+    ``quantize_`` converts layer by layer and does not tell a handler the layer's name, so an error half-way
+    leaves the layers before it converted. This looks at all of them first, changes nothing, and names each.
+
+    Args:
+        model: what will be given to ``quantize_``.
+        config: ours, or torchao's ``QATConfig`` with one of ours as ``base_config`` or ``weight_config``.
+        filter_fn: as for ``quantize_``.
+
+    Raises:
+        TypeError: a config with no scheme of ours in it.
+        ValueError: one line for each layer that cannot be quantized so.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXWeightOnlyConfig, check_model
+        >>> model = torch.nn.ModuleDict({"up": torch.nn.Linear(100, 64), "down": torch.nn.Linear(64, 64)})
+        >>> check_model(model, MXWeightOnlyConfig())  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+            ...
+        ValueError: 1 of 2 layers cannot be quantized:
+        up: Linear(in_features=100, out_features=64): its weight has shape (64, 100); ...
+    """
+    weight, activation = _specs_of(config)
+    selected = [(name, m) for name, m in model.named_modules() if filter_fn(m, name)]
+    problems = []
+    for name, module in selected:
+        if isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor):
+            continue  # quantize_ leaves these as they are
+        try:
+            check_linear(module, weight, activation)
+        except (TypeError, ValueError) as error:
+            problems.append(f"{name or 'the model'}: {error}")
+    if problems:
+        lines = "\n".join(problems)
+        raise ValueError(f"{len(problems)} of {len(selected)} layers cannot be quantized:\n{lines}")
+
+
+def _specs_of(config: Any) -> tuple[QuantizeSpec, QuantizeSpec | None]:
+    """(weight, activation) of a PTQ config, or of what a ``QATConfig`` prepares."""
+    base = getattr(config, "base_config", None) or config
+    if isinstance(base, (MXWeightOnlyConfig, MXDynamicActivationMXWeightConfig)):
+        return base.weight_spec, base.activation_spec
+    weight = getattr(getattr(config, "weight_config", None), "spec", None)
+    if not isinstance(weight, QuantizeSpec):
+        raise TypeError(
+            f"{type(config).__name__} holds no scheme of torchao_mx; give MXWeightOnlyConfig, "
+            f"MXDynamicActivationMXWeightConfig or a QATConfig of one"
+        )
+    return weight, getattr(config.activation_config, "spec", None)
 
 
 def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
