@@ -466,7 +466,7 @@ torch.cat([w, w[:, :32]])  ->  ValueError: cat along axis 0: the tensors differ 
 torch.cat([a, b])  ->  ValueError: cat along axis 0: the tensors have different per_tensor_scales, and the result has one: torch.stack makes them experts with a scale each, or concatenate what .dequantize() gives and quantize it with MXTensor.from_hp
 torch.cat([a, a.replace(per_tensor_scale=None)])  ->  ValueError: cat along axis 0: some of the tensors have a per_tensor_scale and some do not; requantize them alike with MXTensor.from_hp
 setattr(w, "data", torch.zeros(4, 64))  ->  TypeError: .data of <w> was to be a Tensor of shape (4, 64) and torch.float32: quantize it with MXTensor.from_hp, or replace the parameter
-"""  # noqa: E501
+"""
     w, other = MXTensor.from_hp(hp(4, 64), MXFP4), MXTensor.from_hp(hp(4, 64), MXFP8_E4M3)
     a, b = (MXTensor.from_hp(hp(4, 16, seed=seed), NVFP4) for seed in range(2))
     assert transcript(expected, w=w, other=other, a=a, b=b) == expected
@@ -488,6 +488,6 @@ w.replace(qdata=w.qdata[:, :8])  ->  ValueError: qdata has shape (4, 8) and scal
 w.replace(packed_axis=0)  ->  ValueError: axis=0; blocks run along the last axis (-1) or the one before it (-2): move yours there with torch.movedim
 w.replace(per_tensor_scale=torch.tensor(1.0))  ->  ValueError: mxfp4 has no per_tensor_scale; leave it None
 v.replace(per_tensor_scale=torch.ones(4, 1))  ->  ValueError: per_tensor_scale has shape (4, 1); a tensor of shape (4, 64) takes a 0-d one, or [E, 1, 1] if it is [E, N, K]: reshape it
-"""  # noqa: E501
+"""
     w, v = MXTensor.from_hp(hp(4, 64), MXFP4), MXTensor.from_hp(hp(4, 64), NVFP4)
     assert transcript(expected, w=w, v=v) == expected

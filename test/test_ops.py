@@ -402,7 +402,7 @@ ValueError: x has shape (0, 64); a block format has no zero-size dimensions: ski
 ValueError: x has shape (64,); axis=-2 needs at least 2 dimension(s): unsqueeze it
 ValueError: x has shape (); axis=-1 needs at least 1 dimension(s): unsqueeze it
 ValueError: mxfp4 has no per-tensor scale; leave per_tensor_scale out
-TypeError: per_tensor_scale has dtype torch.float64; it must be float32
+TypeError: per_tensor_scale has dtype torch.float64; it must be float32: use .float()
 ValueError: per_tensor_scale has shape (2, 1, 1); it must be 0-d, or [E, 1, 1] for x [E, M, K]: x has shape (32, 64)
 ValueError: per_tensor_scale has shape (1,); it must be 0-d, or [E, 1, 1] for x [E, M, K]: x has shape (1, 32, 64)
 TypeError: the output has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first""",
@@ -436,8 +436,8 @@ TypeError: the output has dtype torch.float64; block formats are quantized from 
 ValueError: axis=1; blocks run along the last axis (-1) or the one before it (-2): move yours there with torch.movedim
 TypeError: mxfp4 wants qdata of dtype torch.uint8 and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.uint8: reinterpret bytes with .view(dtype)
 TypeError: mxfp8_e4m3 wants qdata of dtype torch.float8_e4m3fn and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.float8_e8m0fnu: reinterpret bytes with .view(dtype)
-ValueError: qdata has shape (8, 32) and scale (32, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal
-ValueError: qdata has shape (32, 16) and scale (32, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal
+ValueError: qdata has shape (8, 32) and scale (32, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
+ValueError: qdata has shape (32, 16) and scale (32, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
 ValueError: mxfp4 has no per-tensor scale; leave per_tensor_scale out""",
     )
 

@@ -217,6 +217,11 @@ TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, wei
     )
 
 
+def test_a_computed_weight_is_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(linear()[0]))
+    assert "parametriz" in refusals([refused(model, W4A4)])
+
+
 def test_refusals_of_configs():
     mode = ScaleCalculationMode.RCEIL
     assert_expected_inline(

@@ -250,6 +250,20 @@ def test_prepare_and_convert_keep_what_the_module_holds():
     assert sorted(model[0].__dict__) == sorted(layer.__dict__)
 
 
+def test_a_twin_shares_parameters_and_no_registries():
+    """What is later added to one module is not added to the other."""
+    layer = linear()[0]
+    twin = MXFakeQuantizedLinear.from_linear(layer, FP8, FP4)
+    back = twin.to_linear()
+    assert twin.weight is layer.weight is back.weight
+    twin.register_buffer("statistics", torch.ones(3))
+    twin.register_forward_hook(lambda *_: None)
+    twin.bias = None
+    for other in (layer, back):
+        assert list(other.state_dict()) == ["weight", "bias"]
+        assert not other._forward_hooks
+
+
 @pytest.mark.parametrize("copy_of", ["deepcopy", "pickle", "torch.save"])
 def test_copies_compute_and_train_alone(copy_of):
     model, x = prepare(linear(), W4A8), randn(3, K)
@@ -326,12 +340,14 @@ def test_forward_is_torchaos(dtype, mode):
 @each_dtype
 def test_torchaos_base_config_prepares_our_module_and_converts_to_its_tensor(dtype):
     base, model = torchao_base(), linear(False, dtype)
+    if dtype != torch.bfloat16:  # torchao's tensors are of bf16 weights only
+        with pytest.raises(TypeError, match=r"could not convert after training; use \.bfloat16"):
+            prepare(model, base)
+        return
     prepare(model, base)
     assert type(model[0]) is MXFakeQuantizedLinear
     x = randn(8, K, dtype=dtype)
     trained = model(x)
-    if dtype != torch.bfloat16:
-        return  # torchao's tensors are of bf16 weights only
     convert(model, base)
     assert type(model[0].weight.data) is TorchaoMXTensor
     assert torch.equal(model(x), trained)
@@ -439,13 +455,13 @@ ValueError: MXFakeQuantizeConfig was passed as `base_config`. Did you mean to do
         weight_config=MXFakeQuantizeConfig(...),
         step="prepare",
     )
-TypeError: the weight has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
+TypeError: Linear(in_features=64, out_features=96): its weight has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: Linear(in_features=100, out_features=96): its weight has shape (96, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
-ValueError: Linear(in_features=80, out_features=96): its weight has shape (96, 80); its axis -1 (80) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
+ValueError: Linear(in_features=80, out_features=96): its input has shape (80,); its axis -1 (80) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 ValueError: weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for weight-only)
 TypeError: weight_config is a IntxFakeQuantizeConfig; it must be a torchao_mx.MXFakeQuantizeConfig
 TypeError: Linear(in_features=64, out_features=96): its weight is a MXTensor already; quantize from a high-precision weight, or leave this layer out with filter_fn
-TypeError: Doubling has a forward of its own, which fake quantization would drop; leave it out with filter_fn
+TypeError: Doubling(in_features=64, out_features=96, bias=True) has a forward of its own, of its class or set on the instance, which fake quantization would drop; remove it, or leave this layer out with filter_fn
 TypeError: Embedding is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
 ValueError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) cannot be converted with MXWeightOnlyConfig(dtype=torch.float4_e2m1fn_x2, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>): that is not what it was trained for. Convert with the base config of its prepare step, or without one and quantize the result
 ValueError: no block format has dtype=torch.int8 with block_size=32; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16

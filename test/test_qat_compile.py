@@ -114,6 +114,26 @@ def test_gradient_checkpointing(base, use_reentrant):
         assert_same_bytes(actual, expected)
 
 
+@pytest.mark.parametrize("base", [BASES["w4a16"], BASES["w4a4"]], ids=["w4a16", "w4a4"])
+def test_second_derivatives_are_right_or_refused(base):
+    """A gradient penalty; straight through, it is that of the plain product of quantized operands."""
+    model, x = prepare(linear(bias=False), base), randn(5, K).requires_grad_()
+    try:
+        penalty(model, x).backward()
+    except RuntimeError:
+        return
+    operands = ((x, base.activation_spec), (model[0].weight, base.weight_spec))
+    xq, wq = (quantized(t, spec).double().requires_grad_() for t, spec in operands)
+    penalty(lambda xq: xq @ wq.mT, xq).backward()
+    assert_close(model[0].weight.grad, wq.grad)
+
+
+def penalty(model, x):
+    """The squared norm of a loss's gradient in x."""
+    (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    return dx.square().sum()
+
+
 def run(model, x, dy):
     """The output, and the gradients of x and of the parameters."""
     x = x.detach().requires_grad_()

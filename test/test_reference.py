@@ -117,13 +117,22 @@ def test_per_tensor_scale_is_torchaos(dtype):
     assert_same_bytes(scale, per_tensor_amax_to_scale(x.abs().max()))
 
 
-def test_per_tensor_scale_of_zeros_is_one():
-    """Where torchao divides zero by zero."""
+def test_per_tensor_scale_of_zeros_keeps_them_zero():
+    """Where torchao divides zero by zero; a tensor of subnormals is kept finite too."""
     x = torch.zeros(2, 16, 32)
     x[1, 3, 5] = 448 * 6
-    assert reference.per_tensor_scale(x, NVFP4, per_expert=True).flatten().tolist() == [1, 1]
+    assert reference.per_tensor_scale(x, NVFP4, per_expert=True).flatten().tolist() == [
+        2.0**-120,
+        1,
+    ]
     pts = reference.per_tensor_scale(x[0], NVFP4)
     assert reference.fake_quantize(x[0], NVFP4, per_tensor_scale=pts).eq(0).all()
+    tiny = torch.full((1, 16), 1e-38)
+    tiny[0, 1] = 0
+    fake = reference.fake_quantize(
+        tiny, NVFP4, per_tensor_scale=reference.per_tensor_scale(tiny, NVFP4)
+    )
+    assert fake.isfinite().all() and fake[0, 1] == 0
 
 
 def every_code_and_scale(fmt):

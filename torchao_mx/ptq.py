@@ -5,7 +5,7 @@ The handlers replace ``linear.weight`` by a frozen :class:`MXTensor`; the module
 
 from __future__ import annotations
 
-import types
+import functools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,15 +196,20 @@ def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSp
         f"{type(module).__name__}(in_features={module.in_features}, "
         f"out_features={module.out_features})"
     )
+    if "weight" not in module._parameters:
+        raise TypeError(
+            f"{name}: its weight is not a parameter but computed, as by a parametrization or weight_norm; "
+            f"remove that first, or leave this layer out with filter_fn"
+        )
     if type(module.weight.data) is not torch.Tensor:
         raise TypeError(
             f"{name}: its weight is a {type(module.weight.data).__name__} already; quantize from a "
             f"high-precision weight, or leave this layer out with filter_fn"
         )
     check_high_precision(module.weight.dtype, f"{name}: its weight")
-    for spec in (weight, activation):
-        if spec is not None:
-            check_blocks(module.weight.shape, spec.format, -1, f"{name}: its weight")
+    check_blocks(module.weight.shape, weight.format, -1, f"{name}: its weight")
+    if activation is not None:
+        check_blocks((module.in_features,), activation.format, -1, f"{name}: its input")
 
 
 def quantize_linear(
@@ -223,7 +228,8 @@ def quantize_linear(
         module.weight.detach(), weight.format, weight.scaling_mode, activation=activation
     )
     module.weight = nn.Parameter(quantized, requires_grad=False)
-    module.extra_repr = types.MethodType(_extra_repr, module)
+    # A partial, as a method bound to the instance would not survive pickling.
+    module.extra_repr = functools.partial(_extra_repr, module)
     return module
 
 

@@ -44,6 +44,8 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     if x.device.type != "cuda":
         return contextlib.nullcontext()
     _capability(x.device.index)
+    if x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
     return torch.cuda.device(x.device)
 
 

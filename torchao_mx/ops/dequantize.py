@@ -231,7 +231,8 @@ def dequantize(
     if qdata.shape != (*scale.shape[:-1], scale.shape[-1] * per_scale):
         raise ValueError(
             f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; in {fmt.name} a scale "
-            f"covers {per_scale} bytes of the last axis and the other axes are equal"
+            f"covers {per_scale} bytes of the last axis and the other axes are equal: pass the two results of "
+            f"one quantize"
         )
     if per_tensor_scale is not None:
         check_per_tensor_scale(per_tensor_scale, fmt, qdata)

@@ -95,7 +95,7 @@ def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> Non
     _x, qdata, scale, per_tensor_scale, bias, fmt, transpose_weight, *_ = inputs
     ctx.save_for_backward(qdata, scale, per_tensor_scale)
     ctx.fmt, ctx.transpose_weight = fmt, transpose_weight
-    ctx.bias_dim = None if bias is None else bias.dim()
+    ctx.bias_shape = None if bias is None else bias.shape
 
 
 def _matmul_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -106,8 +106,8 @@ def _matmul_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, .
             dy, qdata, scale, per_tensor_scale, None, ctx.fmt, not ctx.transpose_weight,
             *NO_ACTIVATION,
         )  # fmt: skip
-    if ctx.bias_dim is not None and ctx.needs_input_grad[4]:
-        dbias = dy.sum(tuple(range(dy.dim() - ctx.bias_dim)))
+    if ctx.bias_shape is not None and ctx.needs_input_grad[4]:
+        dbias = dy.sum_to_size(ctx.bias_shape)
     # x, qdata, scale, per_tensor_scale, bias, fmt, transpose_weight, activation, activation_mode
     return dx, None, None, None, dbias, None, None, None, None
 
@@ -137,7 +137,20 @@ def _grouped_mm(
 ) -> torch.Tensor:
     x = fake_quantize_activation(x, activation, activation_mode)
     w = dequantize_op(qdata, scale, fmt, x.dtype, -1, per_tensor_scale)
-    return torch._grouped_mm(x, w.mT if transpose_weight else w, offs=offs)
+    w = w.mT if transpose_weight else w
+    if x.shape[0] == 0:
+        return x.new_empty((0, w.shape[-1]))
+    out = torch._grouped_mm(_aligned_rows(x), w, offs=offs)
+    # The rows behind the last group belong to no expert; torch leaves them as it found them.
+    behind = torch.arange(x.shape[0], device=x.device) >= offs[-1]
+    return out.masked_fill_(behind[:, None], 0)
+
+
+def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [R, C]`` as ``torch._grouped_mm`` wants it: contiguous rows at a stride of 16-byte multiples."""
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -149,7 +162,7 @@ def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -
 def _grouped_mm_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     qdata, scale, per_tensor_scale, offs = ctx.saved_tensors
     dx = grouped_mm_op(
-        dy.contiguous(), qdata, scale, per_tensor_scale, offs, ctx.fmt, not ctx.transpose_weight,
+        dy, qdata, scale, per_tensor_scale, offs, ctx.fmt, not ctx.transpose_weight,
         *NO_ACTIVATION,
     )  # fmt: skip
     # x, qdata, scale, per_tensor_scale, offs, fmt, transpose_weight, activation, activation_mode
@@ -239,6 +252,12 @@ def grouped_mm(
             f"x has shape {tuple(x.shape)}, the weight {tuple(qdata.shape)} (packed) and offs "
             f"{tuple(offs.shape)}; a grouped product takes x [R, K], a weight [E, N, K] and offs [E]"
         )
+    for size in (columns, qdata.shape[-2] if transpose_weight else x.shape[1]):
+        if size * x.itemsize % 16:
+            raise ValueError(
+                f"the weight has an axis of {size}, in {x.dtype} not a multiple of 16 bytes, which "
+                f"torch._grouped_mm wants of rows forward and backward: pad the weight"
+            )
     if offs.dtype != torch.int32:
         raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
     return grouped_mm_op(
@@ -251,8 +270,9 @@ def operands(
     x: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x in the dtype that the product is computed in (autocast's or its own), and the bias likewise."""
-    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
     check_high_precision(x.dtype, "x")
     return x, None if bias is None else bias.to(x.dtype)
 

@@ -27,8 +27,9 @@ from torchao_mx.ops import _tile
 from torchao_mx.ops._launch import bytes_of, has_fp8_instructions, multiprocessors, on_device_of
 from torchao_mx.ops._library import define_op
 
-# Below this many rows the GEMM is bound by the weight's bytes and the extra launches do not pay.
-MIN_ROWS = 512
+# At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph and the extra launches cost
+# more than that in eager mode.
+MIN_ROWS = 2048
 FP8_ROWS_TILE = 1024  # words of a tile
 _MIN_BYTE, _MAX_BYTE = tl.constexpr(64), tl.constexpr(190)  # of a row's largest scale
 _MAX_SPREAD = tl.constexpr(14)

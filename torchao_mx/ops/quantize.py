@@ -542,7 +542,9 @@ def check_per_tensor_scale(
     if not fmt.has_per_tensor_scale:
         raise ValueError(f"{fmt.name} has no per-tensor scale; leave per_tensor_scale out")
     if per_tensor_scale.dtype != torch.float32:
-        raise TypeError(f"per_tensor_scale has dtype {per_tensor_scale.dtype}; it must be float32")
+        raise TypeError(
+            f"per_tensor_scale has dtype {per_tensor_scale.dtype}; it must be float32: use .float()"
+        )
     shape = tuple(per_tensor_scale.shape)
     if shape and (x.dim() != 3 or shape != (x.shape[0], 1, 1)):
         raise ValueError(

@@ -13,6 +13,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from torch import nn
 from torchao.prototype.mx_formats import (
     MXDynamicActivationMXWeightConfig as TorchaoMXDynamicActivationMXWeightConfig,
@@ -49,10 +50,19 @@ def _configs_of(config: QATConfig) -> _Configs | None:
     return explicit if any(isinstance(c, MXFakeQuantizeConfig) for c in explicit) else None
 
 
-def _prepare(module: nn.Module, configs: _Configs) -> nn.Module:
+def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Module:
     if isinstance(module, MXFakeQuantizedLinear):
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
+    if (
+        isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
+        and isinstance(module, nn.Linear)
+        and module.weight.dtype != torch.bfloat16
+    ):
+        raise TypeError(
+            f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert after "
+            f"training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
+        )
     return MXFakeQuantizedLinear.from_linear(module, *configs)
 
 
@@ -83,7 +93,7 @@ def register_qat_handler() -> None:
         else:
             configs = _configs_of(config)
             if configs is not None:
-                return _prepare(module, configs)
+                return _prepare(module, configs, config)
         return torchao_handler(module, config, **kwargs)
 
     handler._is_torchao_mx = True

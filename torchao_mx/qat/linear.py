@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
-from torchao_mx.checks import check_high_precision
 from torchao_mx.formats import format_by_name
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
@@ -83,8 +83,10 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        w_packed, x_saved = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        saved = ctx.saved_tensors  # once: under checkpointing each look unpacks again
+        w_packed, x_saved = saved[:3], saved[3:]
         needs_dx, needs_dw, needs_dbias, *_ = ctx.needs_input_grad
         dx = dw = None
         if needs_dx:
@@ -179,10 +181,10 @@ class MXFakeQuantizedLinear(nn.Linear):
             TypeError, ValueError: as the constructor; ``linear`` is unchanged.
         """
         _check(linear, activation_config, weight_config)
-        if type(linear).forward is not nn.Linear.forward:
+        if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
             raise TypeError(
-                f"{type(linear).__name__} has a forward of its own, which fake quantization would drop; "
-                f"leave it out with filter_fn"
+                f"{linear} has a forward of its own, of its class or set on the instance, which fake "
+                f"quantization would drop; remove it, or leave this layer out with filter_fn"
             )
         twin = _twin(cls, linear)
         twin.activation_config = activation_config
@@ -211,7 +213,6 @@ def _check(
             raise TypeError(
                 f"{name} is a {type(config).__name__}; it must be a torchao_mx.MXFakeQuantizeConfig"
             )
-    check_high_precision(linear.weight.dtype, "the weight")
     check_linear(linear, weight.spec, None if activation is None else activation.spec)
 
 

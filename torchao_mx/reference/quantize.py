@@ -28,6 +28,7 @@ from torchao_mx.formats import BlockFormat, ScaleCalculationMode
 
 _E8M0_NAN = 255
 _E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+_MIN_PER_TENSOR_SCALE = 2.0**-120
 _E4M3_MIN_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
 _FP32_MANTISSA_BITS = 23
 _FP32_MANTISSA_MASK = (1 << _FP32_MANTISSA_BITS) - 1
@@ -89,7 +90,7 @@ def dequantize(
     if fmt.elem_bits == 4:
         pairs = _e2m1_pairs(qdata.device)
         values = pairs.index_select(0, qdata.flatten().int()).view(torch.float32)
-        values = values.view(*qdata.shape[:-1], -1)
+        values = values.view(*qdata.shape[:-1], 2 * qdata.shape[-1])
     else:
         values = qdata.float()
     scale_fp32 = scale.float()
@@ -115,12 +116,13 @@ def fake_quantize(
 def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
     """NVFP4's fp32 scale: ``amax(|x|) / (448 * 6)``, so that the largest block scale is 448.
 
-    One scale (0-d) for the tensor, or one per leading index (``[E, 1, 1]``) with ``per_expert``. A tensor
-    of zeros gets 1 (torchao divides zero by zero there and yields NaN).
+    One scale (0-d) for the tensor, or one per leading index (``[E, 1, 1]``) with ``per_expert``. At least
+    2**-120, so that the reciprocal of a whole scale stays in fp32 and zeros quantize to zeros (torchao
+    divides zero by zero there and yields NaN).
     """
     dims = (-2, -1) if per_expert else None
     amax = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=per_expert).float()
-    return torch.where(amax == 0, 1.0, amax / (_E4M3_MAX * fmt.elem_max))
+    return (amax / (_E4M3_MAX * fmt.elem_max)).clamp(min=_MIN_PER_TENSOR_SCALE)
 
 
 def _e8m0_scale(
