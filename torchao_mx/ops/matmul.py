@@ -271,7 +271,7 @@ def operands(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x in the dtype that the product is computed in (autocast's or its own), and the bias likewise."""
     device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # there is no autocast for meta
         x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
     check_high_precision(x.dtype, "x")
     return x, None if bias is None else bias.to(x.dtype)
