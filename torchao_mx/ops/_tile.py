@@ -11,6 +11,15 @@ import triton.language as tl
 _LOG2_PER_ULP = tl.constexpr(1.4426950408889634 * 2.0**-23)
 _E4M3_MAX = tl.constexpr(448.0)
 _E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
+_ENCODE = """
+{
+.reg .b16 pair;
+cvt.rn.satfinite.TYPEx2.f32 pair, 0f00000000, $1;
+cvt.u32.u16 $0, pair;
+}
+"""
+_ENCODE_E4M3 = tl.constexpr(_ENCODE.replace("TYPE", "e4m3"))
+_ENCODE_E5M2 = tl.constexpr(_ENCODE.replace("TYPE", "e5m2"))
 E2M1_NAN_WORD = tl.constexpr(0x77777777)  # eight codes of a block whose scale is NaN
 
 
@@ -35,6 +44,18 @@ def tile_of_program(m, TILE_M: tl.constexpr, k, TILE_K: tl.constexpr):
     batch = tl.program_id(0) // tiles
     tile = tl.program_id(0) - batch * tiles
     return batch.to(tl.int64), tile // tiles_k, tile % tiles_k
+
+
+@triton.jit
+def load_per_tensor_scale(ptr, expert, KIND: tl.constexpr):
+    """NVFP4's fp32 scale: of each ``expert``, of the ``"tensor"``, or 1 where there is ``"none"``."""
+    if KIND == "expert":
+        scale = tl.load(ptr + expert)
+    elif KIND == "tensor":
+        scale = tl.load(ptr)
+    else:
+        scale = 1.0
+    return scale
 
 
 @triton.jit
@@ -158,28 +179,8 @@ def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX
         # The instructions saturate and turn NaN into 0x7F. Inline PTX, because Triton 3.6's own cast, then
         # widened and packed into words, gave wrong bytes on an H200 for some tile shapes (bf16 rows, fp32
         # columns); the GPU tests hold the bytes of both.
-        if EXPONENT_BITS == 4:
-            code = tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b16 pair;
-                cvt.rn.satfinite.e4m3x2.f32 pair, 0f00000000, $1;
-                cvt.u32.u16 $0, pair;
-                }
-                """,
-                "=r,f", [y], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            code = tl.inline_asm_elementwise(
-                """
-                {
-                .reg .b16 pair;
-                cvt.rn.satfinite.e5m2x2.f32 pair, 0f00000000, $1;
-                cvt.u32.u16 $0, pair;
-                }
-                """,
-                "=r,f", [y], dtype=tl.int32, is_pure=True, pack=1,
-            )  # fmt: skip
+        asm: tl.constexpr = _ENCODE_E4M3 if EXPONENT_BITS == 4 else _ENCODE_E5M2
+        code = tl.inline_asm_elementwise(asm, "=r,f", [y], dtype=tl.int32, is_pure=True, pack=1)
     else:
         BIAS: tl.constexpr = (1 << (EXPONENT_BITS - 1)) - 1
         grid = round_to_grid(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)

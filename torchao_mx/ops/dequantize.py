@@ -39,12 +39,8 @@ def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_e
     inside = index < n_words - first
     word = tl.load(q_ptr + first + index, mask=inside, other=0)
     byte = tl.load(s_ptr + (first + index) // (BLOCK // 8), mask=inside, other=0).to(tl.int32)
-    if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + (first + index) // words_per_expert, mask=inside, other=1.0)
-    elif PER_TENSOR == "tensor":
-        pts = tl.load(pts_ptr)
-    else:
-        pts = 1.0
+    expert = (first + tl.minimum(index, n_words - first - 1)) // words_per_expert
+    pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
     scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
     code = _tile.unpack_word(word, 1 + EXPONENT_BITS + MANTISSA_BITS)
     value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
@@ -73,12 +69,7 @@ def _dequantize_columns_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, M, K, PER_TENSOR:
     s_ptrs = s_ptr + (batch * K + k[:, None]) * (M // BLOCK) + block[None, :]
     s_mask = (k < K)[:, None] & (block < M // BLOCK)[None, :]
     byte = tl.load(s_ptrs, mask=s_mask, other=0).to(tl.int32)
-    if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + batch)
-    elif PER_TENSOR == "tensor":
-        pts = tl.load(pts_ptr)
-    else:
-        pts = 1.0
+    pts = _tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
     scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
     # Transposed as bytes, before they grow to values.
     packed = tl.trans(packed)

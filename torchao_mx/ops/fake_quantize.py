@@ -66,12 +66,8 @@ def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row
         start = row * row_stride + (first + block - row * blocks_per_row) * BLOCK
         x_ptrs = x_ptr + start[:, None] + elem[None, :]
     x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-    if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + (first + block) // blocks_per_expert, mask=inside, other=1.0)
-    elif PER_TENSOR == "tensor":
-        pts = tl.load(pts_ptr)
-    else:
-        pts = 1.0
+    expert = (first + tl.minimum(block, n_blocks - first - 1)) // blocks_per_expert
+    pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
     value = _fake_quantize_tile(
         x, pts, 1, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
         FP8_INSTRUCTIONS,
@@ -95,12 +91,7 @@ def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, r
     inside = (m < M) & (k < K)
     x_ptrs = x_ptr + batch * batch_stride + m * row_stride + k
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
-    if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + batch)
-    elif PER_TENSOR == "tensor":
-        pts = tl.load(pts_ptr)
-    else:
-        pts = 1.0
+    pts = _tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
     value = _fake_quantize_tile(
         x, pts, 1, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
         FP8_INSTRUCTIONS,

@@ -59,12 +59,8 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         start = row * row_stride + (first + block - row * blocks_per_row) * BLOCK
         x_ptrs = x_ptr + start[:, None] + elem[None, :]
     x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
-    if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + (first + block) // blocks_per_expert, mask=inside, other=1.0)
-    elif PER_TENSOR == "tensor":
-        pts = tl.load(pts_ptr)
-    else:
-        pts = 1.0
+    expert = (first + tl.minimum(block, n_blocks - first - 1)) // blocks_per_expert
+    pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
     byte, multiplier = _tile.block_scale(
         _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
         MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
@@ -90,66 +86,6 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
 
 
 @triton.jit
-def _quantize_bf16_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_row,
-                               row_stride, CONTIGUOUS: tl.constexpr, VALUES: tl.constexpr,
-                               TILE: tl.constexpr, MODE: tl.constexpr,
-                               EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                               BLOCK: tl.constexpr):  # fmt: skip
-    """The same for bf16 and the MX formats: ``x`` and the values as int32 words of two (``_bf16x2.py``).
-
-    ``q_ptr`` takes int32 words of e2m1 codes, or int16 words of two fp8.
-    """
-    PAIRS: tl.constexpr = BLOCK // 2
-    first = tl.program_id(0).to(tl.int64) * TILE
-    block = tl.arange(0, TILE)
-    inside = block < n_blocks - first
-    pair = tl.arange(0, PAIRS)
-    contiguous = (first * PAIRS) + (block * PAIRS)[:, None] + pair[None, :]
-    if CONTIGUOUS:
-        x_ptrs = x_ptr + contiguous
-    else:
-        row = (first + block) // blocks_per_row
-        start = row * row_stride + (first + block - row * blocks_per_row) * PAIRS
-        x_ptrs = x_ptr + start[:, None] + pair[None, :]
-    x = tl.load(x_ptrs, mask=inside[:, None], other=0)
-    magnitude = _bf16x2.magnitudes(x)
-    byte, multiplier = _tile.e8m0_scale(
-        _bf16x2.max_of_pairs(magnitude, 1), MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
-    )
-    tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
-    scale = _tile.scale_value(byte, 1.0, True, True)
-    shape: tl.constexpr = (TILE, PAIRS)
-    if EXPONENT_BITS == 2:
-        PER_BLOCK: tl.constexpr = BLOCK // 8
-        code = _bf16x2.encode_e2m1(
-            magnitude,
-            tl.broadcast_to(_bf16x2.pair(multiplier * 2.0, multiplier * 2.0)[:, None], shape),
-            tl.broadcast_to(_bf16x2.pair(multiplier, multiplier)[:, None], shape),
-            tl.broadcast_to(_bf16x2.pair(multiplier * 0.5, multiplier * 0.5)[:, None], shape),
-        )
-        scale_pair = tl.broadcast_to(_bf16x2.pair(scale, scale)[:, None], shape)
-        value = _bf16x2.decode_e2m1(code, x, scale_pair)
-        even, odd = tl.split(code.reshape(TILE, PAIRS // 2, 2))
-        even_x, odd_x = tl.split(x.reshape(TILE, PAIRS // 2, 2))
-        four = _bf16x2.pack_four(even, odd, even_x, odd_x)
-        even, odd = tl.split(four.reshape(TILE, PER_BLOCK, 2))
-        packed = _bf16x2.pack_eight(even, odd)
-        packed = tl.where((byte == 255)[:, None], _tile.E2M1_NAN_WORD, packed)
-    else:
-        PER_BLOCK: tl.constexpr = PAIRS
-        multiplier = tl.broadcast_to(multiplier[:, None], shape)
-        code = _bf16x2.encode_fp8(x, multiplier, EXPONENT_BITS)
-        value = _bf16x2.decode_fp8(code, tl.broadcast_to(scale[:, None], shape), EXPONENT_BITS)
-        packed = code.to(tl.int16)
-    q_ptrs = q_ptr + first * PER_BLOCK
-    q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
-    tl.store(q_ptrs, packed, mask=inside[:, None])
-    if VALUES:
-        tl.store(values_ptr + contiguous, value, mask=inside[:, None])
-
-
-@triton.jit
 def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, row_stride,
                              PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,
                              MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
@@ -171,12 +107,7 @@ def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, r
     x_ptrs = x_ptr + batch * batch_stride + (m.to(tl.int64) * row_stride)[:, :, None]
     inside = (block < blocks_m)[:, None, None] & (k < K)[None, None, :]
     x = tl.load(x_ptrs + k[None, None, :], mask=inside, other=0.0).to(tl.float32)
-    if PER_TENSOR == "expert":
-        pts = tl.load(pts_ptr + batch)
-    elif PER_TENSOR == "tensor":
-        pts = tl.load(pts_ptr)
-    else:
-        pts = 1.0
+    pts = _tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
     byte, multiplier = _tile.block_scale(
         _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
         MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
@@ -196,56 +127,6 @@ def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, r
     row_words = blocks_m * PER_BLOCK
     q_ptrs = q_ptr + batch * K * row_words + k[:, None].to(tl.int64) * row_words + index[None, :]
     tl.store(q_ptrs, tl.trans(word), mask=(k < K)[:, None] & (index < row_words)[None, :])
-
-
-@triton.jit
-def _quantize_bf16_columns_kernel(x_ptr, q_ptr, s_ptr, M, K, batch_stride, row_stride,
-                                  BLOCKS: tl.constexpr, TILE_K: tl.constexpr, MODE: tl.constexpr,
-                                  EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                                  MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                                  BLOCK: tl.constexpr):  # fmt: skip
-    """The same for bf16 and MXFP4: ``x`` as int32 words of two columns, TILE_K of them; ``q`` in int16.
-
-    A word keeps its two columns in its two halves all the way: four rows of codes fill each.
-    """
-    blocks_m = M // BLOCK
-    batch, tile_m, tile_k = _tile.tile_of_program(blocks_m, BLOCKS, K // 2, TILE_K)
-    block0 = tile_m * BLOCKS
-    pair = tile_k * TILE_K + tl.arange(0, TILE_K)
-    block = block0 + tl.arange(0, BLOCKS)
-    m = (block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]
-    x_ptrs = x_ptr + batch * batch_stride + (m.to(tl.int64) * row_stride)[:, :, None]
-    inside = (block < blocks_m)[:, None, None] & (pair < K // 2)[None, None, :]
-    x = tl.load(x_ptrs + pair[None, None, :], mask=inside, other=0)
-    magnitude = _bf16x2.magnitudes(x)
-    low, high = _bf16x2.max_of_halves(magnitude, 1)
-    low_byte, low_m = _tile.e8m0_scale(low, MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
-    high_byte, high_m = _tile.e8m0_scale(high, MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
-    shape: tl.constexpr = (BLOCKS, BLOCK, TILE_K)
-    code = _bf16x2.encode_e2m1(
-        magnitude,
-        tl.broadcast_to(_bf16x2.pair(low_m * 2.0, high_m * 2.0)[:, None, :], shape),
-        tl.broadcast_to(_bf16x2.pair(low_m, high_m)[:, None, :], shape),
-        tl.broadcast_to(_bf16x2.pair(low_m * 0.5, high_m * 0.5)[:, None, :], shape),
-    )
-    code = (code & 0x00070007) | ((x >> 12) & 0x00080008)
-    PER_BLOCK: tl.constexpr = BLOCK // 4
-    WORDS: tl.constexpr = BLOCKS * PER_BLOCK
-    word = _tile.pack_columns(code.reshape(WORDS, 4, TILE_K), 4)
-    nan = tl.where(low_byte == 255, 0xFFFF, 0) | tl.where(high_byte == 255, -65536, 0)
-    nan = tl.broadcast_to(nan[:, None, :], (BLOCKS, PER_BLOCK, TILE_K)).reshape(WORDS, TILE_K)
-    word = (word & ~nan) | (_tile.E2M1_NAN_WORD & nan)
-    k = tl.join(2 * pair, 2 * pair + 1).reshape(2 * TILE_K)
-    byte = tl.join(low_byte, high_byte).reshape(BLOCKS, 2 * TILE_K)
-    s_ptrs = s_ptr + batch * K * blocks_m + k[None, :].to(tl.int64) * blocks_m + block[:, None]
-    tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks_m)[:, None] & (k < K)[None, :])
-    index = block0 * PER_BLOCK + tl.arange(0, WORDS)
-    row_words = blocks_m * PER_BLOCK
-    # [TILE_K, WORDS] of two columns each to [2 TILE_K, WORDS]
-    word = tl.trans(word)
-    word = tl.permute(tl.join(word, word >> 16), (0, 2, 1)).reshape(2 * TILE_K, WORDS).to(tl.int16)
-    q_ptrs = q_ptr + batch * K * row_words + k[:, None].to(tl.int64) * row_words + index[None, :]
-    tl.store(q_ptrs, word, mask=(k < K)[:, None] & (index < row_words)[None, :])
 
 
 def _results(x: torch.Tensor, fmt: BlockFormat, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -313,7 +194,7 @@ def _launch_rows(
             packed = qdata.view(torch.int32 if fmt.elem_bits == 4 else torch.int16)
             for unused in ("E8M0", "FP8_INSTRUCTIONS"):
                 del constants[unused]
-            _quantize_bf16_rows_kernel[grid](
+            _bf16x2.quantize_rows_kernel[grid](
                 source, packed, scale_bytes, target, layout.n_blocks, layout.blocks_per_row,
                 source.stride(1), **common, **constants,
             )  # fmt: skip
@@ -349,7 +230,7 @@ def _launch_columns(
             for unused in ("E8M0", "FP8_INSTRUCTIONS"):
                 del constants[unused]
             grid = (batch * tiles_m * triton.cdiv(k // 2, COLUMN_TILE_PAIRS),)
-            _quantize_bf16_columns_kernel[grid](
+            _bf16x2.quantize_columns_kernel[grid](
                 source, qdata.view(torch.int16), scale_bytes, m, k, source.stride(0),
                 source.stride(1), TILE_K=COLUMN_TILE_PAIRS, **common, **constants,
             )  # fmt: skip
