@@ -69,7 +69,8 @@ class MXDynamicActivationMXWeightConfig(AOBaseConfig):
 
     The fields of torchao's config of this name, without its demands: the two dtypes may differ (W4A8),
     weights may be fp16 or fp32, and no particular GPU is needed. A product is computed from the dequantized
-    operands in the activation's dtype.
+    operands in the activation's dtype; two large MXFP4 operands go to 8-bit tensor cores instead where
+    the GPU has them, which takes nothing from their values.
 
     Args:
         activation_dtype: element type of the activations.

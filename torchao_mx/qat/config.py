@@ -23,7 +23,8 @@ class MXFakeQuantizeConfig(FakeQuantizeConfigBase):
         dtype: element type: ``torch.float4_e2m1fn_x2``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         block_size: 32 for the MX formats; 16 with 4-bit elements is NVFP4.
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
-        kernel_preference: ``AUTO`` or ``EMULATED``; both compute from the dequantized operands.
+        kernel_preference: ``AUTO`` or ``EMULATED``. There is one path for both, so that what is trained is
+            what is converted: the product of the quantized values, none of which is approximated.
 
     Raises:
         TypeError: a field of the wrong type.

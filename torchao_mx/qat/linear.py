@@ -9,6 +9,8 @@ Backward takes quantization as the identity (straight-through)::
 
     dX = dY Wq        dW = dY^T Xq        dbias = sum over rows of dY
 
+(MXFP4 times MXFP4 takes 8-bit tensor cores, in training as after: ``ops/mxfp4_product.py``.)
+
 For backward the *packed* operands are kept (4.25 bits an element for MXFP4 rather than 16) and decoded
 again; decoding runs at copy bandwidth, a few per cent of the GEMM it feeds. An operand that is not
 quantized (weight-only) is the caller's own tensor and is kept by reference.
