@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -82,7 +83,8 @@ class TestRun:
 
     def test_learns(self, finished: Path) -> None:
         curve = results_of(finished)["curves"]["pretrain"]
-        assert curve[0][1] == pytest.approx(5.55, abs=0.05)  # ln 256
+        # Untrained logits have unit variance, which costs half a nat over chance.
+        assert curve[0][1] == pytest.approx(math.log(256) + 0.5, abs=0.15)
         assert curve[-1][1] < 4
 
     def test_resuming_a_finished_run_repeats_its_end(

@@ -76,6 +76,8 @@ def _verdict(rows: list[dict[str, Any]]) -> str:
     ptq, qat = rows[1]["gap"], rows[2]["gap"]
     if ptq < _VISIBLE:
         return f"PTQ costs {ptq:+.4f} nats here: too little for QAT to show a gain ({qat:+.4f})."
+    if qat >= ptq:
+        return f"PTQ costs {ptq:+.4f} nats, QAT {qat:+.4f}: no gain from so little training; raise --steps."
     return (
         f"PTQ costs {ptq:+.4f} nats, QAT {qat:+.4f}: it recovers {1 - qat / ptq:.0%} of the cost."
     )

@@ -36,11 +36,11 @@ class Settings:
     dim: int = 64
     heads: int = 1
     seq: int = 256
-    pretrain_steps: int = 1200
-    steps: int = 500
+    pretrain_steps: int = 1500
+    steps: int = 600
     batch: int = 8
-    pretrain_lr: float = 1e-2
-    lr: float = 3e-3
+    pretrain_lr: float = 4e-3
+    lr: float = 2e-3
     eval_windows: int = 256
     eval_every: int = 100
 

@@ -167,7 +167,7 @@ def train_phase(
             due = phase.step % settings.eval_every == 0 or phase.step == phase.steps
             if due or phase.step % _LOG_EVERY == 0:
                 progress = f"loss {loss.item():.3f}, {meter.rate()}"
-                bar.set_description(f"  {progress}")
+                bar.set_description(f"  {progress}", refresh=False)
             if due:
                 with meter.paused():
                     evaluate(f", {progress}")
