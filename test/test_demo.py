@@ -150,6 +150,23 @@ class TestInterrupt:
         assert "is not the one this run was made with" in capsys.readouterr().err
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Resumed equals uninterrupted, and the checkpoint verifies: the bits are the same again."""
+
+    def stop(name: str, done: int) -> None:
+        if (name, done) == ("qat", 7):
+            raise KeyboardInterrupt
+
+    start = [*TINY, "--device", "cuda", "--data", str(text)]
+    assert main([*start, "--out", str(tmp_path / "whole")]) == 0
+    assert main([*start, "--out", str(tmp_path / "pieces")], stop) == 130
+    assert main(["--resume", str(tmp_path / "pieces")]) == 0
+    whole, pieces = results_of(tmp_path / "whole"), results_of(tmp_path / "pieces")
+    assert pieces["curves"] == whole["curves"]
+    assert whole["table"][2]["heldout_loss"] == whole["curves"]["qat"][-1][1]
+
+
 class TestVerify:
     def test_accepts_its_own(self, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--verify", str(finished / "converted.pt")]) == 0
