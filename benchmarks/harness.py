@@ -1,6 +1,7 @@
 """What the benchmarks share: timing that is fair, a gate before any figure, and where results go.
 
-* ``graph_ms`` replays a CUDA graph: the kernels' own time, launches excluded.
+* ``graph_ms`` replays a CUDA graph: the kernels' own time, launches excluded; ``captured_cycle`` is that
+  graph, for ``paired_ms`` to take in turns with another.
 * ``paired_ms`` takes eager steps of a variant and of its baseline in turns, so that clocks and heat, which
   move a GEMM by ten per cent, move both alike; a ratio is the median over rounds of same-round ratios.
 * Inputs are random and rotate over more bytes than L2 holds.
@@ -33,10 +34,14 @@ def gpu_slug() -> str:
     return torch.cuda.get_device_name().lower().replace("nvidia", "").strip().replace(" ", "-")
 
 
+class WrongResult(SystemExit):
+    """A kernel's result is not its oracle's; ends the program unless it has more to measure."""
+
+
 def gate(name: str, passed: bool) -> None:
     """Stop before any time is printed for a kernel whose result is wrong."""
     if not passed:
-        raise SystemExit(f"{name}: the result does not match its oracle; no time is reported")
+        raise WrongResult(f"{name}: the result does not match its oracle; no time is reported")
 
 
 def first_call_s(fn: Callable[[], Any]) -> float:
@@ -61,14 +66,19 @@ def captured(step: Callable[[], Any]) -> Callable[[], None]:
     return graph.replay
 
 
-def graph_ms(fn: Callable[[int], Any], inputs: int, replays: int = 10) -> float:
-    """Median milliseconds of ``fn(i)`` in a replayed CUDA graph that cycles twice over the inputs."""
+def captured_cycle(fn: Callable[[int], Any], inputs: int, cycles: int = 2) -> Callable[[], None]:
+    """``fn(i)`` for every input as one CUDA graph, several times over: ``cycles * inputs`` calls a replay."""
 
     def cycle() -> None:
-        for i in range(2 * inputs):
+        for i in range(cycles * inputs):
             fn(i % inputs)
 
-    replay = captured(cycle)
+    return captured(cycle)
+
+
+def graph_ms(fn: Callable[[int], Any], inputs: int, replays: int = 10) -> float:
+    """Median milliseconds of ``fn(i)`` in a replayed CUDA graph that cycles twice over the inputs."""
+    replay = captured_cycle(fn, inputs)
     for _ in range(2):
         replay()
     return _median_ms(replay, replays) / (2 * inputs)
@@ -82,13 +92,17 @@ def step_ms(step: Callable[[], Any], rounds: int = 3, repeats: int = 8) -> float
 
 
 def paired_ms(
-    step: Callable[[], Any], baseline: Callable[[], Any], rounds: int = 12, repeats: int = 8
+    step: Callable[[], Any],
+    baseline: Callable[[], Any],
+    rounds: int = 12,
+    repeats: int = 8,
+    warmup: int = 20,
 ) -> tuple[float, float]:
     """(median eager milliseconds of ``step``, its ratio to ``baseline``), the two taken in turns.
 
     A GEMM slows by ten per cent as the card warms up; turns let both see the same card.
     """
-    for _ in range(20):
+    for _ in range(warmup):
         baseline()
         step()
     times = [(_median_ms(baseline, repeats), _median_ms(step, repeats)) for _ in range(rounds)]
@@ -112,6 +126,12 @@ def copy_bandwidth(shape: tuple[int, int]) -> float:
     target = [torch.empty_like(sources[0]) for _ in range(2)]
     ms = graph_ms(lambda i: target[i % 2].copy_(sources[i]), len(sources))
     return 2 * sources[0].nbytes / ms / 1e6
+
+
+def matmul_tflops(size: int = 8192) -> float:
+    """TFLOP/s of a bf16 ``size ** 3`` product of random matrices: the yardstick of the products."""
+    a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    return 2 * size**3 / graph_ms(lambda _: torch.mm(a, b), 1) / 1e9
 
 
 def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:

@@ -10,6 +10,7 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
+from torchao_mx.lora import MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
@@ -30,8 +31,10 @@ __all__ = [
     "MXDynamicActivationMXWeightConfig",
     "MXFakeQuantizeConfig",
     "MXFakeQuantizedLinear",
+    "MXLoRALinear",
     "MXTensor",
     "MXWeightOnlyConfig",
+    "MXWeightOnlyLoRAConfig",
     "QuantizeSpec",
     "ScaleCalculationMode",
     "check_model",

@@ -140,7 +140,8 @@ def check_model(
 
     Args:
         model: what will be given to ``quantize_``.
-        config: ours, or torchao's ``QATConfig`` with one of ours as ``base_config`` or ``weight_config``.
+        config: ours, LoRA's included, or torchao's ``QATConfig`` with one of ours as ``base_config`` or
+            ``weight_config``.
         filter_fn: as for ``quantize_``.
 
     Raises:
@@ -157,19 +158,39 @@ def check_model(
         ValueError: 1 of 2 layers cannot be quantized:
         up: Linear(in_features=100, out_features=64): its weight has shape (64, 100); ...
     """
-    weight, activation = _specs_of(config)
+    check = _check_of(config)
     selected = [(name, m) for name, m in model.named_modules() if filter_fn(m, name)]
     problems = []
     for name, module in selected:
-        if isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor):
-            continue  # quantize_ leaves these as they are
-        try:
-            check_linear(module, weight, activation)
-        except (TypeError, ValueError) as error:
+        error = _refusal(check, module)
+        if error is not None:
             problems.append(f"{name or 'the model'}: {error}")
     if problems:
         lines = "\n".join(problems)
         raise ValueError(f"{len(problems)} of {len(selected)} layers cannot be quantized:\n{lines}")
+
+
+def _refusal(check: Callable[[nn.Module], None], module: nn.Module) -> str | None:
+    try:
+        check(module)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _check_of(config: Any) -> Callable[[nn.Module], None]:
+    """What raises for a layer that ``quantize_`` would refuse; those that it leaves as they are pass."""
+    from torchao_mx.lora.linear import MXLoRALinear, MXWeightOnlyLoRAConfig, check_lora_linear
+
+    if isinstance(config, MXWeightOnlyLoRAConfig):
+        return lambda m: None if isinstance(m, MXLoRALinear) else check_lora_linear(m, config)
+    weight, activation = _specs_of(config)
+
+    def check(module: nn.Module) -> None:
+        if not (isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor)):
+            check_linear(module, weight, activation)
+
+    return check
 
 
 def _specs_of(config: Any) -> tuple[QuantizeSpec, QuantizeSpec | None]:
@@ -181,7 +202,7 @@ def _specs_of(config: Any) -> tuple[QuantizeSpec, QuantizeSpec | None]:
     if not isinstance(weight, QuantizeSpec):
         raise TypeError(
             f"{type(config).__name__} holds no scheme of torchao_mx; give MXWeightOnlyConfig, "
-            f"MXDynamicActivationMXWeightConfig or a QATConfig of one"
+            f"MXDynamicActivationMXWeightConfig, a QATConfig of one, or MXWeightOnlyLoRAConfig"
         )
     return weight, getattr(config.activation_config, "spec", None)
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from torchao_mx.ops import _tile
+from torchao_mx.ops._launch import launched
 
 _ENCODE = """
 {
@@ -196,6 +197,7 @@ def decode_fp8(code, scale, EXPONENT_BITS: tl.constexpr):
     )
 
 
+@launched
 @triton.jit
 def quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_row,
                                row_stride, CONTIGUOUS: tl.constexpr, VALUES: tl.constexpr,
@@ -256,6 +258,7 @@ def quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_r
         tl.store(values_ptr + contiguous, value, mask=inside[:, None])
 
 
+@launched
 @triton.jit
 def quantize_columns_kernel(x_ptr, q_ptr, s_ptr, M, K, batch_stride, row_stride,
                                   BLOCKS: tl.constexpr, TILE_K: tl.constexpr, MODE: tl.constexpr,

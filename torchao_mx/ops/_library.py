@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 NAMESPACE = "torchao_mx"
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as it does
+_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 
 
 def define_op(
@@ -22,14 +24,47 @@ def define_op(
 ) -> Callable[..., Any]:
     """Define ``torchao_mx::<name>`` and return its overload.
 
-    Plain ``torch.library`` definitions rather than ``custom_op``: the decorator's own checks cost more
-    than a small kernel.
+    Plain ``torch.library`` definitions rather than ``custom_op``, and an autograd kernel of our own rather
+    than ``register_autograd``: the checks of the one and the argument handling of the other (it goes through
+    the schema in Python at every call) cost more than a small kernel. ``setup_context`` and ``backward`` are
+    as for ``register_autograd``.
     """
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
     torch.library.impl(qualname, "cpu")(cpu)
     torch.library.impl(qualname, "cuda")(cuda)
     torch.library.register_fake(qualname)(fake)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
     if backward is not None:
-        torch.library.register_autograd(qualname, backward, setup_context=setup_context)
-    return getattr(getattr(torch.ops, NAMESPACE), name).default
+        kernel = _autograd_kernel(name, op, setup_context, backward)
+        _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    return op
+
+
+def _autograd_kernel(
+    name: str, op: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Callable[..., Any]:
+    def forward(ctx: Any, *args: Any) -> Any:
+        *inputs, keyset = args
+        output = op.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+        return output
+
+    def gradients(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return (*backward(ctx, *grads), None)
+
+    function = type(
+        name,
+        (torch.autograd.Function,),
+        {"forward": staticmethod(forward), "backward": staticmethod(gradients)},
+    )
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and any(
+            isinstance(a, torch.Tensor) and a.requires_grad for a in args
+        ):
+            return function.apply(*args, keyset)
+        return op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
+
+    return kernel

@@ -14,7 +14,7 @@ from torchao_mx import reference
 from torchao_mx.checks import check_axis, check_high_precision
 from torchao_mx.formats import BlockFormat, format_by_name
 from torchao_mx.ops import _tile
-from torchao_mx.ops._launch import bytes_of, format_constants, on_device_of
+from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind
 
@@ -23,6 +23,7 @@ ROW_TILE, ROW_WARPS = 256, 4
 COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 64, 64, 4
 
 
+@launched
 @triton.jit
 def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_expert,
                             PER_TENSOR: tl.constexpr, TILE: tl.constexpr,
@@ -48,6 +49,7 @@ def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_e
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
+@launched
 @triton.jit
 def _dequantize_columns_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, M, K, PER_TENSOR: tl.constexpr,
                                TILE_M: tl.constexpr, TILE_K: tl.constexpr,

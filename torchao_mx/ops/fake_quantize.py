@@ -18,6 +18,7 @@ from torchao_mx.ops import _tile
 from torchao_mx.ops._launch import (
     batched_rows,
     format_constants,
+    launched,
     on_device_of,
     quantized_axis_is_contiguous,
     row_layout,
@@ -47,6 +48,7 @@ def _fake_quantize_tile(x, per_tensor_scale, axis: tl.constexpr, MODE: tl.conste
     return signed * tl.expand_dims(scale, axis)
 
 
+@launched
 @triton.jit
 def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row, row_stride,
                                blocks_per_expert, CONTIGUOUS: tl.constexpr,
@@ -76,6 +78,7 @@ def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
+@launched
 @triton.jit
 def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, row_stride,
                                   PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr,

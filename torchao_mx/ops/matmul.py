@@ -1,6 +1,8 @@
-"""matmul and grouped_mm with a packed weight: decode, then the vendor's GEMM.
+"""matmul and grouped_mm with a packed weight.
 
-MXFP4 times MXFP4 takes 8-bit tensor cores where the GPU has them (``ops/mxfp4_product.py``).
+A product with an unquantized x is ``ops/mm.py``'s. Here are the products with an ``activation``, which decode
+the weight and call the vendor's GEMM, and those of batches of matrices; MXFP4 times MXFP4 takes 8-bit tensor
+cores where the GPU has them (``ops/mxfp4_product.py``).
 
 For a weight ``W [N, K]`` packed along K, and x quantized on the way in where an ``activation`` says so::
 
@@ -18,11 +20,22 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchao_mx.checks import check_high_precision
 from torchao_mx.formats import BlockFormat, QuantizeSpec, format_by_name
+from torchao_mx.ops._arguments import (
+    as_rows,
+    check_groups,
+    check_packed,
+    check_product,
+    check_strategy,
+    dense_bias,
+    operands,
+    product_sizes,
+)
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._unpack import aligned_rows
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
+from torchao_mx.ops.mm import DEFAULT_SCRATCH, mm_op
 from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale as amax_scale
 from torchao_mx.ops.quantize import quantize_op
@@ -140,17 +153,10 @@ def _grouped_mm(
     w = w.mT if transpose_weight else w
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
-    out = torch._grouped_mm(_aligned_rows(x), w, offs=offs)
+    out = torch._grouped_mm(aligned_rows(x), w, offs=offs)
     # The rows behind the last group belong to no expert; torch leaves them as it found them.
     behind = torch.arange(x.shape[0], device=x.device) >= offs[-1]
     return out.masked_fill_(behind[:, None], 0)
-
-
-def _aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x [R, C]`` as ``torch._grouped_mm`` wants it: contiguous rows at a stride of 16-byte multiples."""
-    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % 16 == 0:
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -191,6 +197,8 @@ def matmul(
     bias: torch.Tensor | None = None,
     transpose_weight: bool = True,
     activation: QuantizeSpec | None = None,
+    strategy: str = "auto",
+    max_scratch_bytes: int = DEFAULT_SCRATCH,
 ) -> torch.Tensor:
     """``x @ W^T + bias`` (or ``x @ W``) with the packed ``W [N, K]`` or ``[B, N, K]``; see the file's head.
 
@@ -203,28 +211,53 @@ def matmul(
         scale: ``W``'s block scales.
         fmt: the weight's format.
         per_tensor_scale: ``W``'s, where the format has one.
-        bias: added to the product's rows.
+        bias: ``[N]`` (``[K]`` without ``transpose_weight``), or one number, added to the product's rows.
         transpose_weight: reduce over K, the packed axis; otherwise over N.
         activation: how to quantize x first, in blocks along the reduced axis.
+        strategy: how to compute on a GPU: ``"fused"``, ``"unpack"`` or ``"auto"``, as
+            :func:`torchao_mx.ops.mm.choose_strategy` has them; for 2-D weights without an ``activation``.
+        max_scratch_bytes: how much decoded weight ``"unpack"`` may hold at a time; at least one slice of 8
+            rows or one block of columns.
 
     Raises:
         TypeError: x's dtype.
         ValueError: shapes that do not multiply; a device other than the weight's; an ``activation`` whose
-            blocks do not divide x's last axis.
+            blocks do not divide x's last axis; an unknown ``strategy``.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXFP4, ops
+        >>> qdata, scale = ops.quantize(torch.eye(32), MXFP4)
+        >>> ops.matmul(torch.arange(32.0), qdata, scale, MXFP4)[-4:]
+        tensor([28., 29., 30., 31.])
     """
-    columns = qdata.shape[-1] * fmt.elems_per_byte if transpose_weight else qdata.shape[-2]
-    x, bias = operands(x, bias)
-    check_product(x, qdata, columns, activation)
+    check_packed(qdata, scale, per_tensor_scale, fmt)
+    reduced, columns = product_sizes(qdata, fmt, transpose_weight)
+    x, _ = operands(x, None)
+    check_product(x, qdata, reduced, activation)
+    check_strategy(strategy, max_scratch_bytes)
+    if qdata.dim() == 2 and activation is None:
+        y, _ = mm_op(
+            as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), None, None,
+            None, None, 1.0, fmt.name, transpose_weight, strategy, "", "", max_scratch_bytes,
+        )  # fmt: skip
+        return y if x.dim() == 2 else y.reshape(*x.shape[:-1], columns)
+    if strategy != "auto":
+        raise ValueError(
+            f"strategy={strategy!r} with {'a batch of weights' if activation is None else 'an activation'}"
+            f"; these products are computed in one way only: leave strategy out"
+        )
+    bias = None if bias is None else bias.to(x.dtype)
     args = (qdata, scale, per_tensor_scale, bias, fmt.name, transpose_weight)
     if qdata.dim() == 3:
         if x.dim() != 3 or x.shape[0] != qdata.shape[0]:
             raise ValueError(
                 f"x has shape {tuple(x.shape)}; a weight of {qdata.shape[0]} matrices multiplies "
-                f"x [{qdata.shape[0]}, M, {columns}]: expand or reshape x"
+                f"x [{qdata.shape[0]}, M, {reduced}]: expand or reshape x"
             )
         return matmul_op(x, *args, *spec_strings(activation))
-    out = matmul_op(x.reshape(-1, columns), *args, *spec_strings(activation))
-    return out.reshape(*x.shape[:-1], out.shape[-1])
+    out = matmul_op(as_rows(x), *args, *spec_strings(activation))
+    return out.reshape(*x.shape[:-1], columns)
 
 
 def grouped_mm(
@@ -234,64 +267,77 @@ def grouped_mm(
     fmt: BlockFormat,
     offs: torch.Tensor,
     *,
+    order: torch.Tensor | None = None,
     per_tensor_scale: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
     transpose_weight: bool = True,
     activation: QuantizeSpec | None = None,
+    strategy: str = "auto",
+    max_scratch_bytes: int = DEFAULT_SCRATCH,
 ) -> torch.Tensor:
-    """Rows ``offs[e - 1] : offs[e]`` of ``x`` times expert e of the packed ``W [E, N, K]``.
+    """Rows ``offs[e - 1] : offs[e]`` times expert e of the packed ``W [E, N, K]``, plus its bias.
 
-    ``offs [E]`` are int32 end offsets on x's device, as in ``torch._grouped_mm``, which does the product. The
-    rest is as in :func:`matmul`; ``x [R, K]`` (``[R, N]`` without ``transpose_weight``) gives ``[R, N]``
-    (``[R, K]``).
+    Rows behind ``offs[-1]`` belong to no expert and are zero, in y and in x's gradient. Nothing waits for the
+    GPU, whose ``offs`` and ``order`` are therefore not looked at: where they are not as said here, results
+    are undefined and memory may be read or written out of bounds, as in ``torch._grouped_mm``.
+
+    Args:
+        x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in the order of the groups; with an
+            ``order`` ``[T, K]``, ungrouped. bfloat16, float16 or float32.
+        qdata, scale, fmt, per_tensor_scale: ``W``, as in :func:`matmul`.
+        offs: ``[E]`` int32 end offsets on x's device, ascending, as in ``torch._grouped_mm``.
+        order: ``[R]`` int32 (or int64, converted), a permutation of the rows: row i is of token
+            ``order[i] // (R // T)``. The argsort of the flattened ``[T, k]`` expert ids.
+        bias: ``[E, N]`` (``[E, K]``).
+        transpose_weight, activation, strategy, max_scratch_bytes: as in :func:`matmul`; ``"unpack"`` of
+            an x on a GPU needs bfloat16.
+
+    Returns:
+        ``[R, N]`` (``[R, K]``) in x's dtype.
+
+    Raises:
+        TypeError: dtypes.
+        ValueError: shapes or devices that do not belong together; on the CPU, ``offs`` that do not ascend;
+            an ``activation`` with axes that are not multiples of 16 bytes.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXFP4, ops
+        >>> qdata, scale = ops.quantize(torch.stack([torch.eye(32), 2 * torch.eye(32)]), MXFP4)
+        >>> offs = torch.tensor([1, 3], dtype=torch.int32)
+        >>> ops.grouped_mm(torch.ones(4, 32), qdata, scale, MXFP4, offs)[:, 0]
+        tensor([1., 2., 2., 0.])
     """
-    columns = qdata.shape[-1] * fmt.elems_per_byte if transpose_weight else qdata.shape[-2]
+    check_packed(qdata, scale, per_tensor_scale, fmt)
+    reduced, columns = product_sizes(qdata, fmt, transpose_weight)
     x, _ = operands(x, None)
-    check_product(x, qdata, columns, activation)
-    if x.dim() != 2 or qdata.dim() != 3 or offs.shape != qdata.shape[:1]:
+    check_product(x, qdata, reduced, activation)
+    offs, order = check_groups(x, qdata, offs, order, bias, columns)
+    check_strategy(strategy, max_scratch_bytes)
+    if activation is None:
+        y, _ = mm_op(
+            x, qdata, scale, per_tensor_scale, bias, None, None, offs, order, 1.0, fmt.name,
+            transpose_weight, strategy, "", "", max_scratch_bytes,
+        )  # fmt: skip
+        return y
+    if strategy != "auto":
         raise ValueError(
-            f"x has shape {tuple(x.shape)}, the weight {tuple(qdata.shape)} (packed) and offs "
-            f"{tuple(offs.shape)}; a grouped product takes x [R, K], a weight [E, N, K] and offs [E]"
+            f"strategy={strategy!r} with an activation; this product is computed in one way only: leave "
+            f"strategy out"
         )
-    for size in (columns, qdata.shape[-2] if transpose_weight else x.shape[1]):
+    for size in (reduced, columns):
         if size * x.itemsize % 16:
             raise ValueError(
                 f"the weight has an axis of {size}, in {x.dtype} not a multiple of 16 bytes, which "
                 f"torch._grouped_mm wants of rows forward and backward: pad the weight"
             )
-    if offs.dtype != torch.int32:
-        raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
-    return grouped_mm_op(
+    if order is not None and len(order):
+        x = x[order // (len(order) // len(x))]
+    y = grouped_mm_op(
         x, qdata, scale, per_tensor_scale, offs, fmt.name, transpose_weight,
         *spec_strings(activation),
     )  # fmt: skip
-
-
-def operands(
-    x: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x in the dtype that the product is computed in (autocast's or its own), and the bias likewise."""
-    device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # there is no autocast for meta
-        x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
-    check_high_precision(x.dtype, "x")
-    return x, None if bias is None else bias.to(x.dtype)
-
-
-def check_product(
-    x: torch.Tensor, weight: torch.Tensor, columns: int, activation: QuantizeSpec | None
-) -> None:
-    """Refuse an x that does not multiply the weight, or that ``activation`` cannot quantize."""
-    if x.dim() == 0 or x.shape[-1] != columns:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; the weight reduces over {columns} elements, which x's last "
-            f"axis must have"
-        )
-    if x.device != weight.device:
-        raise ValueError(
-            f"x is on {x.device} and the weight on {weight.device}; move one with .to(device)"
-        )
-    if activation is not None and columns % activation.format.block_size:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}; its last axis ({columns}) is not a multiple of "
-            f"{activation.format.block_size}, the block size of {activation.format.name}"
-        )
+    if bias is None:
+        return y
+    expert = torch.searchsorted(offs, torch.arange(len(y), device=y.device), right=True)
+    return y + F.pad(bias.to(y.dtype), (0, 0, 0, 1))[expert]  # nothing for rows of no expert

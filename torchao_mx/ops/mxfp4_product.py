@@ -1,17 +1,13 @@
 """mxfp4_product: MXFP4 times MXFP4 on the 8-bit tensor cores, exactly.
 
-An e2m1 element is a multiple of 0.5 up to 6, so ``element * 2**(d + 6)`` is an e4m3 number while -14 <= d <= 0.
-Where the block scales of a row differ by at most 14 powers of two (blocks of zeros aside), the row is
-therefore an e4m3 row times one power of two, without loss, and the product is a row-wise scaled GEMM at
-twice the bf16 rate. Three launches:
+A row of MXFP4 is, with rare exceptions, an e4m3 row times one power of two, without loss
+(``ops/_fp8_weight.py`` says when), and the product is a row-wise scaled GEMM at twice the bf16 rate. Three
+launches:
 
 1. each operand: e4m3 rows, their scales, and a flag for the rows that do not fit;
 2. ``torch._scaled_mm`` with ``use_fast_accum=False`` (fast accumulation keeps too few bits);
 3. a Triton GEMM in bf16 that overwrites the flagged rows and columns, and returns at once where there are
    none: deciding on the device keeps the host out of it.
-
-Flagged are also rows with a NaN block and rows of scales so large or small that the product of two row scales
-could leave fp32.
 """
 
 from __future__ import annotations
@@ -23,105 +19,22 @@ import triton.language as tl
 
 from torchao_mx import reference
 from torchao_mx.formats import MXFP4
-from torchao_mx.ops import _tile
-from torchao_mx.ops._launch import bytes_of, has_fp8_instructions, multiprocessors, on_device_of
+from torchao_mx.ops._fp8_weight import fp8_rows, load_values
+from torchao_mx.ops._launch import (
+    bytes_of,
+    has_fp8_instructions,
+    launched,
+    multiprocessors,
+    on_device_of,
+)
 from torchao_mx.ops._library import define_op
 
 # At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph and the extra launches cost
 # more than that in eager mode.
 MIN_ROWS = 2048
-FP8_ROWS_TILE = 1024  # words of a tile
-_MIN_BYTE, _MAX_BYTE = tl.constexpr(64), tl.constexpr(190)  # of a row's largest scale
-_MAX_SPREAD = tl.constexpr(14)
 
 
-@triton.jit
-def _e2m1_to_e4m3(word, spread):
-    """Eight e2m1 codes times ``2**(6 - spread)``, spread in 0 .. 14, as two words of e4m3 codes.
-
-    For one spread the eight magnitudes are a table of eight bytes, which a byte permutation looks up four at
-    a time; the next one takes the signs from bit 3 of each nibble.
-    """
-    offset = (12 - tl.minimum(spread, 12)) * 8
-    low = 0x0C080000 + offset * 0x01010100
-    high = 0x1C181410 + offset * 0x01010101
-    # Subnormal in e4m3: multiples of 2**-9.
-    low = tl.where(spread == 12, 0x0C080400, low)
-    low = tl.where(spread == 13, 0x06040200, low)
-    high = tl.where(spread == 13, 0x14100C08, high)
-    low = tl.where(spread == 14, 0x03020100, low)
-    high = tl.where(spread == 14, 0x0C080604, high)
-    return tl.inline_asm_elementwise(
-        """
-        {
-        .reg .b32 index, sign, ones;
-        and.b32 index, $2, 0x77777777;
-        and.b32 sign, $2, 0x88888888;
-        mov.b32 ones, 0x80808080;
-        prmt.b32 $0, $3, $4, index;
-        prmt.b32 ones, ones, ones, sign;
-        and.b32 ones, ones, 0x01010101;
-        shl.b32 ones, ones, 7;
-        or.b32 $0, $0, ones;
-        shr.u32 index, index, 16;
-        shr.u32 sign, sign, 16;
-        mov.b32 ones, 0x80808080;
-        prmt.b32 $1, $3, $4, index;
-        prmt.b32 ones, ones, ones, sign;
-        and.b32 ones, ones, 0x01010101;
-        shl.b32 ones, ones, 7;
-        or.b32 $1, $1, ones;
-        }
-        """,
-        "=&r,=&r,r,r,r",
-        [word, low, high],
-        dtype=(tl.int32, tl.int32),
-        is_pure=True,
-        pack=1,
-    )
-
-
-@triton.jit
-def _fp8_rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, n_rows, words_per_row,
-                     ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """int32 words of eight e2m1 codes to int32 words of four e4m3 codes; WORDS covers a row."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    index = tl.arange(0, WORDS)
-    inside = (row < n_rows)[:, None] & (index < words_per_row)[None, :]
-    offset = row.to(tl.int64)[:, None] * words_per_row + index[None, :]
-    word = tl.load(q_ptr + offset, mask=inside, other=0)
-    byte = tl.load(s_ptr + offset // 4, mask=inside, other=0).to(tl.int32)
-    largest = tl.max(byte, axis=1)
-    spread = largest[:, None] - byte
-    nonzero = (word & 0x77777777) != 0
-    lost = tl.max((nonzero & (spread > _MAX_SPREAD)).to(tl.int32), axis=1)
-    extreme = ((largest < _MIN_BYTE) | (largest > _MAX_BYTE)).to(tl.int32)
-    flag = lost | (extreme & tl.max(nonzero.to(tl.int32), axis=1))
-    # The flagged rows' product is overwritten; it only has to be harmless.
-    exponent = tl.where(extreme == 1, 127, largest - 6)
-    low, high = _e2m1_to_e4m3(word, tl.minimum(spread, _MAX_SPREAD))
-    pairs = tl.join(low, high).reshape(ROWS, 2 * WORDS)
-    index2 = tl.arange(0, 2 * WORDS)
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * (2 * words_per_row) + index2[None, :]
-    in_row = (row < n_rows)[:, None] & (index2 < 2 * words_per_row)[None, :]
-    tl.store(out_ptrs, pairs, mask=in_row)
-    tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=row < n_rows)
-    tl.store(flag_ptr + row, flag.to(tl.int8), mask=row < n_rows)
-
-
-@triton.jit
-def _load_bf16(q_ptr, s_ptr, row, n_rows, k_word, words_per_row, DOT_DTYPE: tl.constexpr):
-    """``[R, 8 C]`` decoded values of the rows ``row [R]`` and the words ``k_word [C]``."""
-    inside = (row < n_rows)[:, None] & (k_word < words_per_row)[None, :]
-    offset = row.to(tl.int64)[:, None] * words_per_row + k_word[None, :]
-    word = tl.load(q_ptr + offset, mask=inside, other=0)
-    byte = tl.load(s_ptr + offset // 4, mask=inside, other=0).to(tl.int32)
-    scale = _tile.scale_value(byte, 1.0, True, True)
-    code = (word[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-    value = _tile.decode(code, 2, 1, True) * scale[:, :, None]
-    return value.reshape(row.shape[0], k_word.shape[0] * 8).to(DOT_DTYPE)
-
-
+@launched
 @triton.jit
 def _flagged_tiles_kernel(xq_ptr, xs_ptr, wq_ptr, ws_ptr, bias_ptr, y_ptr, x_flag_ptr, w_flag_ptr,
                           M, N, words_per_row, HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr,
@@ -140,8 +53,10 @@ def _flagged_tiles_kernel(xq_ptr, xs_ptr, wq_ptr, ws_ptr, bias_ptr, y_ptr, x_fla
                 total = tl.zeros((TILE_M, TILE_N), tl.float32)
                 for first in range(0, words_per_row, TILE_WORDS):
                     k_word = first + tl.arange(0, TILE_WORDS)
-                    x = _load_bf16(xq_ptr, xs_ptr, m, M, k_word, words_per_row, DOT_DTYPE)
-                    w = _load_bf16(wq_ptr, ws_ptr, n, N, k_word, words_per_row, DOT_DTYPE)
+                    x = load_values(xq_ptr, xs_ptr, m, M, words_per_row, words_per_row // 4,
+                                    k_word, words_per_row, DOT_DTYPE)  # fmt: skip
+                    w = load_values(wq_ptr, ws_ptr, n, N, words_per_row, words_per_row // 4,
+                                    k_word, words_per_row, DOT_DTYPE)  # fmt: skip
                     total = tl.dot(x, tl.trans(w), total)
                 if HAS_BIAS:
                     total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -160,29 +75,6 @@ def _any(flag_ptr, n):
         flag = tl.load(flag_ptr + index, mask=index < n, other=0).to(tl.int32)
         largest = tl.maximum(largest, flag)
     return tl.max(largest, axis=0)
-
-
-def fp8_rows(
-    qdata: torch.Tensor, scale: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """MXFP4 ``[R, K / 2]`` as (e4m3 ``[R, K]``, fp32 row scales ``[R]``, int8 flags ``[R]``) on the GPU.
-
-    ``e4m3 * row scale`` are the values, exactly, wherever the flag is 0.
-    """
-    rows, row_bytes = qdata.shape
-    words = row_bytes // 4
-    fp8 = torch.empty((rows, 2 * row_bytes), dtype=torch.float8_e4m3fn, device=qdata.device)
-    row_scale = torch.empty(rows, dtype=torch.float32, device=qdata.device)
-    flag = torch.empty(rows, dtype=torch.int8, device=qdata.device)
-    span = triton.next_power_of_2(words)
-    tile_rows = max(1, FP8_ROWS_TILE // span)
-    with on_device_of(qdata):
-        _fp8_rows_kernel[(triton.cdiv(rows, tile_rows),)](
-            qdata.view(torch.int32), bytes_of(scale), fp8.view(torch.int32), row_scale, flag, rows,
-            words, ROWS=tile_rows, WORDS=span,
-            num_warps=4 if span <= FP8_ROWS_TILE else 8,
-        )  # fmt: skip
-    return fp8, row_scale, flag
 
 
 def recompute_flagged(

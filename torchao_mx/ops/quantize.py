@@ -26,6 +26,7 @@ from torchao_mx.ops._launch import (
     bytes_of,
     format_constants,
     holds_bf16_pairs,
+    launched,
     on_device_of,
     quantized_axis_is_contiguous,
     row_layout,
@@ -37,6 +38,7 @@ ROW_TILE, ROW_WARPS = 64, 2
 COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_TILE_PAIRS, COLUMN_WARPS = 2, 32, 32, 1
 
 
+@launched
 @triton.jit
 def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, blocks_per_row,
                           row_stride, blocks_per_expert, CONTIGUOUS: tl.constexpr,
@@ -85,6 +87,7 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         tl.store(values_ptr + contiguous, value, mask=inside[:, None])
 
 
+@launched
 @triton.jit
 def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, row_stride,
                              PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,

@@ -1,5 +1,28 @@
 """Plain PyTorch: the definition of every op, what runs on the CPU, and the oracle of the kernels."""
 
+from torchao_mx.reference.mm import (
+    combine_backward,
+    gram,
+    group_sum,
+    low_rank,
+    mm,
+    product,
+    rows_per_token,
+    sum_rows,
+)
 from torchao_mx.reference.quantize import dequantize, fake_quantize, per_tensor_scale, quantize
 
-__all__ = ["dequantize", "fake_quantize", "per_tensor_scale", "quantize"]
+__all__ = [
+    "combine_backward",
+    "dequantize",
+    "fake_quantize",
+    "gram",
+    "group_sum",
+    "low_rank",
+    "mm",
+    "per_tensor_scale",
+    "product",
+    "quantize",
+    "rows_per_token",
+    "sum_rows",
+]

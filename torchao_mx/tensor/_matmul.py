@@ -1,9 +1,12 @@
-"""Matrix products with an MXTensor as the weight.
+"""Matrix products with an MXTensor or a LoRATensor as the weight.
 
 They are taken over at the ``__torch_function__`` level, above autograd, so that our ops bring their own
 gradients; the same functions serve the aten level, where C++ callers arrive with autograd already done.
 A product quantizes its other operand (``weight.activation``) only where it reduces over the packed axis: a
 forward pass does, the product of a gradient with the weight does not.
+
+``addmm`` and ``baddbmm`` *onto* an MXTensor make it a LoRATensor, above autograd only: below, the adapters'
+gradients would be lost.
 """
 
 from __future__ import annotations
@@ -14,35 +17,49 @@ import torch
 import torch.nn.functional as F
 
 from torchao_mx import ops
+from torchao_mx.tensor.lora_tensor import LoRATensor
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 aten = torch.ops.aten
+WHOLE = 2**62  # bytes of scratch: no limit
 
 
 def _packed_last(w: MXTensor) -> MXTensor:
     return w if w.packed_axis == -1 else w.transpose(-2, -1)
 
 
-def _check_weight(x: Any, w: Any, name: str) -> None:
-    if not isinstance(w, MXTensor) or isinstance(x, MXTensor):
-        raise NotImplementedError(
-            f"{name} takes an MXTensor as its second matrix only, the weight; call .dequantize() on the "
-            f"others first"
-        )
+def _check_frozen(w: MXTensor | LoRATensor, name: str) -> None:
     if w.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
-            f"{name}: an MXTensor weight is frozen but requires_grad=True; call "
+            f"{name}: the {type(w).__name__} weight is frozen but requires_grad=True; call "
             f".requires_grad_(False), or train it with QATConfig(step='prepare') before converting"
         )
 
 
+def _check_weight(x: Any, w: Any, name: str) -> None:
+    if not isinstance(w, (MXTensor, LoRATensor)) or isinstance(x, (MXTensor, LoRATensor)):
+        raise NotImplementedError(
+            f"{name} takes an MXTensor or a LoRATensor as its second matrix only, the weight; call "
+            f".dequantize() on the others first"
+        )
+    _check_frozen(w, name)
+
+
 def _product(
-    x: torch.Tensor, w: MXTensor, bias: torch.Tensor | None, *, transposed: bool, name: str
+    x: torch.Tensor,
+    w: MXTensor | LoRATensor,
+    bias: torch.Tensor | None,
+    *,
+    transposed: bool,
+    name: str,
 ) -> torch.Tensor:
     """``x w^T + bias`` if ``transposed`` else ``x w + bias``."""
     _check_weight(x, w, name)
+    if isinstance(w, LoRATensor):
+        return _lora_product(x, w, bias, transposed != w.transposed)
     base = _packed_last(w)
     reduces_packed = transposed == (w.packed_axis == -1)
+    activation = base.activation if reduces_packed else None
     return ops.matmul(
         x,
         base.qdata,
@@ -51,8 +68,34 @@ def _product(
         per_tensor_scale=base.per_tensor_scale,
         bias=bias,
         transpose_weight=reduces_packed,
-        activation=base.activation if reduces_packed else None,
+        activation=activation,
+        # Decoded as a whole, then F.linear: what QAT computes, so that a converted layer equals the trained
+        # one bit for bit. The fused kernel adds in another order. Batches are computed in one way only.
+        strategy="unpack" if activation is None and base.dim() == 2 else "auto",
+        max_scratch_bytes=WHOLE,
     )
+
+
+def _lora_product(
+    x: torch.Tensor, w: LoRATensor, bias: torch.Tensor | None, reduces_packed: bool
+) -> torch.Tensor:
+    base = w.base
+    packed, adapters = (base.qdata, base.scale, base.format), (w.lora_a, w.lora_b, w.scaling)
+    options = {"per_tensor_scale": base.per_tensor_scale, "transpose_weight": reduces_packed}
+    if base.dim() == 2:
+        return ops.lora_matmul(x, *packed, *adapters, bias=bias, **options)
+    experts = base.shape[0]
+    if x.dim() != 3 or x.shape[0] != experts:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; a weight of {experts} matrices multiplies x [{experts}, M, "
+            f"{base.shape[-1 if reduces_packed else -2]}]: expand or reshape x"
+        )
+    # A batch is groups of as many rows each.
+    rows = x.shape[1]
+    offs = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * rows
+    bias = None if bias is None else bias.expand(experts, -1)
+    y = ops.lora_grouped_mm(x.flatten(0, 1), *packed, offs, *adapters, bias=bias, **options)
+    return y.view(experts, rows, y.shape[-1])
 
 
 def _linear(
@@ -100,19 +143,79 @@ def _baddbmm(
     return _scaled_sum(input, product, beta, alpha)
 
 
+def _with_update(
+    w: MXTensor, lhs: torch.Tensor, rhs: torch.Tensor, beta: float, alpha: float, name: str
+) -> LoRATensor:
+    """``w + alpha * lhs @ rhs`` for low-rank factors, not computed."""
+    _check_frozen(w, name)
+    if beta != 1:
+        raise NotImplementedError(
+            f"{name} onto {w} with beta={beta}; a weight with a low-rank update has beta=1: call "
+            f".dequantize() on it first"
+        )
+    if w.packed_axis == -1:
+        return LoRATensor(w, rhs, lhs, alpha)
+    return LoRATensor(w.mT, lhs.mT, rhs.mT, alpha, transposed=True)
+
+
+def _takes_update(input: Any, factor: Any) -> bool:
+    return isinstance(input, MXTensor) and not isinstance(factor, (MXTensor, LoRATensor))
+
+
+def _addmm_or_update(
+    input: torch.Tensor,
+    mat1: torch.Tensor,
+    mat2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> torch.Tensor:
+    if _takes_update(input, mat2):
+        return _with_update(input, mat1, mat2, beta, alpha, "addmm")
+    return _addmm(input, mat1, mat2, beta=beta, alpha=alpha)
+
+
+def _baddbmm_or_update(
+    input: torch.Tensor,
+    batch1: torch.Tensor,
+    batch2: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
+) -> torch.Tensor:
+    if _takes_update(input, batch2):
+        return _with_update(input, batch1, batch2, beta, alpha, "baddbmm")
+    return _baddbmm(input, batch1, batch2, beta=beta, alpha=alpha)
+
+
 def _grouped_mm(
     mat_a: torch.Tensor,
-    mat_b: MXTensor,
+    mat_b: MXTensor | LoRATensor,
     *,
     offs: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     _check_weight(mat_a, mat_b, "grouped_mm")
-    if offs is None or bias is not None or out_dtype not in (None, mat_a.dtype):
+    if offs is None or out_dtype not in (None, mat_a.dtype):
         raise NotImplementedError(
-            "grouped_mm with an MXTensor takes offs and neither bias nor another out_dtype; add the bias "
-            "to the result, or call .dequantize() first"
+            "grouped_mm with a packed weight takes offs and no other out_dtype; convert the result, use bmm "
+            "for groups of equal size, or call .dequantize() first"
+        )
+    if isinstance(mat_b, LoRATensor):
+        base = mat_b.base
+        return ops.lora_grouped_mm(
+            mat_a,
+            base.qdata,
+            base.scale,
+            base.format,
+            offs,
+            mat_b.lora_a,
+            mat_b.lora_b,
+            mat_b.scaling,
+            per_tensor_scale=base.per_tensor_scale,
+            bias=bias,
+            transpose_weight=mat_b.transposed,
         )
     base = _packed_last(mat_b)
     reduces_packed = mat_b.packed_axis == -2
@@ -123,6 +226,7 @@ def _grouped_mm(
         base.format,
         offs,
         per_tensor_scale=base.per_tensor_scale,
+        bias=bias,
         transpose_weight=reduces_packed,
         activation=base.activation if reduces_packed else None,
     )
@@ -136,8 +240,10 @@ _FUNCTIONS = {
         [aten.matmul.default],
     ),
     _bmm: ([torch.bmm, torch.Tensor.bmm], [aten.bmm.default]),
-    _addmm: ([torch.addmm, torch.Tensor.addmm], [aten.addmm.default]),
-    _baddbmm: ([torch.baddbmm, torch.Tensor.baddbmm], [aten.baddbmm.default]),
+    _addmm: ([], [aten.addmm.default]),
+    _addmm_or_update: ([torch.addmm, torch.Tensor.addmm], []),
+    _baddbmm: ([], [aten.baddbmm.default]),
+    _baddbmm_or_update: ([torch.baddbmm, torch.Tensor.baddbmm], []),
     _grouped_mm: (
         [torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") else [])],
         [aten._grouped_mm.default],
@@ -151,6 +257,7 @@ def _register(function: Any, torch_functions: list[Any], aten_ops: list[Any]) ->
 
     MXTensor.implements_torch_function(torch_functions)(call)
     MXTensor.implements(aten_ops)(call)
+    LoRATensor.functions.update(dict.fromkeys(torch_functions, function))
 
 
 for _function, (_torch_functions, _aten_ops) in _FUNCTIONS.items():

@@ -1,0 +1,249 @@
+"""LoRA on a frozen MXFP4 linear layer, against bf16 nn.Linear + LoRA; from one row to many.
+
+    python benchmarks/bench_lora_linear.py [--quick] [--shape K N ...] [--rows M ...] [--first-step]
+
+The baseline is a frozen bf16 ``nn.Linear`` plus ``F.linear(F.linear(x, A), B) * s``. Ours is
+``ops.lora_matmul`` on the packed weight, and the layer that ``MXWeightOnlyLoRAConfig`` makes of the
+``nn.Linear`` ("bf16, module"). "decode all" is the baseline behind ``ops.dequantize`` in every step.
+``lora_common.py`` tells what is measured and in which order. A run of a part writes
+``lora_linear_part-<gpu>``, and ``--first-step`` takes no other times and writes
+``lora_linear_first_step-<gpu>``.
+
+The forward targets of decode sizes are of the time in a CUDA graph: a layer alone, launched eagerly, costs
+its launches whatever it computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import harness
+import lora_common as common
+import lora_report as report
+import torch
+import torch.nn.functional as F
+from lora_common import Case, Variant
+from torch import nn
+from torchao.quantization import quantize_
+
+import torchao_mx
+from torchao_mx import MXFP4, ops
+
+SHAPE = (4096, 14336)
+ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
+HEAD = {"shape": "K x N", "rows": "M"}
+FEW, MANY = 64, 4096  # rows up to which, and from which on, there are targets
+FEW_TARGETS = {"ratio": 0.9, "graph_ratio": 0.9, "forward_ratio": 0.45}
+MANY_TARGETS = {"ratio": 1.05}
+FIRST_STEPS = ("4096:14336:16:bf16", "4096:14336:4096:bf16", "4096:14336:4096:fp8, dX too")
+
+
+class Packed(NamedTuple):
+    """One weight set: ``W [N, K]`` packed, and in bf16 as the baseline's layer."""
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    linear: nn.Linear
+
+
+class Adapted(NamedTuple):
+    """A converted layer and its adapters."""
+
+    layer: nn.Module
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+class Problem:
+    """A layer's weight sets and adapters. Without ``dequantized`` no decoder runs: see bench_lora_grouped."""
+
+    def __init__(self, k: int, n: int, dequantized: bool = True) -> None:
+        self.k, self.n = k, n
+        self.a, self.b = common.random_adapters((), n, k)
+        self.sets, self.modules = [], []
+        self.no_modules: str | None = None
+        for _ in range(common.weight_sets(n * k)):
+            w_NK = torch.randn(n, k, device=common.DEVICE, dtype=torch.bfloat16) * k**-0.5
+            if self.no_modules is None:
+                self._add_module(w_NK)
+            qdata, scale = ops.quantize(w_NK, MXFP4)
+            w_NK = ops.dequantize(qdata, scale, MXFP4) if dequantized else w_NK
+            self.sets.append(Packed(qdata, scale, _linear(w_NK)))
+
+    def _add_module(self, w_NK: torch.Tensor) -> None:
+        """The layer that the config makes, with these adapters; ``no_modules`` says why there is none."""
+        config = getattr(torchao_mx, "MXWeightOnlyLoRAConfig", None)
+        if config is None:
+            self.no_modules = "this torchao_mx has no MXWeightOnlyLoRAConfig"
+            return
+        model = nn.Sequential(_linear(w_NK.clone()))
+        quantize_(model, config(r=common.RANK, lora_alpha=common.RANK * common.SCALING))
+        found = []
+        for mine in (self.a, self.b):
+            adapters = (p for p in model.parameters() if p.requires_grad and p.shape == mine.shape)
+            adapter = next(adapters, None)
+            if adapter is None:
+                shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
+                self.no_modules = f"no adapter of shape {tuple(mine.shape)} among {shapes}"
+                return
+            with torch.no_grad():
+                adapter.copy_(mine)
+            found.append(adapter)
+        self.modules.append(Adapted(model, *found))
+
+    def baseline(self, x: torch.Tensor) -> Variant:
+        leaves = (x, self.a, self.b)
+
+        def forward(i: int) -> torch.Tensor:
+            low_rank = F.linear(F.linear(x, self.a), self.b)
+            return self.sets[i].linear(x) + low_rank * common.SCALING
+
+        return Variant(common.BASELINE, forward, lambda i: leaves)
+
+    def variant(self, name: str, x: torch.Tensor) -> Variant:
+        """Ours, one of ``lora_common.COMPUTE``."""
+        leaves, options = (x, self.a, self.b), common.COMPUTE[name]
+        compute = functools.partial(ops.lora_matmul, **options)
+
+        def forward(i: int) -> torch.Tensor:
+            w = self.sets[i]
+            return compute(x, w.qdata, w.scale, MXFP4, self.a, self.b, common.SCALING)
+
+        return Variant(
+            name,
+            forward,
+            lambda i: leaves,
+            common.FP8_TOLERANCE if "compute_dtype" in options else common.BF16_TOLERANCE,
+            bounded_peak=True,
+            targets=_targets(x.shape[0]) if name == "bf16" else {},
+        )
+
+    def others(self, x: torch.Tensor) -> list[Variant]:
+        """The module, where there is one, and the baseline on weights decoded in every step."""
+
+        def decode_all(i: int) -> torch.Tensor:
+            w_NK = ops.dequantize(self.sets[i].qdata, self.sets[i].scale, MXFP4)
+            low_rank = F.linear(F.linear(x, self.a), self.b)
+            return F.linear(x, w_NK) + low_rank * common.SCALING
+
+        leaves = (x, self.a, self.b)
+        return [*self.module(x), Variant("decode all, then bf16", decode_all, lambda i: leaves)]
+
+    def module(self, x: torch.Tensor) -> list[Variant]:
+        if self.no_modules is not None:
+            return []
+        return [
+            Variant(
+                "bf16, module",
+                lambda i: self.modules[i].layer(x),
+                lambda i: (x, self.modules[i].a, self.modules[i].b),
+                bounded_peak=True,
+                targets=_targets(x.shape[0]),
+            )
+        ]
+
+    def operands(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """x ``[M, K]`` and dY ``[M, N]``."""
+        x, dy = (
+            torch.randn(rows, columns, device=common.DEVICE, dtype=torch.bfloat16)
+            for columns in (self.k, self.n)
+        )
+        return x.requires_grad_(), dy
+
+    def case(self, x: torch.Tensor, dy: torch.Tensor, card: common.Card) -> Case:
+        bound_ms = card.bound_ms(self.n * self.k, x.shape[0], self.n, self.k)
+        want = common.wanted_of_rows(x, self.sets[0].linear.weight, self.a, self.b, dy)
+        head = dict(shape=f"{self.k} x {self.n}", rows=x.shape[0])
+        return Case(head, dy, len(self.sets), want, bound_ms)
+
+
+def _linear(w_NK: torch.Tensor) -> nn.Linear:
+    """A layer without bias, frozen; nothing is initialised only to be overwritten."""
+    layer = nn.Linear(w_NK.shape[1], w_NK.shape[0], bias=False, device="meta", dtype=w_NK.dtype)
+    layer.weight = nn.Parameter(w_NK, requires_grad=False)
+    return layer
+
+
+def _targets(rows: int) -> dict[str, float]:
+    return FEW_TARGETS if rows <= FEW else MANY_TARGETS if rows >= MANY else {}
+
+
+def bench_shape(
+    k: int, n: int, rows: Sequence[int], quick: bool, card: common.Card, results: report.Results
+) -> None:
+    problem = Problem(k, n)
+    if problem.no_modules is not None:
+        print(f"bf16, module: left out: {problem.no_modules}")
+    for m in rows:
+        x, dy = problem.operands(m)
+        case = problem.case(x, dy, card)
+        names = common.QUICK if quick else common.COMPUTE
+        variants = [problem.baseline(x)] + [problem.variant(name, x) for name in names]
+        results.add(case, variants + (problem.module(x) if quick else problem.others(x)))
+
+
+def first_step_of(point: str) -> None:
+    """In a process of its own: K:N:M:variant."""
+    k, n, rows, name = point.split(":")
+    problem = Problem(int(k), int(n), dequantized=False)
+    x, dy = problem.operands(int(rows))
+    report.print_first_step(problem.variant(name, x).step(dy), problem.baseline(x).step(dy))
+
+
+def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
+    metrics = {
+        "ratio": "forward + backward",
+        "graph_ratio": "forward + backward in a CUDA graph",
+        "forward_ratio": "forward in a CUDA graph",
+    }
+    panels = [
+        report.Panel(f"{shape}: {text}", [r for r in rows if r["shape"] == shape], "rows", column)
+        for shape in dict.fromkeys(r["shape"] for r in rows)
+        for column, text in metrics.items()
+    ]
+    title = f"{torch.cuda.get_device_name()}, LoRA r={common.RANK} on an MXFP4 linear layer (K x N)"
+    report.plot_ratios(panels, path, title)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("K", "N"))
+    parser.add_argument("--rows", type=int, nargs="+", help="these M only")
+    parser.add_argument("--quick", action="store_true", help="no forced strategy, fewer M")
+    parser.add_argument("--first-step", action="store_true", help="first steps alone")
+    parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    harness.require_gpu()
+    torch.manual_seed(0)
+    if args.first_step_of:
+        first_step_of(args.first_step_of)
+        return
+    results = report.Results()
+    if args.first_step:
+        report.add_first_steps(results, __file__, FIRST_STEPS)
+        results.report(
+            "lora_linear_first_step", {}, report.FIRST_STEP_HEAD, report.FIRST_STEP_COLUMNS
+        )
+        raise SystemExit(bool(results.failures))
+    whole = vars(args) == vars(parser.parse_args([]))
+    rows = args.rows or ((1, 16, 64, 4096, 16384) if args.quick else ROWS)
+    card = common.Card.measure()
+    print(f"copy {card.copy_gbs:.0f} GB/s, bf16 matmul {card.tflops:.0f} TFLOP/s", flush=True)
+    try:
+        for k, n in args.shape or [SHAPE]:
+            bench_shape(k, n, rows, args.quick, card, results)
+    finally:
+        meta = dict(dtype="bfloat16", rank=common.RANK, scaling=common.SCALING, format=MXFP4.name)
+        meta |= dict(copy_gbs=card.copy_gbs, bf16_tflops=card.tflops)
+        results.report("lora_linear" if whole else "lora_linear_part", meta, HEAD, plot=plot)
+    raise SystemExit(bool(results.failures))
+
+
+if __name__ == "__main__":
+    main()

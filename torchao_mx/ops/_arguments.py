@@ -1,0 +1,147 @@
+"""What the verbs of products check before an op runs, and the forms they bring operands into."""
+
+from __future__ import annotations
+
+import torch
+
+from torchao_mx.checks import check_high_precision
+from torchao_mx.formats import BlockFormat, QuantizeSpec
+from torchao_mx.ops.mm import STRATEGIES
+from torchao_mx.ops.quantize import check_per_tensor_scale
+
+
+def product_sizes(qdata: torch.Tensor, fmt: BlockFormat, transpose_weight: bool) -> tuple[int, int]:
+    """What a product with ``W`` reduces over, and how many columns it leaves."""
+    n, k = qdata.shape[-2], qdata.shape[-1] * fmt.elems_per_byte
+    return (k, n) if transpose_weight else (n, k)
+
+
+def as_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., C]`` as ``[R, C]``."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def operands(
+    x: torch.Tensor, bias: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x in the dtype that the product is computed in (autocast's or its own), and the bias likewise."""
+    device = x.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):  # there is no autocast for meta
+        x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
+    check_high_precision(x.dtype, "x")
+    return x, None if bias is None else bias.to(x.dtype)
+
+
+def check_product(
+    x: torch.Tensor, weight: torch.Tensor, columns: int, activation: QuantizeSpec | None
+) -> None:
+    """Refuse an x that does not multiply the weight, or that ``activation`` cannot quantize."""
+    if x.dim() == 0 or x.shape[-1] != columns:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; the weight reduces over {columns} elements, which x's last "
+            f"axis must have"
+        )
+    if x.device != weight.device:
+        raise ValueError(
+            f"x is on {x.device} and the weight on {weight.device}; move one with .to(device)"
+        )
+    if activation is not None and columns % activation.format.block_size:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; its last axis ({columns}) is not a multiple of "
+            f"{activation.format.block_size}, the block size of {activation.format.name}"
+        )
+
+
+def check_packed(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    fmt: BlockFormat,
+) -> None:
+    """Refuse tensors that are no weight of ``fmt``: kernels would read beyond them."""
+    if not isinstance(fmt, BlockFormat):
+        raise TypeError(f"fmt={fmt!r} is not a BlockFormat; use one from torchao_mx, such as MXFP4")
+    per_scale = fmt.block_size // fmt.elems_per_byte
+    if qdata.dim() < 2 or qdata.shape != (*scale.shape[:-1], scale.shape[-1] * per_scale):
+        raise ValueError(
+            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; a weight of {fmt.name} "
+            f"has [N, {per_scale} B] and [N, B], or experts in front: pass the two results of one quantize"
+        )
+    if per_tensor_scale is not None:
+        check_per_tensor_scale(per_tensor_scale, fmt, qdata)
+
+
+def dense_bias(bias: torch.Tensor | None, columns: int, x: torch.Tensor) -> torch.Tensor | None:
+    """``bias`` as ``[columns]``; one number is expanded to that."""
+    if bias is None:
+        return None
+    check_on_device_of(x, bias, "bias")
+    if bias.shape in ((), (1,)):
+        return bias.expand(columns)
+    if bias.shape != (columns,):
+        raise ValueError(
+            f"bias has shape {tuple(bias.shape)}; the product has {columns} columns and takes a bias "
+            f"[{columns}]"
+        )
+    return bias
+
+
+def check_groups(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    order: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    columns: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """``offs`` and ``order`` (as int32), contiguous; refuse operands that make no grouped product."""
+    if x.dim() != 2 or weight.dim() != 3 or offs.shape != weight.shape[:1]:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, the weight {tuple(weight.shape)} (packed) and offs "
+            f"{tuple(offs.shape)}; a grouped product takes x [R, K], a weight [E, N, K] and offs [E]"
+        )
+    if offs.dtype != torch.int32:
+        raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
+    check_on_device_of(x, offs, "offs")
+    if bias is not None:
+        check_on_device_of(x, bias, "bias")
+        if bias.shape != (weight.shape[0], columns):
+            raise ValueError(
+                f"bias has shape {tuple(bias.shape)}; a grouped product with {weight.shape[0]} experts "
+                f"of {columns} columns takes a bias [{weight.shape[0]}, {columns}]"
+            )
+    return offs.contiguous(), None if order is None else check_order(order, x.shape[0], x)
+
+
+def check_order(order: torch.Tensor, n_tokens: int, x: torch.Tensor) -> torch.Tensor:
+    """``order`` as contiguous int32, refused where it cannot be a permutation of k rows a token."""
+    if order.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"order has dtype {order.dtype}; row numbers are int32: use order.int()")
+    check_on_device_of(x, order, "order")
+    rows = order.shape[0] if order.dim() == 1 else -1
+    if (rows != 0) if n_tokens == 0 else (rows < n_tokens or rows % n_tokens):
+        raise ValueError(
+            f"order has shape {tuple(order.shape)} and there are {n_tokens} token(s); it is [T * k], the "
+            f"argsort of the flattened [T, k] expert ids"
+        )
+    return order.int().contiguous()
+
+
+def check_strategy(strategy: str, max_scratch_bytes: int, compute: str = "") -> None:
+    """Refuse a strategy that there is not, or not for this compute dtype."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is none of {', '.join(STRATEGIES)}")
+    if strategy != "auto" and (strategy == "unpack8") != bool(compute):
+        raise ValueError(
+            f"strategy={strategy!r} with compute_dtype={'torch.' + compute if compute else None}; "
+            f"'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both"
+        )
+    if max_scratch_bytes <= 0:
+        raise ValueError(f"max_scratch_bytes={max_scratch_bytes}; it must be a positive number")
+
+
+def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    if other.device != x.device:
+        raise ValueError(
+            f"{name} is on {other.device} and x on {x.device}; move one with .to(device)"
+        )

@@ -1,0 +1,262 @@
+"""The product with MXFP4 weights on the 8-bit tensor cores: x rounded to fp8 row by row, weights exact.
+
+``torchao_mx/reference/fp8.py`` defines the algebra. Launches, for as many columns of y at a time as the scratch
+holds (twice the bf16 rate in 3, at the price of the passes around it)::
+
+    1. x to fp8 rows in the order of the groups, and a scale a row            once
+    2. the weight to e4m3, lossless, and flags for what does not fit          (reduced over N: two launches)
+    3. torch._scaled_grouped_mm, or torch._scaled_mm for a dense weight
+    4. + s * h up^T + bias, zeros behind the last group: one pass over y, which also moves a part of the columns
+       to its place. Neither GEMM has room for it: h in fp8 would lose the adapter's accuracy.
+    5. the flagged columns again, from x itself in bf16                       once
+
+5 returns at once where nothing is flagged, so that the host never waits for the flags.
+
+``kind`` names what the rows become. e5m2 spends on range what a scale a row already gives, so that e4m3 is the
+more accurate also for gradients; ``torch._scaled_grouped_mm`` takes nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.formats import MXFP4, BlockFormat
+from torchao_mx.ops._fp8_kernels import add_low_rank, quantize_rows, recompute_flagged
+from torchao_mx.ops._fp8_weight import column_flags, flags_of, fp8_columns, fp8_rows, row_flags
+from torchao_mx.reference import fp8 as definition
+
+MAX_SCRATCH_BYTES = 256 * 2**20
+KINDS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+_ALIGNMENT = 16  # of every axis, in the two GEMMs
+_COLUMNS_STEP = MXFP4.block_size  # columns are decoded in multiples of this
+
+
+def columns_at_a_time(experts: int, columns: int, reduced: int, max_scratch_bytes: int) -> int:
+    """How many columns of every expert are decoded at once: equal parts, at least 32 columns."""
+    fit = max(_COLUMNS_STEP, max_scratch_bytes // (experts * reduced))
+    width = triton.cdiv(columns, triton.cdiv(columns, fit))
+    width = triton.cdiv(width, _COLUMNS_STEP) * _COLUMNS_STEP
+    if width > fit:  # rounding up passed the bound
+        width = fit // _COLUMNS_STEP * _COLUMNS_STEP
+    return min(width, columns)
+
+
+def fits_fp8(
+    qdata: torch.Tensor, scale: torch.Tensor, fmt: BlockFormat, transpose_weight: bool = True
+) -> torch.Tensor:
+    """Where the weight ``[..., N, K]`` is e4m3 times powers of two: bool, True where lossless, on its device.
+
+    A fact of the frozen weight that :func:`fp8_product` takes as ``fits``: found once, it may be kept, and a
+    weight that fits throughout (``bool(fits.all())``) saves a launch a product.
+
+    Returns:
+        ``[..., N]``, a flag for each row, for products reduced over K; without ``transpose_weight``
+        ``[..., K / 32]``, a flag for each block of columns, for products reduced over N.
+
+    Raises:
+        NotImplementedError: a format other than MXFP4.
+    """
+    _check_format(fmt)
+    if not qdata.is_cuda:
+        return definition.fits_fp8(qdata, scale, transpose_weight)
+    return flags_of(qdata, scale, transpose_weight) == 0
+
+
+def fp8_product(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    fmt: BlockFormat,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    kind: str = "float8_e4m3fn",
+    max_scratch_bytes: int = MAX_SCRATCH_BYTES,
+    fits: torch.Tensor | bool | None = None,
+) -> torch.Tensor:
+    """``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x's rows rounded to ``kind``.
+
+    Rows are rounded to fp8 with an fp32 scale each, weights taken exactly, sums are in fp32, the result is
+    rounded to bf16 before and after the low-rank term is added. On Gaussian data the product is 2.6 % off
+    with ``"float8_e4m3fn"`` (root mean square, of the result's), 5.3 % with ``"float8_e5m2"``. A row of x that
+    holds a NaN or an Inf gives a row of NaN and Inf.
+
+    Args:
+        x: ``[T, K]`` (``[T, N]`` without ``transpose_weight``) bfloat16.
+        qdata: ``[E, N, K / 2]``, or ``[N, K / 2]`` for a dense weight. N is a multiple of 16.
+        scale: ``[E, N, K / 32]`` or ``[N, K / 32]``.
+        per_tensor_scale: NVFP4's, hence None.
+        fmt: MXFP4.
+        offs: int32 ``[E]``, end offsets of the experts' rows; None for a dense weight.
+        order: ``[n_rows]``; row i of the groups is token ``order[i] // top_k``. None: x lies in groups.
+        top_k: rows a token.
+        n_rows: rows of the result, ``T * top_k``.
+        transpose_weight: reduce over K; otherwise over N.
+        h: ``[n_rows, r]``, in the groups' order, or None.
+        up: ``[E, C, r]`` (``[C, r]`` dense) for C result columns, any strides and float dtype; None without h.
+        scaling: s.
+        bias: ``[E, C]`` (``[C]`` dense) or None.
+        kind: ``"float8_e4m3fn"``, or for a dense weight ``"float8_e5m2"``.
+        max_scratch_bytes: bound of the decoded weight, unless 32 columns of each expert need more.
+        fits: what :func:`fits_fp8` returned for this weight and ``transpose_weight``, True where it is known to
+            be True throughout, None to find out on the way.
+
+    Returns:
+        ``[n_rows, C]`` in x's dtype; zeros behind ``offs[-1]``.
+
+    Raises:
+        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``.
+        TypeError: x's dtype.
+        ValueError: an unknown kind; N not a multiple of 16.
+    """
+    n = qdata.shape[-2]
+    _check(x, fmt, n, kind, offs is not None)
+    dtype = KINDS[kind]
+    if not x.is_cuda:
+        known = None if fits is True else fits
+        return definition.fp8_product(
+            x, qdata, scale, fmt, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias,
+            dtype, known,
+        )  # fmt: skip
+    return _product_on_gpu(
+        x, qdata, scale, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias, dtype,
+        max_scratch_bytes, fits,
+    )  # fmt: skip
+
+
+def _product_on_gpu(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    max_scratch_bytes: int,
+    fits: torch.Tensor | bool | None,
+    dot_dtype: tl.dtype = tl.bfloat16,
+) -> torch.Tensor:
+    """The launches of the file's head."""
+    columns = qdata.shape[-2] if transpose_weight else qdata.shape[-1] * MXFP4.elems_per_byte
+    if n_rows == 0:
+        return x.new_empty((0, columns))
+    x, h, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, h, bias))
+    if offs is None:
+        qdata, scale = qdata[None], scale[None]
+        up, bias = (None if t is None else t[None] for t in (up, bias))
+    x8, x_scale = quantize_rows(x, order, top_k, n_rows, dtype)
+    flags = row_flags(qdata) if transpose_weight else column_flags(scale)
+    width = columns_at_a_time(qdata.shape[0], columns, x.shape[1], max_scratch_bytes)
+    y = None if width == columns else x.new_empty((n_rows, columns))
+    for first in range(0, columns, width):
+        part = slice(first, min(first + width, columns))
+        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags)
+        product = _scaled_product(x8, w8, x_scale, w_scale, offs)
+        del w8  # the next part decodes into the same memory
+        add_low_rank(
+            product, product if y is None else y[:, part], offs, h,
+            None if up is None else up[:, part], scaling, None if bias is None else bias[:, part],
+            dot_dtype,
+        )  # fmt: skip
+    y = product if y is None else y
+    if fits is not True:
+        found = (flags, 1) if fits is None else (fits.view(torch.uint8).contiguous(), 0)
+        recompute_flagged(
+            y, x, qdata, scale, *found, offs, order, top_k, transpose_weight, h, up, scaling, bias,
+            dot_dtype,
+        )  # fmt: skip
+    return y
+
+
+def _decode(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    part: slice,
+    transpose_weight: bool,
+    flags: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Columns ``part`` of the result: the weight as e4m3 ``[E, part, reduced]`` and its scales ``[E, part]``."""
+    if transpose_weight:
+        w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part])
+    else:
+        packed = slice(part.start // MXFP4.elems_per_byte, part.stop // MXFP4.elems_per_byte)
+        blocks = slice(part.start // MXFP4.block_size, part.stop // MXFP4.block_size)
+        w8, w_scale, _ = fp8_columns(qdata[..., packed], scale[..., blocks], flags[:, blocks])
+    return w8, w_scale
+
+
+def _scaled_product(
+    x8: torch.Tensor,
+    w8: torch.Tensor,
+    x_scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    offs: torch.Tensor | None,
+) -> torch.Tensor:
+    """bf16 ``[R, C]``; fast accumulation would keep too few bits."""
+    if offs is not None:
+        return torch._scaled_grouped_mm(
+            x8, w8.mT, x_scale, w_scale, offs=offs, out_dtype=torch.bfloat16, use_fast_accum=False
+        )
+    return torch._scaled_mm(
+        x8, w8[0].t(), x_scale[:, None], w_scale, out_dtype=torch.bfloat16, use_fast_accum=False
+    )
+
+
+def _check_format(fmt: BlockFormat) -> None:
+    if fmt != MXFP4:
+        raise NotImplementedError(
+            f"the weight is {fmt.name}; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones "
+            f"that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'"
+        )
+
+
+def _check(x: torch.Tensor, fmt: BlockFormat, n: int, kind: str, grouped: bool) -> None:
+    _check_format(fmt)
+    if kind not in KINDS:
+        raise ValueError(f"kind={kind!r} is no fp8 dtype for rows; use one of {sorted(KINDS)}")
+    if grouped and kind != "float8_e4m3fn":
+        raise NotImplementedError(
+            f"kind={kind!r} with experts: torch._scaled_grouped_mm takes e4m3 rows alone; use "
+            f"kind='float8_e4m3fn', whose scale a row covers the range of gradients too"
+        )
+    if x.dtype != torch.bfloat16:
+        raise TypeError(
+            f"x has dtype {x.dtype}; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave "
+            f"compute_dtype out"
+        )
+    if n % _ALIGNMENT:
+        raise ValueError(
+            f"the weight has N={n} rows, not a multiple of {_ALIGNMENT}, which the 8-bit GEMMs want of every "
+            f"axis: pad the weight, or leave compute_dtype out"
+        )
+    if x.is_cuda:
+        _check_device(x.device.index, grouped)
+
+
+@functools.lru_cache
+def _check_device(index: int, grouped: bool) -> None:
+    capability = torch.cuda.get_device_capability(index)
+    enough = capability in ((9, 0), (10, 0)) if grouped else capability >= (8, 9)
+    if not enough:
+        needed = "9.0 or 10.0 with experts" if grouped else "8.9 or newer"
+        raise NotImplementedError(
+            f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the 8-bit GEMM needs "
+            f"{needed}: leave compute_dtype out, with strategy='unpack' or 'fused'"
+        )

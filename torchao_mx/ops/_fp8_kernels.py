@@ -1,0 +1,327 @@
+"""What surrounds the fp8 GEMM of ``_fp8.py``: rows of x to fp8, the low-rank term, and flagged columns again.
+
+A tile of rows that belong to several experts meets them one after the other, with the others' rows masked.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.formats import MXFP4
+from torchao_mx.ops import _tile
+from torchao_mx.ops._fp8_weight import load_values, words_of
+from torchao_mx.ops._launch import bytes_of, launched, multiprocessors, on_device_of
+from torchao_mx.reference import fp8 as definition
+
+QUANTIZE_TILE = 4096
+ADD_TILE_M, ADD_TILE_N, ADD_RANK, ADD_WARPS = 64, 128, 32, 8
+FLAGGED_TILE_M, FLAGGED_TILE_N, FLAGGED_TILE_K = 128, 128, 64
+FLAGGED_PAIRS = 8
+_MIN_ROW_SCALE = tl.constexpr(definition.MIN_ROW_SCALE)
+_ENCODE_FOUR = """
+{
+.reg .b16 low, high;
+cvt.rn.satfinite.TYPEx2.f32 low, $2, $1;
+cvt.rn.satfinite.TYPEx2.f32 high, $4, $3;
+mov.b32 $0, {low, high};
+}
+"""
+_ENCODE_E4M3 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e4m3"))
+_ENCODE_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
+
+
+@launched
+@triton.jit
+def _quantize_rows_kernel(x_ptr, order_ptr, q_ptr, scale_ptr, n_rows, C, x_row, top_k,
+                          GATHER: tl.constexpr, E4M3: tl.constexpr, PTX: tl.constexpr,
+                          ROWS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    """Rows of x (of the tokens in ``order``) to fp8 bytes; SPAN covers a row."""
+    FP8_MAX: tl.constexpr = 448.0 if E4M3 else 57344.0
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, SPAN)
+    token = row
+    if GATHER:
+        token = tl.load(order_ptr + row, mask=row < n_rows, other=0) // top_k
+    inside = (row < n_rows)[:, None] & (column < C)[None, :]
+    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_row + column[None, :]
+    x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    amax = _tile.max_magnitude(x, axis=1)
+    ones = tl.full(amax.shape, 1.0, tl.float32)
+    scale = tl.maximum(tl.div_rn(amax, ones * FP8_MAX), _MIN_ROW_SCALE)
+    finite = _tile.bits_of(amax) < 0x7F800000
+    y = x * tl.div_rn(ones, scale)[:, None]
+    if not PTX:
+        code = _tile.encode(y, 4 if E4M3 else 5, 3 if E4M3 else 2, FP8_MAX, False).to(tl.uint8)
+    else:
+        asm: tl.constexpr = _ENCODE_E4M3 if E4M3 else _ENCODE_E5M2
+        code = tl.inline_asm_elementwise(
+            asm, "=r,f,f,f,f", [y], dtype=tl.uint8, is_pure=True, pack=4
+        )
+    q_ptrs = q_ptr + row.to(tl.int64)[:, None] * C + column[None, :]
+    tl.store(q_ptrs, code, mask=inside)
+    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), mask=row < n_rows)
+
+
+@triton.jit
+def _low_rank(total, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_row, up_expert, up_column,
+              up_rank, RANK: tl.constexpr, DOT_DTYPE: tl.constexpr):  # fmt: skip
+    """``total + h up_e^T`` for the rows that are ``mine``, at the columns ``inside``."""
+    up_ptr += tl.cast(expert, tl.int64) * up_expert  # expert: an int in the interpreter
+    h_ptrs = h_ptr + row.to(tl.int64)[:, None] * h_row
+    up_ptrs = up_ptr + column.to(tl.int64)[None, :] * up_column
+    for first in range(0, rank, RANK):
+        r = first + tl.arange(0, RANK)
+        h = tl.load(h_ptrs + r[None, :], mask=mine[:, None] & (r < rank)[None, :], other=0.0)
+        mask = (r < rank)[:, None] & inside[None, :]
+        up = tl.load(up_ptrs + r[:, None] * up_rank, mask=mask, other=0.0)
+        total = tl.dot(h.to(DOT_DTYPE), up.to(DOT_DTYPE), total)
+    return total
+
+
+@launched
+@triton.jit
+def _add_kernel(part_ptr, y_ptr, h_ptr, up_ptr, bias_ptr, offs_ptr, n_rows, C, n_experts, rank, scaling,
+                part_row, y_row, h_row, up_expert, up_column, up_rank, bias_expert,
+                IN_PLACE: tl.constexpr, GROUPED: tl.constexpr, HAS_LORA: tl.constexpr,
+                HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, TILE_M: tl.constexpr,
+                TILE_N: tl.constexpr, RANK: tl.constexpr, DOT_DTYPE: tl.constexpr):  # fmt: skip
+    """``y = part + s * h up^T + bias`` on ``[n_rows, C]``, zeros behind the last group."""
+    tiles_n = tl.cdiv(C, TILE_N)
+    total = n_rows
+    if GROUPED:
+        total = tl.load(offs_ptr + n_experts - 1)
+    first_tile = 0
+    if IN_PLACE and not (HAS_LORA or HAS_BIAS):
+        first_tile = (total // TILE_M) * tiles_n  # only zeros are to be written
+    n_tiles = tl.cdiv(n_rows, TILE_M) * tiles_n
+    for tile in range(first_tile + tl.program_id(0), n_tiles, tl.num_programs(0)):
+        row = (tile // tiles_n) * TILE_M + tl.arange(0, TILE_M)
+        column = (tile % tiles_n) * TILE_N + tl.arange(0, TILE_N)
+        inside = column < C
+        owned = row < total
+        part_ptrs = part_ptr + row.to(tl.int64)[:, None] * part_row + column[None, :]
+        part = tl.load(part_ptrs, mask=owned[:, None] & inside[None, :], other=0.0)
+        value = part.to(tl.float32)
+        if HAS_LORA or HAS_BIAS:
+            start, last = 0, 0
+            if GROUPED:  # an expert's number is how many ends its rows have passed
+                index = tl.arange(0, EXPERTS)
+                ends = tl.load(offs_ptr + index, mask=index < n_experts, other=2147483647)
+                row0 = (tile // tiles_n) * TILE_M
+                row1 = tl.minimum(row0 + TILE_M, total) - 1
+                start = tl.sum((ends <= row0).to(tl.int32), axis=0)
+                last = tl.minimum(tl.sum((ends <= row1).to(tl.int32), axis=0), n_experts - 1)
+            low_rank = tl.zeros((TILE_M, TILE_N), tl.float32)
+            for expert in range(start, last + 1):
+                mine = owned
+                if GROUPED:
+                    first = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+                    mine = (row >= first) & (row < tl.load(offs_ptr + expert))
+                if HAS_LORA:
+                    low_rank = _low_rank(
+                        low_rank, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_row,
+                        up_expert, up_column, up_rank, RANK, DOT_DTYPE,
+                    )  # fmt: skip
+                if HAS_BIAS:
+                    bias_ptrs = bias_ptr + tl.cast(expert, tl.int64) * bias_expert + column
+                    bias = tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
+                    value += tl.where(mine[:, None], bias[None, :], 0.0)
+            if HAS_LORA:
+                value += low_rank * scaling
+        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * y_row + column[None, :]
+        mask = (row < n_rows)[:, None] & inside[None, :]
+        tl.store(y_ptrs, value.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@launched
+@triton.jit
+def _flagged_columns_kernel(x_ptr, order_ptr, q_ptr, s_ptr, flag_ptr, offs_ptr, h_ptr, up_ptr, bias_ptr, y_ptr,
+                            n_rows, C, N, words_per_row, n_experts, top_k, rank, scaling, x_row,
+                            q_expert, q_row, s_expert, s_row, h_row, up_expert, up_column, up_rank,
+                            bias_expert, FLAGGED: tl.constexpr, FLAG_COLUMNS: tl.constexpr,
+                            GATHER: tl.constexpr, GROUPED: tl.constexpr,
+                            TRANSPOSE_WEIGHT: tl.constexpr, HAS_LORA: tl.constexpr,
+                            HAS_BIAS: tl.constexpr, PAIRS: tl.constexpr, TILE_M: tl.constexpr,
+                            TILE_N: tl.constexpr, TILE_K: tl.constexpr, RANK: tl.constexpr,
+                            DOT_DTYPE: tl.constexpr):  # fmt: skip
+    """Overwrites the columns of y whose flag, one for FLAG_COLUMNS of them, has the value FLAGGED.
+
+    A program looks after PAIRS pairs of an expert and a tile of columns, and shares the rows of a flagged one
+    with the programs of the second grid axis.
+    """
+    FLAGS: tl.constexpr = TILE_N // FLAG_COLUMNS
+    tiles_n = tl.cdiv(C, TILE_N)
+    flags_per_expert = C // FLAG_COLUMNS
+    first_pair = tl.program_id(0) * PAIRS
+    n_pairs = n_experts * tiles_n
+    pair = first_pair + tl.arange(0, PAIRS)
+    index = (pair % tiles_n)[:, None] * FLAGS + tl.arange(0, FLAGS)[None, :]
+    real = (pair < n_pairs)[:, None] & (index < flags_per_expert)
+    flag_ptrs = flag_ptr + (pair // tiles_n)[:, None] * flags_per_expert + index
+    flag = tl.load(flag_ptrs, mask=real, other=1 - FLAGGED).to(tl.int32)
+    found = tl.max(tl.max((flag == FLAGGED).to(tl.int32), axis=1), axis=0)
+    if found > 0:
+        for p in range(first_pair, tl.minimum(first_pair + PAIRS, n_pairs)):
+            expert = p // tiles_n
+            column = (p % tiles_n) * TILE_N + tl.arange(0, TILE_N)
+            inside = column < C
+            at = expert * flags_per_expert + column // FLAG_COLUMNS
+            flagged = tl.load(flag_ptr + at, mask=inside, other=1 - FLAGGED).to(tl.int32) == FLAGGED
+            if tl.max(flagged.to(tl.int32), axis=0) > 0:
+                first, end = 0, n_rows
+                if GROUPED:
+                    first = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
+                    end = tl.load(offs_ptr + expert)
+                wide = tl.cast(expert, tl.int64)  # an int in the interpreter
+                e_q_ptr, e_s_ptr = q_ptr + wide * q_expert, s_ptr + wide * s_expert
+                step = tl.num_programs(1) * TILE_M
+                for row0 in range(first + tl.program_id(1) * TILE_M, end, step):
+                    row = row0 + tl.arange(0, TILE_M)
+                    mine = row < end
+                    token = row
+                    if GATHER:
+                        token = tl.load(order_ptr + row, mask=mine, other=0) // top_k
+                    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_row
+                    total = tl.zeros((TILE_M, TILE_N), tl.float32)
+                    if HAS_LORA:
+                        total = _low_rank(
+                            total, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_row,
+                            up_expert, up_column, up_rank, RANK, DOT_DTYPE,
+                        )  # fmt: skip
+                        total *= scaling
+                    if HAS_BIAS:
+                        bias_ptrs = bias_ptr + wide * bias_expert + column
+                        bias = tl.load(bias_ptrs, mask=inside, other=0.0)
+                        total += bias.to(tl.float32)[None, :]
+                    reduced = words_per_row * 8 if TRANSPOSE_WEIGHT else N
+                    for k0 in range(0, reduced, TILE_K):
+                        k = k0 + tl.arange(0, TILE_K)
+                        x_mask = mine[:, None] & (k < reduced)[None, :]
+                        x = tl.load(x_ptrs + k[None, :], mask=x_mask, other=0.0).to(DOT_DTYPE)
+                        if TRANSPOSE_WEIGHT:
+                            word = k0 // 8 + tl.arange(0, TILE_K // 8)
+                            w = load_values(e_q_ptr, e_s_ptr, column, C, q_row, s_row, word,
+                                            words_per_row, DOT_DTYPE)  # fmt: skip
+                            w = tl.trans(w)
+                        else:
+                            word = (p % tiles_n) * (TILE_N // 8) + tl.arange(0, TILE_N // 8)
+                            w = load_values(e_q_ptr, e_s_ptr, k, N, q_row, s_row, word,
+                                            words_per_row, DOT_DTYPE)  # fmt: skip
+                        total = tl.dot(x, w, total)
+                    y_ptrs = y_ptr + row.to(tl.int64)[:, None] * C + column[None, :]
+                    mask = mine[:, None] & flagged[None, :]
+                    tl.store(y_ptrs, total.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def quantize_rows(
+    x: torch.Tensor, order: torch.Tensor | None, top_k: int, n_rows: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``reference.fp8.quantize_rows`` of ``x[order // top_k]``: (``[n_rows, C]``, fp32 ``[n_rows]``)."""
+    columns = x.shape[1]
+    q = torch.empty((n_rows, columns), dtype=dtype, device=x.device)
+    scale = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    span = triton.next_power_of_2(columns)
+    rows = max(1, QUANTIZE_TILE // span)
+    with on_device_of(x):
+        _quantize_rows_kernel[(triton.cdiv(n_rows, rows),)](
+            x, scale if order is None else order, bytes_of(q), scale, n_rows, columns, x.stride(0),
+            top_k, GATHER=order is not None, E4M3=dtype == torch.float8_e4m3fn, PTX=x.is_cuda,
+            ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
+        )  # fmt: skip
+    return q, scale
+
+
+def _added_arguments(
+    y: torch.Tensor, h: torch.Tensor | None, up: torch.Tensor | None, bias: torch.Tensor | None
+) -> dict[str, object]:
+    """What the kernels take of the terms added: ``h [R, r]``, ``up [E, C, r]``, ``bias [E, C]``, each or None."""
+    rank = 0 if h is None else h.shape[1]
+    return dict(
+        h_ptr=y if h is None else h,
+        up_ptr=y if up is None else up,
+        bias_ptr=y if bias is None else bias,
+        rank=rank,
+        h_row=0 if h is None else h.stride(0),
+        up_expert=0 if up is None else up.stride(0),
+        up_column=0 if up is None else up.stride(1),
+        up_rank=0 if up is None else up.stride(2),
+        bias_expert=0 if bias is None else bias.stride(0),
+        HAS_LORA=rank > 0,
+        HAS_BIAS=bias is not None,
+        RANK=min(ADD_RANK, max(16, triton.next_power_of_2(rank))) if rank else 16,
+    )
+
+
+def add_low_rank(
+    part: torch.Tensor,
+    y: torch.Tensor,
+    offs: torch.Tensor | None,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dot_dtype: tl.dtype = tl.bfloat16,
+) -> None:
+    """``y = part + s * h up^T + bias`` on ``[R, C]`` (y may be part), zeros behind the last group.
+
+    ``up [E, C, r]``, ``bias [E, C]``, E = 1 without ``offs``. Products in bf16 (fp32 in tests).
+    """
+    n_rows, columns = part.shape
+    in_place = part.data_ptr() == y.data_ptr()
+    if in_place and h is None and bias is None and offs is None:
+        return
+    experts = 1 if offs is None else offs.shape[0]
+    tiles = triton.cdiv(n_rows, ADD_TILE_M) * triton.cdiv(columns, ADD_TILE_N)
+    if in_place and h is None and bias is None:
+        tiles = min(tiles, multiprocessors(y.device))
+    with on_device_of(y):
+        _add_kernel[(tiles,)](
+            part, y, offs_ptr=y if offs is None else offs, n_rows=n_rows, C=columns, n_experts=experts,
+            scaling=scaling, part_row=part.stride(0), y_row=y.stride(0), IN_PLACE=in_place,
+            GROUPED=offs is not None, EXPERTS=triton.next_power_of_2(experts), TILE_M=ADD_TILE_M,
+            TILE_N=ADD_TILE_N, DOT_DTYPE=dot_dtype, num_warps=ADD_WARPS,
+            **_added_arguments(y, h, up, bias),
+        )  # fmt: skip
+
+
+def recompute_flagged(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    flags: torch.Tensor,
+    flagged: int,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dot_dtype: tl.dtype = tl.bfloat16,
+) -> None:
+    """Overwrite the columns of ``y [R, C]`` whose flag equals ``flagged`` by the whole product in bf16.
+
+    ``flags [E, C]`` with ``transpose_weight``, else ``[E, C / 32]``, contiguous; the weight ``[E, N, ...]``.
+    """
+    words, scale = words_of(qdata, scale)
+    n_rows, columns = y.shape
+    experts, n, per_row = words.shape
+    programs = triton.cdiv(experts * triton.cdiv(columns, FLAGGED_TILE_N), FLAGGED_PAIRS)
+    shares = min(
+        triton.cdiv(2 * multiprocessors(y.device), programs), triton.cdiv(n_rows, FLAGGED_TILE_M)
+    )
+    with on_device_of(y):
+        _flagged_columns_kernel[(programs, shares)](
+            x, y if order is None else order, words, scale, flags, y if offs is None else offs, y_ptr=y,
+            n_rows=n_rows, C=columns, N=n, words_per_row=per_row, n_experts=experts, top_k=top_k,
+            scaling=scaling, x_row=x.stride(0), q_expert=words.stride(0), q_row=words.stride(1),
+            s_expert=scale.stride(0), s_row=scale.stride(1), FLAGGED=flagged,
+            FLAG_COLUMNS=1 if transpose_weight else MXFP4.block_size, GATHER=order is not None,
+            GROUPED=offs is not None, TRANSPOSE_WEIGHT=transpose_weight, PAIRS=FLAGGED_PAIRS,
+            TILE_M=FLAGGED_TILE_M, TILE_N=FLAGGED_TILE_N, TILE_K=FLAGGED_TILE_K,
+            DOT_DTYPE=dot_dtype, num_warps=8, **_added_arguments(y, h, up, bias),
+        )  # fmt: skip

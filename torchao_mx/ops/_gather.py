@@ -1,0 +1,148 @@
+"""From grouped rows back to tokens: the weighted sum of each token's rows, and its backward.
+
+``order [R]`` takes grouped row i to slot ``order[i]`` of ``[T, top_k]``, its inverse a slot to its row. With the
+inverse a program owns a token: sums are in the order of the slots, without atomics, and the backward reads
+a token's gradient once for all of its rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.ops._launch import launched, on_device_of
+
+# A thread has 16 bytes of each row in flight; to be measured.
+COLUMNS, WARPS = 1024, 4
+INVERSE_TILE = 1024
+
+
+@launched
+@triton.jit
+def _inverse_kernel(order_ptr, inverse_ptr, n_rows, TILE: tl.constexpr):
+    row = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    slot = tl.load(order_ptr + row, mask=row < n_rows, other=-1)
+    # Each slot has one row, so plain stores are deterministic. A slot out of range is left out.
+    tl.store(inverse_ptr + slot, row, mask=(slot >= 0) & (slot < n_rows))
+
+
+def inverse(order: torch.Tensor) -> torch.Tensor:
+    """``inverse[order[i]] = i``, int32 ``[R]``, of a permutation."""
+    out = torch.empty_like(order, dtype=torch.int32, memory_format=torch.contiguous_format)
+    n_rows = order.shape[0]
+    if n_rows:
+        with on_device_of(order):
+            grid = (triton.cdiv(n_rows, INVERSE_TILE),)
+            _inverse_kernel[grid](order.contiguous(), out, n_rows, TILE=INVERSE_TILE)
+    return out
+
+
+@triton.jit
+def _rows_of(inverse_ptr, slot, inside, n_rows):
+    """Rows, int64, of slots; clamped, so that a bad order stays within its tensors."""
+    row = tl.load(inverse_ptr + slot, mask=inside, other=0)
+    return tl.minimum(tl.maximum(row, 0), n_rows - 1).to(tl.int64)
+
+
+@launched
+@triton.jit
+def _sum_rows_kernel(y_ptr, inverse_ptr, weights_ptr, out_ptr, n_rows, C, stride_y,
+                     WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """A tile of columns of one token."""
+    column_tiles = tl.cdiv(C, COLUMNS)
+    token = (tl.program_id(0) // column_tiles).to(tl.int64)
+    column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < C
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for j in tl.static_range(TOP_K):
+        row = _rows_of(inverse_ptr, token * TOP_K + j, True, n_rows)
+        y = tl.load(y_ptr + row * stride_y + column, mask=inside, other=0.0).to(tl.float32)
+        if WEIGHTED:
+            y *= tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
+        total += y
+    tl.store(out_ptr + token * C + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def sum_rows(
+    y: torch.Tensor,
+    order: torch.Tensor,
+    top_k: int,
+    weights: torch.Tensor | None,
+    inv: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``[T, C]`` in y's dtype: the sum of each token's ``top_k`` rows of ``y [R, C]``, weighted.
+
+    Args:
+        order: int32 ``[R]``, a permutation; row i is the one of slot ``order[i]`` of ``[T, top_k]``.
+        weights: ``[T, top_k]`` of any float dtype, or None for ones.
+        inv: ``inverse(order)``, where the caller has it.
+    """
+    n_rows, columns = y.shape
+    out = y.new_empty((n_rows // top_k, columns))
+    if out.numel() != 0:
+        y, inv = with_unit_rows(y), inverse(order) if inv is None else inv
+        weights = None if weights is None else weights.contiguous()
+        with on_device_of(y):
+            _sum_rows_kernel[(out.shape[0] * triton.cdiv(columns, COLUMNS),)](
+                y, inv, weights, out, n_rows, columns, y.stride(0), WEIGHTED=weights is not None,
+                TOP_K=top_k, COLUMNS=COLUMNS, num_warps=WARPS,
+            )  # fmt: skip
+    return out
+
+
+@launched
+@triton.jit
+def _combine_backward_kernel(dout_ptr, y_ptr, weights_ptr, inverse_ptr, dy_ptr, dweights_ptr,
+                             n_rows, C, stride_dout, stride_y, TOP_K: tl.constexpr,
+                             K_SPAN: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """One token: its rows of dy and its dweights."""
+    token = tl.program_id(0).to(tl.int64)
+    j = tl.arange(0, K_SPAN)
+    slot = token * TOP_K + j
+    row = _rows_of(inverse_ptr, slot, j < TOP_K, n_rows)
+    weight = tl.load(weights_ptr + slot, mask=j < TOP_K, other=0.0).to(tl.float32)
+    column = tl.arange(0, COLUMNS)
+    acc = tl.zeros((K_SPAN, COLUMNS), tl.float32)
+    for c0 in range(0, C, COLUMNS):
+        there = column < C - c0
+        inside = (j < TOP_K)[:, None] & there[None, :]
+        dout = tl.load(dout_ptr + token * stride_dout + c0 + column, mask=there, other=0.0)
+        dout = dout.to(tl.float32)[None, :]
+        y_ptrs = y_ptr + row[:, None] * stride_y + (c0 + column)[None, :]
+        acc += tl.load(y_ptrs, mask=inside, other=0.0).to(tl.float32) * dout
+        dy = (weight[:, None] * dout).to(dy_ptr.dtype.element_ty)
+        tl.store(dy_ptr + row[:, None] * C + (c0 + column)[None, :], dy, mask=inside)
+    dweights = tl.sum(acc, 1).to(dweights_ptr.dtype.element_ty)
+    tl.store(dweights_ptr + slot, dweights, mask=j < TOP_K)
+
+
+def combine_backward(
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    inv: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(dy [R, C], dweights [T, top_k])`` of :func:`sum_rows`, in y's and the weights' dtypes.
+
+    ``dy[i] = w_i * dout[token of i]``, ``dweights`` the scalar products of ``dout [T, C]``'s rows with y's.
+    """
+    (n_tokens, top_k), (n_rows, columns) = weights.shape, y.shape
+    dy = y.new_empty((n_rows, columns))
+    dweights = weights.new_empty((n_tokens, top_k))
+    if dweights.numel() != 0:
+        dout, y = with_unit_rows(dout), with_unit_rows(y)
+        inv = inverse(order) if inv is None else inv
+        with on_device_of(y):
+            _combine_backward_kernel[(n_tokens,)](
+                dout, y, weights.contiguous(), inv, dy, dweights, n_rows, columns, dout.stride(0),
+                y.stride(0), TOP_K=top_k, K_SPAN=triton.next_power_of_2(top_k), COLUMNS=COLUMNS,
+                num_warps=WARPS,
+            )  # fmt: skip
+    return dy, dweights
+
+
+def with_unit_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [R, C]`` with neighbouring elements in a row; a copy only where they are apart."""
+    return x if x.stride(1) == 1 else x.contiguous()

@@ -1,0 +1,92 @@
+"""Rows of grouped operands: which expert owns a tile, where an expert's rows lie, which token a row is.
+
+Expert e owns the rows ``offs[e - 1] : offs[e]`` (from 0), and a group E behind the experts, "nobody", the rows
+from ``offs[-1]`` on, which kernels fill with zeros. The offsets are read on the device. They are clamped to
+``[0, n_rows]`` and made non-decreasing there: with bad ones the groups still partition the rows, so that no
+kernel leaves its tensors and every row is written once.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+
+def max_tiles(n_rows: int, n_groups: int, tile: int) -> int:
+    """How many tiles :func:`tile_rows` finds at most, so a grid; ``n_groups=0`` for ungrouped rows.
+
+    Each group, "nobody" included, may end in a tile of a single row.
+    """
+    return min(n_rows, (n_rows + (n_groups + 1) * (tile - 1)) // tile)
+
+
+def span_of(offs: torch.Tensor | None) -> int:
+    """E_SPAN, the power of two that covers the groups."""
+    return 1 if offs is None else triton.next_power_of_2(offs.shape[0])
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _load_ends(offs_ptr, index, n_rows, E):
+    """Clamped ends of the groups ``index``; 0 in front of the first one, n_rows behind the last."""
+    ends = tl.load(offs_ptr + index, mask=(index >= 0) & (index < E), other=0)
+    ends = tl.where(index >= E, n_rows, ends)
+    return tl.minimum(tl.maximum(ends, 0), n_rows)
+
+
+@triton.jit
+def tile_rows(offs_ptr, n_rows, tile, E, E_SPAN: tl.constexpr, TILE: tl.constexpr,
+              GROUPED: tl.constexpr):  # fmt: skip
+    """(group, first row, end of the group's rows) of the ``tile``-th tile of at most TILE rows.
+
+    Tiles are numbered group by group and cross none. The group is E for nobody's rows; behind the last tile
+    ``first >= end``. Without GROUPED all rows are group 0, and nothing is loaded.
+    """
+    if GROUPED:
+        index = tl.arange(0, E_SPAN)
+        ends = tl.associative_scan(_load_ends(offs_ptr, index, n_rows, E), 0, _larger)
+        starts = tl.associative_scan(_load_ends(offs_ptr, index - 1, n_rows, E), 0, _larger)
+        tiles = tl.cumsum(tl.cdiv(ends - starts, TILE), 0)
+        passed = (tiles <= tile) & (index < E)
+        group = tl.sum(passed.to(tl.int32), 0)
+        start = tl.max(tl.where(passed, ends, 0), 0)
+        end = tl.min(tl.where(passed, n_rows, ends), 0)
+        first = start + (tile - tl.max(tl.where(passed, tiles, 0), 0)) * TILE
+    else:
+        group = 0
+        first = tile * TILE
+        end = n_rows
+    return group, first, end
+
+
+@triton.jit
+def group_rows(offs_ptr, n_rows, group, E, E_SPAN: tl.constexpr, GROUPED: tl.constexpr):
+    """(first row, end) of an expert's rows; all rows without GROUPED."""
+    if GROUPED:
+        index = tl.arange(0, E_SPAN)
+        ends = tl.where(index <= group, _load_ends(offs_ptr, index, n_rows, E), 0)
+        start = tl.max(tl.where(index < group, ends, 0), 0)
+        end = tl.max(ends, 0)
+    else:
+        start = 0
+        end = n_rows
+    return start, end
+
+
+@triton.jit
+def token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED: tl.constexpr):
+    """The rows of x, int64, that grouped rows read: ``order[row] // top_k``, or the rows themselves.
+
+    Clamped to x's, so that a bad order reads no other memory.
+    """
+    if GATHERED:
+        token = tl.load(order_ptr + row, mask=inside, other=0) // top_k
+        token = tl.minimum(tl.maximum(token, 0), n_tokens - 1)
+    else:
+        token = row
+    return token.to(tl.int64)

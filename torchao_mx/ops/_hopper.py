@@ -1,0 +1,132 @@
+"""Launcher of the Hopper kernels: when they apply, and with which tiles."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+
+from torchao_mx.formats import MXFP4, BlockFormat
+from torchao_mx.ops._launch import bytes_of, on_device_of
+
+# (rows a tile, rows of W a tile, stages, two operands, registers a thread or None)
+ForwardTile = tuple[int, int, int, bool, int | None]
+
+
+@functools.lru_cache
+def _is_hopper(index: int) -> bool:
+    return torch.cuda.get_device_capability(index)[0] == 9
+
+
+def takes_hopper(x: torch.Tensor, qdata: torch.Tensor, fmt: BlockFormat) -> bool:
+    """Whether ``x`` times this weight, either way round, has a Hopper kernel."""
+    n, k = qdata.shape[-2], qdata.shape[-1] * fmt.elems_per_byte
+    return (
+        x.is_cuda
+        and fmt == MXFP4
+        and x.dtype == torch.bfloat16
+        and _is_hopper(x.device.index)
+        and k % 64 == 0
+        and n % 32 == 0
+    )
+
+
+def permuted(x: torch.Tensor) -> torch.Tensor:
+    """``x [T, K]`` in the order in which the forward kernel meets K."""
+    from torchao_mx.ops._hopper_forward import permute_kernel
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    n_chunks = x.numel() // 64
+    with on_device_of(x):
+        permute_kernel[(triton.cdiv(n_chunks, 32),)](
+            x, out, n_chunks, x.shape[1] // 64, x.stride(0), TILE=32, num_warps=4
+        )
+    return out
+
+
+def _forward_tile(rows_a_group: float) -> ForwardTile:
+    if rows_a_group <= 12:
+        return 16, 128, 4, False, None
+    if rows_a_group <= 40:
+        return 32, 128, 4, False, 128
+    if rows_a_group <= 160:
+        return 64, 128, 4, False, None
+    return 128, 128, 4, True, None
+
+
+def _backward_tile(rows_a_group: float) -> tuple[int, int, bool, int | None]:
+    """(rows a tile, stages, two operands, registers a thread or None)"""
+    if rows_a_group <= 12:
+        return 16, 6, False, None
+    if rows_a_group <= 24:
+        return 32, 4, False, None
+    return 64, 4, True, None
+
+
+def hopper_product(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    tile: tuple | None = None,
+) -> torch.Tensor:
+    """As ``_fused.fused_product`` for MXFP4 and bf16, where ``takes_hopper``; ``tile`` overrides the table."""
+    from torchao_mx.ops._hopper_backward import TILE_K, backward_kernel
+    from torchao_mx.ops._hopper_forward import forward_kernel
+
+    n, k = qdata.shape[-2], 2 * qdata.shape[-1]
+    y = torch.empty((n_rows, n if transpose_weight else k), dtype=x.dtype, device=x.device)
+    if n_rows == 0:
+        return y
+    x = permuted(x) if transpose_weight else _rows_of_16_bytes(x)
+    qdata, scale = qdata.contiguous(), bytes_of(scale).contiguous()
+    groups = 1 if offs is None else offs.shape[0]
+    rank = 0 if h is None else h.shape[1]
+    up_strides = (
+        (0, 0, 0) if up is None else (up.stride(0) if up.dim() == 3 else 0, *up.stride()[-2:])
+    )
+    common = dict(
+        GROUPED=offs is not None, GATHER=order is not None, RANK=1 if rank else 0,
+        HAS_BIAS=bias is not None, E_SPAN=triton.next_power_of_2(groups + 1),
+    )  # fmt: skip
+    pointers = (
+        qdata.view(torch.int32), scale.view(torch.uint16) if transpose_weight else scale, y,
+        y if offs is None else offs, y if order is None else order, y if h is None else h.contiguous(),
+        y if up is None else up, y if bias is None else bias,
+    )  # fmt: skip
+    numbers = (
+        n_rows, groups, n, k, x.stride(0), top_k, rank, *up_strides,
+        bias.stride(0) if bias is not None and bias.dim() == 2 else 0, scaling,
+    )  # fmt: skip
+    if transpose_weight:
+        tile_t, tile_n, stages, two, registers = tile or _forward_tile(n_rows / groups)
+        common.update(TILE_N=tile_n)
+        tiles = triton.cdiv(n, tile_n)
+    else:
+        tile_t, stages, two, registers = tile or _backward_tile(n_rows / groups)
+        tiles = triton.cdiv(k, TILE_K.value)
+    slots = groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
+    kernel = forward_kernel if transpose_weight else backward_kernel
+    options = {} if registers is None else {"maxnreg": registers}
+    with on_device_of(x):
+        kernel[(slots * tiles,)](
+            x, *pointers, *numbers, TILE_T=tile_t, STAGES=stages, TWO_OPERANDS=two, num_warps=4,
+            **common, **options,
+        )  # fmt: skip
+    return y
+
+
+def _rows_of_16_bytes(x: torch.Tensor) -> torch.Tensor:
+    if x.stride(1) == 1 and x.stride(0) % 8 == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,299 @@
+"""Products with one narrow operand, by groups of rows: an adapter's rank on one side, thousands on the other.
+
+::
+
+    low_rank    h[i] = s * x[token of i] down_e^T               [R, r]      reads x and the adapters once
+    gram        out_e = s * sum over i of l[i]^T m[token of i]  [E, r, C]   reads m once
+    group_sum   out_e = sum over i of dy[i]                     [E, N]      reads dy once
+
+with i running over the rows of expert e (``_groups``), or over all rows where ``offs`` is None. All three are
+bound by the bytes of their wide operand, sum in fp32 in an order that depends on shapes alone, and take one
+launch; two where one or few groups have very many rows and are cut into parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.ops import _groups
+from torchao_mx.ops._gather import combine_backward, inverse, sum_rows, with_unit_rows
+from torchao_mx.ops._launch import launched, multiprocessors, on_device_of
+
+__all__ = ["combine_backward", "gram", "group_sum", "inverse", "low_rank", "sum_rows"]
+
+# Chosen to have 50 KB and more in flight on each multiprocessor of an H200; to be measured.
+SHARED_BYTES = 96 * 1024  # of a program's pipeline: what every GPU since Ampere has
+MAX_STAGES = 4
+MAX_RANKS = 128  # a tile's; higher ranks take several programs, which share the wide operand in L2
+LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS = 128, 256
+# Up to so many rows an average group: rows, columns, stages. Small groups want many programs at once more than
+# deep pipelines: their output is as many bytes as their rows.
+GRAM_TILES = ((32, 32, 256, 2), (256, 64, 128, 2), (2**31, 64, 128, 4))
+SUM_ROWS, SUM_COLUMNS = 32, 128
+# Groups are cut into parts, up to so many, while there are fewer programs than this a multiprocessor, and
+# rows enough that the fp32 partial sums, written and read, are 3 % of the bytes (rank 16).
+MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT = 32, 8, 2048
+REDUCE_TILE = 1024
+
+
+@launched
+@triton.jit
+def _low_rank_kernel(x_ptr, down_ptr, offs_ptr, order_ptr, h_ptr, scale_by, n_rows, n_tokens,
+                     C, r, E, top_k, stride_x, stride_e, stride_r, stride_c,
+                     E_SPAN: tl.constexpr, GROUPED: tl.constexpr, GATHERED: tl.constexpr,
+                     DOT_DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                     RANKS: tl.constexpr):  # fmt: skip
+    """One tile of a group's rows by one of ranks; rows of nobody sum over no columns."""
+    rank_tiles = tl.cdiv(r, RANKS)
+    tile = tl.program_id(0) // rank_tiles
+    rank = (tl.program_id(0) - tile * rank_tiles) * RANKS + tl.arange(0, RANKS)
+    expert, first, end = _groups.tile_rows(offs_ptr, n_rows, tile, E, E_SPAN, ROWS, GROUPED)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    inside = row < end
+    token = _groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
+    column = tl.arange(0, COLUMNS)
+    x_ptrs = x_ptr + token[:, None] * stride_x + column[None, :]
+    d_ptrs = down_ptr + tl.cast(expert, tl.int64) * stride_e
+    d_ptrs = d_ptrs + column[:, None] * stride_c + rank[None, :] * stride_r
+    n_columns = tl.where(expert < E, C, 0)
+    acc = tl.zeros((ROWS, RANKS), tl.float32)
+    for c0 in range(0, n_columns, COLUMNS):
+        there = column < C - c0
+        x = tl.load(x_ptrs, mask=inside[:, None] & there[None, :], other=0.0)
+        d = tl.load(d_ptrs, mask=there[:, None] & (rank < r)[None, :], other=0.0)
+        acc = tl.dot(x.to(DOT_DTYPE), d.to(DOT_DTYPE), acc, input_precision="ieee")
+        x_ptrs += COLUMNS
+        d_ptrs += COLUMNS * stride_c
+    h_ptrs = h_ptr + row.to(tl.int64)[:, None] * r + rank[None, :]
+    h = (acc * scale_by).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptrs, h, mask=inside[:, None] & (rank < r)[None, :])
+
+
+def low_rank(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    *,
+    scale_by: float = 1.0,
+) -> torch.Tensor:
+    """``h [n_rows, r]`` in x's dtype; rows behind ``offs[-1]`` are zero.
+
+    Args:
+        x: ``[n_rows, C]``, or ``[T, C]`` with an ``order``.
+        down: ``[E, r, C]`` (``[r, C]`` without ``offs``) of any strides and float dtype, cast to x's.
+        offs: int32 ``[E]`` end offsets, or None.
+        order: int32 permutation; grouped row i is row ``order[i] // top_k`` of x. None: x is grouped.
+        scale_by: multiplies h before it is rounded.
+    """
+    r, columns = down.shape[-2:]
+    h = x.new_empty((n_rows, r))
+    if h.numel() == 0:
+        return h
+    x = with_unit_rows(x)
+    n_groups = 0 if offs is None else offs.shape[0]
+    rows, tile_columns, ranks, stages = _low_rank_tile(
+        n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device)
+    )
+    grid = (_groups.max_tiles(n_rows, n_groups, rows) * triton.cdiv(r, ranks),)
+    with on_device_of(x):
+        _low_rank_kernel[grid](
+            x, down, offs, order, h, scale_by, n_rows, x.shape[0], columns, r, max(1, n_groups), top_k,
+            x.stride(0), 0 if offs is None else down.stride(0), down.stride(-2), down.stride(-1),
+            E_SPAN=_groups.span_of(offs), GROUPED=offs is not None, GATHERED=order is not None,
+            DOT_DTYPE=_triton_dtype(x.dtype), ROWS=rows, COLUMNS=tile_columns, RANKS=ranks,
+            num_warps=8 if rows * ranks > 8192 else 4, num_stages=stages,
+        )  # fmt: skip
+    return h
+
+
+def _low_rank_tile(
+    n_rows: int, n_groups: int, r: int, x_bytes: int, down_bytes: int, sms: int
+) -> tuple[int, int, int, int]:
+    """(rows, columns, ranks, stages): tall, as each tile of rows reads all of its expert's adapter,
+    but no taller than two average groups, nor so tall that multiprocessors go without.
+    """
+    ranks, rows, columns = _rank_tile(r), LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS
+    while rows > 16 and (rows * n_groups > 2 * n_rows or n_rows // rows + n_groups < sms):
+        rows //= 2
+    while columns > 32 and 3 * columns * (rows * x_bytes + ranks * down_bytes) > SHARED_BYTES:
+        columns //= 2
+    stages = SHARED_BYTES // (columns * (rows * x_bytes + ranks * down_bytes))
+    return rows, columns, ranks, max(2, min(MAX_STAGES, stages))
+
+
+@triton.jit
+def _part_of(start, end, part, n_parts, TILE: tl.constexpr):
+    """(first row, end) of one of ``n_parts`` parts of rows, in whole tiles."""
+    size = tl.cdiv(tl.cdiv(end - start, n_parts), TILE) * TILE
+    return start + part * size, tl.minimum(start + (part + 1) * size, end)
+
+
+@launched
+@triton.jit
+def _gram_kernel(l_ptr, m_ptr, offs_ptr, order_ptr, out_ptr, scaling, n_rows, n_tokens, C, r, E,
+                 top_k, n_splits, stride_l, stride_m, stride_r, stride_c, E_SPAN: tl.constexpr,
+                 GROUPED: tl.constexpr, GATHERED: tl.constexpr, DOT_DTYPE: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
+    """``out [splits, E, r, C]`` (or ``[.., C, r]``, by strides): one tile of one expert's part of rows.
+
+    Programs that are neighbours read neighbouring columns of the same rows. The columns are the product's
+    tall axis, so that Hopper's tensor cores read both operands from shared memory.
+    """
+    column_tiles, rank_tiles = tl.cdiv(C, COLUMNS), tl.cdiv(r, RANKS)
+    pid = tl.program_id(0)
+    column = (pid % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    pid = pid // column_tiles
+    rank = (pid % rank_tiles) * RANKS + tl.arange(0, RANKS)
+    pid = pid // rank_tiles
+    split, expert = pid % n_splits, pid // n_splits
+    start, end = _groups.group_rows(offs_ptr, n_rows, expert, E, E_SPAN, GROUPED)
+    start, end = _part_of(start, end, split, n_splits, ROWS)
+    acc = tl.zeros((COLUMNS, RANKS), tl.float32)
+    for row0 in range(start, end, ROWS):
+        row = row0 + tl.arange(0, ROWS)
+        inside = row < end
+        token = _groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
+        m_ptrs = m_ptr + token[:, None] * stride_m + column[None, :]
+        m = tl.load(m_ptrs, mask=inside[:, None] & (column < C)[None, :], other=0.0)
+        l_ptrs = l_ptr + row.to(tl.int64)[:, None] * stride_l + rank[None, :]
+        l = tl.load(l_ptrs, mask=inside[:, None] & (rank < r)[None, :], other=0.0)  # noqa: E741
+        acc = tl.dot(tl.trans(m.to(DOT_DTYPE)), l.to(DOT_DTYPE), acc, input_precision="ieee")
+    out_ptrs = out_ptr + (split * E + expert).to(tl.int64) * C * r
+    out_ptrs = out_ptrs + column[:, None] * stride_c + rank[None, :] * stride_r
+    out = (acc * scaling).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=(column < C)[:, None] & (rank < r)[None, :])
+
+
+def gram(
+    l: torch.Tensor,  # noqa: E741
+    m: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> torch.Tensor:
+    """``[E, r, C]`` in ``dtype``, or ``[E, C, r]`` if ``transposed``; without E where ``offs`` is None.
+
+    Args:
+        l: ``[R, r]``.
+        m: ``[R, C]``, or ``[T, C]`` with an ``order``; l's dtype.
+        offs, order, top_k: as in :func:`low_rank`; rows behind ``offs[-1]`` and experts without rows give
+            zeros.
+    """
+    (n_rows, r), columns = l.shape, m.shape[1]
+    n_groups = 1 if offs is None else offs.shape[0]
+    out = l.new_empty((n_groups, columns, r) if transposed else (n_groups, r, columns), dtype=dtype)
+    if out.numel() != 0:
+        l, m = with_unit_rows(l), with_unit_rows(m)  # noqa: E741
+        ranks = _rank_tile(r)
+        rows, tile_columns, stages = _gram_tile(n_rows, n_groups, ranks, m.itemsize)
+        programs = triton.cdiv(columns, tile_columns) * triton.cdiv(r, ranks) * n_groups
+        splits = _row_splits(n_rows, n_groups, programs, l.device)
+        sums = _partial_sums(out, splits)
+        with on_device_of(l):
+            _gram_kernel[(programs * splits,)](
+                l, m, offs, order, sums, scaling, n_rows, m.shape[0], columns, r, n_groups, top_k,
+                splits, l.stride(0), m.stride(0), 1 if transposed else columns,
+                r if transposed else 1, E_SPAN=_groups.span_of(offs), GROUPED=offs is not None,
+                GATHERED=order is not None, DOT_DTYPE=_triton_dtype(m.dtype), ROWS=rows,
+                COLUMNS=tile_columns, RANKS=ranks, num_stages=stages,
+                num_warps=8 if tile_columns * ranks > 8192 else 4,
+            )  # fmt: skip
+            _add_splits(sums, out, splits)
+    return out[0] if offs is None else out
+
+
+def _gram_tile(n_rows: int, n_groups: int, ranks: int, m_bytes: int) -> tuple[int, int, int]:
+    """(rows, columns, stages) of GRAM_TILES; fewer where accumulators or shared memory would not fit."""
+    rows, columns, stages = next(tile for most, *tile in GRAM_TILES if n_rows <= most * n_groups)
+    columns = min(columns, 256 if ranks < 64 else 128) // (m_bytes // 2)
+    return rows, columns, min(stages, SHARED_BYTES // (rows * (columns + ranks) * m_bytes))
+
+
+@launched
+@triton.jit
+def _group_sum_kernel(dy_ptr, offs_ptr, out_ptr, n_rows, N, E, n_splits, stride_dy,
+                      E_SPAN: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
+                      COLUMNS: tl.constexpr):  # fmt: skip
+    """``out [splits, E, N]``: one tile of columns of one expert's part of rows."""
+    column_tiles = tl.cdiv(N, COLUMNS)
+    pid = tl.program_id(0)
+    column = (pid % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    pid = pid // column_tiles
+    split, expert = pid % n_splits, pid // n_splits
+    start, end = _groups.group_rows(offs_ptr, n_rows, expert, E, E_SPAN, GROUPED)
+    start, end = _part_of(start, end, split, n_splits, ROWS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row0 in range(start, end, ROWS):
+        row = row0 + tl.arange(0, ROWS)
+        ptrs = dy_ptr + row.to(tl.int64)[:, None] * stride_dy + column[None, :]
+        acc += tl.load(ptrs, mask=(row < end)[:, None] & (column < N)[None, :], other=0.0)
+    out = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (split * E + expert).to(tl.int64) * N + column, out, mask=column < N)
+
+
+def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``[E, N]`` in ``dtype``: the sum of each expert's rows of ``dy [R, N]``; ``[N]`` without ``offs``."""
+    n_rows, n = dy.shape
+    n_groups = 1 if offs is None else offs.shape[0]
+    out = dy.new_empty((n_groups, n), dtype=dtype)
+    if out.numel() != 0:
+        dy = with_unit_rows(dy)
+        programs = triton.cdiv(n, SUM_COLUMNS) * n_groups
+        splits = _row_splits(n_rows, n_groups, programs, dy.device)
+        sums = _partial_sums(out, splits)
+        with on_device_of(dy):
+            _group_sum_kernel[(programs * splits,)](
+                dy, offs, sums, n_rows, n, n_groups, splits, dy.stride(0),
+                E_SPAN=_groups.span_of(offs), GROUPED=offs is not None, ROWS=SUM_ROWS,
+                COLUMNS=SUM_COLUMNS, num_warps=4,
+            )  # fmt: skip
+            _add_splits(sums, out, splits)
+    return out[0] if offs is None else out
+
+
+@launched
+@triton.jit
+def _add_splits_kernel(sums_ptr, out_ptr, n, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """``sums [SPLITS, n]`` to ``out [n]``, first to last."""
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums_ptr + split * n.to(tl.int64) + index, mask=index < n, other=0.0)
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=index < n)
+
+
+def _row_splits(n_rows: int, n_groups: int, programs: int, device: torch.device) -> int:
+    """A power of two, of which the kernels' results depend on shapes and the device alone."""
+    wanted = PROGRAMS_PER_SM * multiprocessors(device) // programs
+    splits = min(wanted, n_rows // (n_groups * MIN_ROWS_PER_SPLIT), MAX_SPLITS)
+    return 1 << (max(1, splits).bit_length() - 1)
+
+
+def _partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
+    return out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+
+
+def _add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
+    if splits > 1:
+        grid = (triton.cdiv(out.numel(), REDUCE_TILE),)
+        _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=REDUCE_TILE)
+
+
+def _rank_tile(r: int) -> int:
+    return min(MAX_RANKS, max(16, triton.next_power_of_2(r)))
+
+
+def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
+        dtype
+    ]

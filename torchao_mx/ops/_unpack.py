@@ -1,0 +1,365 @@
+"""The unpack strategy: decode the weight into a bounded scratch, then the vendor's GEMM.
+
+Many rows an expert amortise the decode, and nothing beats the vendor's GEMM then. A decoded weight larger than
+the scratch is worked through in slices of the output columns, which for a packed ``W [E, N, K]`` are slices of
+N (``x W^T``) or of whole blocks along K (``x W``): a slice holds all experts, so no row count is needed on the
+host.
+
+The grouped product takes its low-rank update and its bias along in the GEMM::
+
+    X' = [x | h | 1 | 0]      W' = [W | s up | bias | 0]      y = X' W'^T
+
+where the zeros make the rows multiples of 16 bytes, as the GEMM wants them. x is gathered into X' where there
+is an ``order``, so the wider rows cost nothing there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from torchao_mx import reference
+from torchao_mx.formats import BlockFormat
+from torchao_mx.ops import _groups, _tile
+from torchao_mx.ops._gather import with_unit_rows
+from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
+from torchao_mx.ops.dequantize import dequantize_op
+from torchao_mx.ops.quantize import per_tensor_kind
+
+DECODE_TILE, DECODE_WARPS = 256, 4  # words of eight elements, as in dequantize.py
+WIDE_ROWS, WIDE_COLUMNS = 4, 1024
+ZERO_ROWS, ZERO_COLUMNS = 16, 1024
+ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
+SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
+
+
+class Packed(NamedTuple):
+    """A packed ``W [N, K]`` or ``[E, N, K]``: qdata ``[.., N, K / elems_per_byte]`` and its scales."""
+
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    per_tensor_scale: torch.Tensor | None
+    fmt: BlockFormat
+
+    @property
+    def n(self) -> int:
+        return self.qdata.shape[-2]
+
+    @property
+    def k(self) -> int:
+        return self.qdata.shape[-1] * self.fmt.elems_per_byte
+
+    def slice_n(self, first: int, end: int) -> Packed:
+        return self._replace(
+            qdata=self.qdata[..., first:end, :], scale=self.scale[..., first:end, :]
+        )
+
+    def slice_k(self, first: int, end: int) -> Packed:
+        """Of whole blocks."""
+        per_byte, block = self.fmt.elems_per_byte, self.fmt.block_size
+        return self._replace(
+            qdata=self.qdata[..., first // per_byte : end // per_byte],
+            scale=self.scale[..., first // block : end // block],
+        )
+
+
+@launched
+@triton.jit
+def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_row, q_expert, q_row,
+                        s_expert, s_row, out_expert, out_row, PER_TENSOR: tl.constexpr,
+                        TILE: tl.constexpr, LONG_ROWS: tl.constexpr,
+                        EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                        MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
+                        BLOCK: tl.constexpr, E8M0: tl.constexpr,
+                        FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """``n_words`` of each expert, ``words_per_row`` a row, a word being eight elements.
+
+    ``q_expert``, ``q_row``, ``out_expert`` and ``out_row`` are strides in words: the compiler then knows that
+    a thread's eight results are 16 bytes aligned. ``s_expert`` and ``s_row`` are strides in bytes.
+    """
+    expert = tl.program_id(1).to(tl.int64)
+    first = tl.program_id(0) * TILE
+    index = tl.arange(0, TILE)
+    inside = index < n_words - first
+    first_row = (first // words_per_row).to(tl.int64)
+    column = first % words_per_row + index
+    if LONG_ROWS:  # words_per_row >= TILE: a tile meets one end of a row at most
+        row = (column >= words_per_row).to(tl.int32)
+    else:
+        row = column // words_per_row
+    column -= row * words_per_row
+    q_ptr += expert * q_expert + first_row * q_row
+    s_ptr += expert * s_expert + first_row * s_row
+    out_ptr += (expert * out_expert + first_row * out_row) * 8
+    word = tl.load(q_ptr + row * q_row + column, mask=inside, other=0)
+    byte = tl.load(s_ptr + row * s_row + column // (BLOCK // 8), mask=inside, other=0).to(tl.int32)
+    pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
+    scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
+    code = _tile.unpack_word(word, 1 + EXPONENT_BITS + MANTISSA_BITS)
+    value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
+    out_ptrs = out_ptr + ((row * out_row + column) * 8)[:, None] + tl.arange(0, 8)[None, :]
+    tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
+
+
+@launched
+@triton.jit
+def _wide_rows_kernel(x_ptr, order_ptr, h_ptr, out_ptr, n_rows, n_tokens, top_k, x_row, columns,
+                      rank, depth, HAS_ORDER: tl.constexpr, HAS_H: tl.constexpr, ONE: tl.constexpr,
+                      ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    token = _groups.token_of(order_ptr, row, row < n_rows, top_k, n_tokens, HAS_ORDER)
+    is_row = (row < n_rows)[:, None]
+    x_ptrs = x_ptr + token[:, None] * x_row + column[None, :]
+    value = tl.load(x_ptrs, mask=is_row & (column < columns)[None, :], other=0.0)
+    if HAS_H:
+        in_h = (column >= columns) & (column < columns + rank)
+        h_ptrs = h_ptr + row.to(tl.int64)[:, None] * rank + (column - columns)[None, :]
+        h = tl.load(h_ptrs, mask=is_row & in_h[None, :], other=0.0)
+        value = tl.where(in_h[None, :], h, value)
+    if ONE:
+        value = tl.where((column == columns + rank)[None, :], 1.0, value)
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * depth + column[None, :]
+    value = value.to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, value, mask=is_row & (column < depth)[None, :])
+
+
+@launched
+@triton.jit
+def _zero_behind_kernel(y_ptr, offs_ptr, n_experts, n_rows, columns,
+                        ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    end = tl.load(offs_ptr + n_experts - 1)
+    first = tl.program_id(0) * ROWS
+    if first + ROWS > end:
+        row = first + tl.arange(0, ROWS)
+        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        mask = ((row >= end) & (row < n_rows))[:, None] & (column < columns)[None, :]
+        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
+        tl.store(y_ptrs, tl.zeros((ROWS, COLUMNS), y_ptr.dtype.element_ty), mask=mask)
+
+
+def decode_into(out: torch.Tensor, w: Packed) -> None:
+    """Write the values of ``w [E, N, K]`` to ``out``, whose strides are free but for a last one of 1.
+
+    On the GPU, rows and experts of ``out`` and of the packed bytes lie at multiples of eight elements.
+    """
+    if not out.is_cuda:
+        out.copy_(reference.dequantize(w.qdata, w.scale, w.fmt, out.dtype, -1, w.per_tensor_scale))
+    elif out.numel() > 0:
+        _decode_into_triton(out, w)
+
+
+def _decode_into_triton(out: torch.Tensor, w: Packed) -> None:
+    word = torch.int32 if w.fmt.elem_bits == 4 else torch.int64
+    qdata, scale = bytes_of(w.qdata), bytes_of(w.scale)
+    if not _holds_words(qdata, word.itemsize):
+        qdata = qdata.contiguous()
+    scale = scale if scale.stride(-1) == 1 else scale.contiguous()
+    qdata = qdata.view(word)
+    experts, rows, words = qdata.shape
+    pts = scale if w.per_tensor_scale is None else w.per_tensor_scale
+    with on_device_of(out):
+        _decode_into_kernel[(triton.cdiv(rows * words, DECODE_TILE), experts)](
+            qdata, scale, pts, out, rows * words, words, *qdata.stride()[:2], *scale.stride()[:2],
+            out.stride(0) // 8, out.stride(1) // 8, PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
+            TILE=DECODE_TILE, LONG_ROWS=words >= DECODE_TILE, num_warps=DECODE_WARPS,
+            **format_constants(w.fmt, out.device),
+        )  # fmt: skip
+
+
+def _holds_words(qdata: torch.Tensor, size: int) -> bool:
+    """Whether bytes can be read as words of ``size`` bytes."""
+    offsets = (qdata.storage_offset(), qdata.data_ptr(), *qdata.stride()[:-1])
+    return qdata.stride(-1) == 1 and all(offset % size == 0 for offset in offsets)
+
+
+def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
+    """Zero the rows of the contiguous ``y [R, D]`` behind the last group, without asking where it ends.
+
+    On the GPU, programs in front of it return at once; a ``masked_fill_`` would rewrite all of y.
+    """
+    if y.is_cuda:
+        _zero_behind_triton(y, offs)
+    else:
+        y[offs[-1] :] = 0
+
+
+def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
+    rows, columns = y.shape
+    with on_device_of(y):
+        _zero_behind_kernel[(triton.cdiv(rows, ZERO_ROWS), triton.cdiv(columns, ZERO_COLUMNS))](
+            y, offs, offs.shape[0], rows, columns, ROWS=ZERO_ROWS, COLUMNS=ZERO_COLUMNS
+        )
+
+
+def slices(
+    columns: int, bytes_per_column: int, unit: int, max_bytes: int
+) -> Iterator[tuple[int, int]]:
+    """Even slices of the output columns, multiples of ``unit``, within ``max_bytes`` (``unit`` at least)."""
+    width = columns
+    if columns * bytes_per_column > max_bytes:
+        most = max_bytes // bytes_per_column
+        step = SLICE_STEP if most >= SLICE_STEP else unit
+        most = max(step, most // step * step)
+        width = min(most, round_up(triton.cdiv(columns, triton.cdiv(columns, most)), step))
+    for first in range(0, columns, width):
+        yield first, min(first + width, columns)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return triton.cdiv(size, multiple) * multiple
+
+
+def dense_product(
+    x: torch.Tensor,
+    w: Packed,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    max_scratch_bytes: int,
+) -> torch.Tensor:
+    """``y = x W^T + scaling * h up^T + bias`` (``x W``) of a dense ``w [N, K]``; bias in x's dtype."""
+    reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
+    unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
+    parts = list(slices(columns, reduced * x.itemsize, unit, max_scratch_bytes))
+    if len(parts) == 1:
+        values = dequantize_op(w.qdata, w.scale, w.fmt.name, x.dtype, -1, w.per_tensor_scale)
+        y = F.linear(x, values if transpose_weight else values.mT, bias)
+    else:
+        y = x.new_empty((x.shape[0], columns))
+        width = parts[0][1]
+        scratch = x.new_empty((width, reduced) if transpose_weight else (reduced, width))
+        for first, end in parts:
+            if transpose_weight:
+                values = scratch[: end - first]
+                part, values_CD = w.slice_n(first, end), values.t()
+            else:
+                values = values_CD = scratch[:, : end - first]
+                part = w.slice_k(first, end)
+            batched = part._replace(qdata=part.qdata[None], scale=part.scale[None])
+            decode_into(values[None], batched)
+            out = y[:, first:end]
+            if bias is None:
+                torch.mm(x, values_CD, out=out)
+            else:
+                torch.addmm(bias[first:end], x, values_CD, out=out)
+    return y if h is None else y.addmm_(h, up.to(x.dtype).t(), alpha=scaling)
+
+
+def grouped_product(
+    x: torch.Tensor,
+    w: Packed,
+    offs: torch.Tensor,
+    order: torch.Tensor | None,
+    top_k: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    max_scratch_bytes: int,
+) -> torch.Tensor:
+    """``y [R, D]`` of ``reference.product``, by one ``torch._grouped_mm`` a slice of its columns."""
+    reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
+    rank = 0 if h is None else h.shape[1]
+    depth = round_up(reduced + rank + (bias is not None), ROW_MULTIPLE)
+    rows = _wide_rows(x, order, top_k, h, bias is not None, depth)
+    unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
+    experts = w.qdata.shape[0]
+    y = scratch = None
+    for first, end in slices(columns, experts * depth * x.itemsize, unit, max_scratch_bytes):
+        width = round_up(
+            end - first, ROW_MULTIPLE
+        )  # what is behind `end` gives columns that are dropped
+        if scratch is None:
+            shape = (width, depth) if transpose_weight else (depth, width)
+            scratch = x.new_empty((experts, *shape))
+        if transpose_weight:
+            w_EDC, part = scratch[:, :width], w.slice_n(first, end)
+            w_ECD = w_EDC.mT
+        else:
+            w_ECD, part = scratch[:, :, :width], w.slice_k(first, end)
+            w_EDC = w_ECD.mT
+        wanted_EDC = w_EDC[:, : end - first]
+        values_EDC = wanted_EDC[..., :reduced]
+        decode_into(values_EDC if transpose_weight else values_EDC.mT, part)
+        if h is not None:
+            scaled = scaled_adapter(up[:, first:end], scaling, x.dtype)
+            wanted_EDC[..., reduced : reduced + rank].copy_(scaled)
+        if bias is not None:
+            wanted_EDC[..., reduced + rank].copy_(bias[:, first:end])
+        wanted_EDC[..., reduced + rank + (bias is not None) :].zero_()
+        out = torch._grouped_mm(rows, w_ECD, offs=offs)
+        if first == 0 and end == columns == width:
+            y = out.contiguous()
+        else:
+            y = x.new_empty((rows.shape[0], columns)) if y is None else y
+            y[:, first:end].copy_(out[:, : end - first])
+    zero_behind(y, offs)
+    return y
+
+
+def scaled_adapter(adapter: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """``scaling * adapter`` for a product in ``dtype``, which it need not have: rounded to once at most."""
+    if scaling == 1:
+        return adapter
+    return adapter.to(torch.promote_types(adapter.dtype, dtype)) * scaling
+
+
+def _wide_rows(
+    x: torch.Tensor,
+    order: torch.Tensor | None,
+    top_k: int,
+    h: torch.Tensor | None,
+    one: bool,
+    depth: int,
+) -> torch.Tensor:
+    """``[x | h | 1 | 0] [R, depth]`` with x in the order of the groups; x itself where that is all."""
+    if order is None and depth == x.shape[1]:
+        return aligned_rows(x)
+    n_rows = x.shape[0] if order is None else order.shape[0]
+    if x.is_cuda:
+        return _wide_rows_triton(x, order, top_k, h, one, n_rows, depth)
+    parts = [x if order is None else x[order // top_k]]
+    if h is not None:
+        parts.append(h)
+    if one:
+        parts.append(x.new_ones((n_rows, 1)))
+    used = sum(part.shape[1] for part in parts)
+    return torch.cat([*parts, x.new_zeros((n_rows, depth - used))], 1)
+
+
+def _wide_rows_triton(
+    x: torch.Tensor,
+    order: torch.Tensor | None,
+    top_k: int,
+    h: torch.Tensor | None,
+    one: bool,
+    n_rows: int,
+    depth: int,
+) -> torch.Tensor:
+    x = with_unit_rows(x)
+    rows = x.new_empty((n_rows, depth))
+    rank = 0 if h is None else h.shape[1]
+    grid = (triton.cdiv(n_rows, WIDE_ROWS), triton.cdiv(depth, WIDE_COLUMNS))
+    with on_device_of(x):
+        _wide_rows_kernel[grid](
+            x, x if order is None else order, x if h is None else h.contiguous(), rows, n_rows,
+            x.shape[0], top_k, x.stride(0), x.shape[1], rank, depth, HAS_ORDER=order is not None,
+            HAS_H=h is not None, ONE=one, ROWS=WIDE_ROWS, COLUMNS=WIDE_COLUMNS,
+        )  # fmt: skip
+    return rows
+
+
+def aligned_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [R, C]`` as ``torch._grouped_mm`` wants it: contiguous rows at a stride of 16-byte multiples."""
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % 16 == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -1,0 +1,443 @@
+"""mm: a frozen packed weight and a low-rank update, dense or by groups of rows, as one op.
+
+For every expert e and its rows of x (one group of all rows where ``offs`` is None)::
+
+    h = x down^T                  y  = x W^T + s h up^T + bias         (x W without transpose_weight)
+    g = s dy up                   dx = dy W + g down                   (dy W^T)
+    d_down = g^T x                d_up = s dy^T h                      dbias = sum of the rows of dy
+
+where ``transpose_weight`` reduces over K, the packed axis of ``W [E, N, K]``: x ``[R, K]``, y ``[R, N]``,
+down ``[E, r, K]``, up ``[E, N, r]``; otherwise over N: x ``[R, N]``, y ``[R, K]``, down ``[E, r, N]``,
+up ``[E, K, r]``. With an ``order`` x is ``[T, ..]``, gathered on the way in, and dx its sum on the way out.
+
+The adapters keep their dtype: cast to x's inside the products; their gradients are summed in fp32 and leave in
+their dtype. Backward keeps the packed bytes by reference and decodes them again, x only where down is
+trained, and h ``[R, r]``. The product itself is done by one of the strategies of :func:`choose_strategy`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from torchao_mx import reference
+from torchao_mx.formats import BlockFormat, format_by_name
+from torchao_mx.ops import _fp8, _fused, _hopper, _skinny, _unpack
+from torchao_mx.ops._gather import with_unit_rows
+from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
+from torchao_mx.ops._unpack import Packed
+
+DEFAULT_SCRATCH = 256 * 2**20
+STRATEGIES = ("auto", "fused", "unpack", "unpack8")
+
+# "auto" fuses below so many rows an expert and unpacks from there on, by the GPU's major compute capability.
+FUSED_BELOW = {8: 2048, 9: 2048, 10: 2048, 12: 2048}
+
+
+def choose_strategy(
+    strategy: str,
+    compute: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    n_rows: int,
+    n_groups: int | None,
+) -> str:
+    """What computes a product of ``n_rows`` rows in ``n_groups`` groups (None: dense).
+
+    - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows.
+    - ``"unpack"``: decode into a scratch, then the vendor's GEMM; for many rows.
+    - ``"unpack8"``: the same in 8 bits, where ``compute`` names an 8-bit dtype.
+    - ``"reference"``: on the CPU, unless ``"unpack"`` is asked for.
+
+    Raises:
+        ValueError: ``"unpack"`` of groups on a GPU in a dtype other than bfloat16.
+    """
+    if compute:
+        return "unpack8"
+    if device.type != "cuda":
+        return "unpack" if strategy == "unpack" else "reference"
+    if n_groups is not None and dtype != torch.bfloat16:
+        if strategy == "unpack":
+            raise ValueError(
+                f"x has dtype {dtype}; torch._grouped_mm, which strategy='unpack' uses, takes bfloat16 "
+                f"on a GPU: convert x, or use strategy='fused'"
+            )
+        return "fused"
+    if strategy != "auto":
+        return strategy
+    threshold = FUSED_BELOW.get(_capability_major(device), FUSED_BELOW[9])
+    return "fused" if n_rows < threshold * (n_groups or 1) else "unpack"
+
+
+@functools.lru_cache
+def _capability_major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def _packed(
+    qdata: torch.Tensor, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None, fmt: str
+) -> Packed:
+    # Kernels read one fp32 after the other, and one scale may have been expanded to all experts.
+    pts = None if per_tensor_scale is None else per_tensor_scale.contiguous()
+    return Packed(qdata, scale, pts, format_by_name(fmt))
+
+
+class _DecodedOnDemand:
+    """``W [E, N, K]`` for the reference, an expert decoded when it is asked for."""
+
+    def __init__(self, w: Packed, dtype: torch.dtype) -> None:
+        self.w, self.dtype = w, dtype
+        self.shape = (w.qdata.shape[0], w.n, w.k)
+
+    def __getitem__(self, e: int) -> torch.Tensor:
+        w, pts = self.w, self.w.per_tensor_scale
+        pts = pts[e] if pts is not None and pts.dim() else pts
+        return reference.dequantize(w.qdata[e], w.scale[e], w.fmt, self.dtype, -1, pts)
+
+
+def _product(
+    x: torch.Tensor,
+    w: Packed,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    strategy: str,
+    compute: str,
+    max_scratch_bytes: int,
+) -> torch.Tensor:
+    """``y = x W^T + scaling * h up^T + bias`` (``x W``), forward and, the other way, backward."""
+    if n_rows == 0:
+        return x.new_empty((0, w.n if transpose_weight else w.k))
+    bias = None if bias is None else bias.to(x.dtype)
+    groups = None if offs is None else offs.shape[0]
+    strategy = choose_strategy(strategy, compute, x.device, x.dtype, n_rows, groups)
+    if strategy == "reference":
+        if offs is None:
+            values = reference.dequantize(w.qdata, w.scale, w.fmt, x.dtype, -1, w.per_tensor_scale)
+        else:
+            values = _DecodedOnDemand(w, x.dtype)
+        return reference.product(
+            x, values, h, up, offs, order, top_k, scaling, bias, transpose_weight
+        )
+    if strategy == "unpack":
+        if offs is None:
+            return _unpack.dense_product(
+                x, w, transpose_weight, h, up, scaling, bias, max_scratch_bytes
+            )
+        return _unpack.grouped_product(
+            x, w, offs, order, top_k, transpose_weight, h, up, scaling, bias, max_scratch_bytes
+        )
+    args = (*w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias)
+    if compute:
+        return _fp8_product(x, *args, compute, max_scratch_bytes)
+    return _fused_product(x, *args)
+
+
+def _fused_product(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    fmt: BlockFormat,
+    *rest: Any,
+) -> torch.Tensor:
+    if _hopper.takes_hopper(x, qdata, fmt):
+        return _hopper.hopper_product(x, qdata, scale, *rest)
+    return _fused.fused_product(x, qdata, scale, per_tensor_scale, fmt, *rest)
+
+
+def _fp8_product(x: torch.Tensor, *args: Any) -> torch.Tensor:
+    return _fp8.fp8_product(x, *args)
+
+
+def rows_functions(x: torch.Tensor) -> Any:
+    """Where ``low_rank``, ``gram``, ``sum_rows``, ``combine_backward`` and ``group_sum`` are for x's device."""
+    return _skinny if x.is_cuda else reference
+
+
+def _low_rank(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    scale_by: float = 1.0,
+) -> torch.Tensor:
+    if x.is_cuda and offs is None:
+        return torch.mm(x, _unpack.scaled_adapter(down, scale_by, x.dtype).to(x.dtype).t())
+    return rows_functions(x).low_rank(x, down, offs, order, top_k, n_rows, scale_by=scale_by)
+
+
+def _gram(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> torch.Tensor:
+    if not (left.is_cuda and offs is None):
+        gram = rows_functions(left).gram
+        return gram(left, right, offs, order, top_k, scaling, dtype, transposed)
+    left = left if scaling == 1 else left * scaling
+    first, second = (right, left) if transposed else (left, right)
+    if dtype == torch.float32 != left.dtype:
+        return torch.mm(first.t(), second, out_dtype=dtype)
+    return torch.mm(first.t(), second).to(dtype)
+
+
+def _mm(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    scaling: float,
+    fmt: str,
+    transpose_weight: bool,
+    strategy: str,
+    compute: str,
+    grad_compute: str,
+    max_scratch_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    x = with_unit_rows(x)
+    n_rows = x.shape[0] if order is None else order.shape[0]
+    top_k = reference.rows_per_token(x.shape[0], order)
+    h = None if down is None else _low_rank(x, down, offs, order, top_k, n_rows)
+    y = _product(
+        x, _packed(qdata, scale, per_tensor_scale, fmt), offs, order, top_k, n_rows,
+        transpose_weight, h, up, scaling, bias, strategy, compute, max_scratch_bytes,
+    )  # fmt: skip
+    return y, x.new_empty(0) if h is None else h
+
+
+def _mm_fake(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    scaling: float,
+    fmt: str,
+    transpose_weight: bool,
+    strategy: str,
+    compute: str,
+    grad_compute: str,
+    max_scratch_bytes: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    w = _packed(qdata, scale, per_tensor_scale, fmt)
+    n_rows = x.shape[0] if order is None else order.shape[0]
+    y = x.new_empty((n_rows, w.n if transpose_weight else w.k))
+    return y, x.new_empty(0 if down is None else (n_rows, down.shape[-2]))
+
+
+def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    (
+        x, qdata, scale, per_tensor_scale, bias, down, up, offs, order, scaling, fmt,
+        transpose_weight, strategy, _compute, grad_compute, max_scratch_bytes,
+    ) = inputs  # fmt: skip
+    h = output[1]
+    ctx.mark_non_differentiable(h)
+    ctx.set_materialize_grads(False)
+    _, _, _, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
+    ctx.save_for_backward(
+        x if needs_down else None, h if needs_up else None,
+        qdata, scale, per_tensor_scale, down, up, offs, order,
+    )  # fmt: skip
+    ctx.n_tokens = x.shape[0]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    strategy = "auto" if strategy == "unpack8" else strategy
+    ctx.options = (scaling, fmt, transpose_weight, strategy, grad_compute, max_scratch_bytes)
+
+
+def _mm_autograd(
+    ctx: Any, dy: torch.Tensor | None, _dh: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    needs_x, _, _, _, needs_bias, needs_down, needs_up, *_ = ctx.needs_input_grad
+    dx = dbias = d_down = d_up = None
+    if dy is not None:
+        dx, dbias, d_down, d_up = mm_backward_op(
+            dy, *ctx.saved_tensors, *ctx.options, needs_x, ctx.n_tokens,
+            ctx.bias_dtype if needs_bias else None,
+        )  # fmt: skip
+    return (
+        dx if needs_x else None,
+        None, None, None,  # qdata, scale, per_tensor_scale
+        dbias if needs_bias else None,
+        d_down if needs_down else None,
+        d_up if needs_up else None,
+        None, None, None, None, None,  # offs, order, scaling, fmt, transpose_weight
+        None, None, None, None,  # strategy, compute, grad_compute, max_scratch_bytes
+    )  # fmt: skip
+
+
+mm_op = define_op(
+    "mm",
+    "(Tensor x, Tensor qdata, Tensor scale, Tensor? per_tensor_scale, Tensor? bias, Tensor? down,"
+    " Tensor? up, Tensor? offs, Tensor? order, float scaling, str fmt, bool transpose_weight,"
+    " str strategy, str compute, str grad_compute, int max_scratch_bytes) -> (Tensor, Tensor)",
+    cpu=_mm,
+    cuda=replayed(_mm),
+    fake=_mm_fake,
+    setup_context=_mm_setup,
+    backward=_mm_autograd,
+)
+
+
+def _mm_backward(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    h: torch.Tensor | None,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    scaling: float,
+    fmt: str,
+    transpose_weight: bool,
+    strategy: str,
+    compute: str,
+    max_scratch_bytes: int,
+    needs_dx: bool,
+    n_tokens: int,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dy = with_unit_rows(dy)
+    n_rows = dy.shape[0]
+    top_k = 1 if order is None or n_tokens == 0 else n_rows // n_tokens
+    dx, dbias, d_down, d_up = (dy.new_empty(0) for _ in range(4))
+    g = None
+    if down is not None and (needs_dx or x is not None):
+        g = _low_rank(dy, up.mT, offs, None, 1, n_rows, scaling)
+    if needs_dx:
+        dx = _product(
+            dy, _packed(qdata, scale, per_tensor_scale, fmt), offs, None, 1, n_rows,
+            not transpose_weight, g, None if down is None else down.mT, 1.0, None, strategy, compute,
+            max_scratch_bytes,
+        )  # fmt: skip
+        if order is not None:
+            dx = rows_functions(dy).sum_rows(dx, order, top_k, None)
+    # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
+    if x is not None:
+        x = with_unit_rows(x)
+        d_down = _gram(g, x, offs, order, top_k, 1.0, down.dtype, not transpose_weight)
+        d_down = d_down if transpose_weight else d_down.mT
+    if h is not None:
+        d_up = _gram(h, dy, offs, None, 1, scaling, up.dtype, transpose_weight)
+        d_up = d_up if transpose_weight else d_up.mT
+    if bias_dtype is not None and offs is None:
+        dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
+    elif bias_dtype is not None:
+        dbias = rows_functions(dy).group_sum(dy, offs, bias_dtype)
+    return dx, dbias, d_down, d_up
+
+
+def _mm_backward_fake(
+    dy: torch.Tensor,
+    x: torch.Tensor | None,
+    h: torch.Tensor | None,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    scaling: float,
+    fmt: str,
+    transpose_weight: bool,
+    strategy: str,
+    compute: str,
+    max_scratch_bytes: int,
+    needs_dx: bool,
+    n_tokens: int,
+    bias_dtype: torch.dtype | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    w = _packed(qdata, scale, per_tensor_scale, fmt)
+
+    def gradient(adapter: torch.Tensor) -> torch.Tensor:
+        if transpose_weight:
+            return dy.new_empty(adapter.shape, dtype=adapter.dtype)
+        return dy.new_empty(adapter.mT.shape, dtype=adapter.dtype).mT
+
+    dx, dbias, d_down, d_up = (dy.new_empty(0) for _ in range(4))
+    if needs_dx:
+        n_rows = dy.shape[0] if order is None else n_tokens
+        dx = dy.new_empty((n_rows, w.k if transpose_weight else w.n))
+    if bias_dtype is not None:
+        lead = () if offs is None else offs.shape
+        dbias = dy.new_empty((*lead, dy.shape[1]), dtype=bias_dtype)
+    d_down = d_down if x is None else gradient(down)
+    d_up = d_up if h is None else gradient(up)
+    return dx, dbias, d_down, d_up
+
+
+def _mm_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    dy, _x, _h, *operands = inputs[:10]
+    ctx.dtype = dy.dtype
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*operands)
+    *ctx.options, _compute, ctx.max_scratch_bytes = inputs[10:16]
+    ctx.n_tokens = inputs[17]
+    _, needs_x, _, _, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
+    ctx.trains_adapters = needs_x or needs_down or needs_up
+
+
+def _mm_backward_autograd(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    """dx and dbias are linear in dy: their gradient to dy is the forward product again."""
+    ddx, ddbias, _dd_down, _dd_up = grads
+    if ctx.trains_adapters:
+        raise NotImplementedError(
+            "mm has no second derivative with respect to adapters: freeze them with "
+            ".requires_grad_(False), or compute the product from the dequantized weight"
+        )
+    ddy = None
+    if ctx.needs_input_grad[0] and (ddx is not None or ddbias is not None):
+        qdata, scale, per_tensor_scale, down, up, offs, order = ctx.saved_tensors
+        if ddx is None:
+            _scaling, fmt, transpose_weight, _strategy = ctx.options
+            w = _packed(qdata, scale, per_tensor_scale, fmt)
+            columns = w.k if transpose_weight else w.n
+            ddx = ddbias.new_zeros((ctx.n_tokens, columns), dtype=ctx.dtype)
+        ddy, _ = mm_op(
+            ddx, qdata, scale, per_tensor_scale, ddbias, down, up, offs, order, *ctx.options, "", "",
+            ctx.max_scratch_bytes,
+        )  # fmt: skip
+    return (ddy, *[None] * 18)  # dy, and nothing else
+
+
+mm_backward_op = define_op(
+    "mm_backward",
+    "(Tensor dy, Tensor? x, Tensor? h, Tensor qdata, Tensor scale, Tensor? per_tensor_scale,"
+    " Tensor? down, Tensor? up, Tensor? offs, Tensor? order, float scaling, str fmt,"
+    " bool transpose_weight, str strategy, str compute, int max_scratch_bytes, bool needs_dx,"
+    " SymInt n_tokens, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    cpu=_mm_backward,
+    cuda=replayed(_mm_backward),
+    fake=_mm_backward_fake,
+    setup_context=_mm_backward_setup,
+    backward=_mm_backward_autograd,
+)

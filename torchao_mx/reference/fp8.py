@@ -1,0 +1,103 @@
+"""The product with 8-bit rows, defined: every row of x rounded to fp8, MXFP4 weights taken as they are.
+
+::
+
+    scale = max|x_row| / max(fp8)                          fp32, a row
+    q     = fp8(x_row / scale)                             to nearest even
+    y     = scale * (q W^T) + s * h up^T + bias            (or q W: reduced over N)
+
+An MXFP4 weight is an e4m3 matrix times a power of two for each output column, without loss, where the block
+scales that meet in the column's sum lie within 14 powers of two (:func:`fits_fp8`). The other columns take x
+unrounded, as the kernels compute them in bf16.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from torchao_mx.formats import MXFP4, BlockFormat
+from torchao_mx.reference.quantize import dequantize
+
+# e2m1 * 2**(6 - spread) is an e4m3 number for spreads of 0 .. 14.
+MAX_SPREAD = 14
+# The largest scale byte of a column, so that products with the scales of rows stay in fp32.
+MIN_BYTE, MAX_BYTE = 64, 190
+# Of an fp32 scale: the reciprocal is finite.
+MIN_ROW_SCALE = 2.0**-126
+_NAN_BYTE = 255
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [R, C]`` as (``dtype [R, C]``, fp32 scales ``[R]``): one scale a row, from its largest magnitude.
+
+    A row of zeros has the scale 2**-126, the smallest. A row that holds a NaN or an Inf has the scale NaN:
+    its products are NaN throughout.
+    """
+    largest = torch.finfo(dtype).max
+    x = x.float()
+    amax = x.abs().amax(-1) if x.shape[-1] else x.new_zeros(x.shape[:-1])
+    scale = (amax / largest).clamp(min=MIN_ROW_SCALE)
+    scale = torch.where(amax.isfinite(), scale, torch.nan)
+    q = (x * scale.reciprocal().unsqueeze(-1)).clamp(-largest, largest)
+    return q.to(dtype), scale
+
+
+def fits_fp8(
+    qdata: torch.Tensor, scale: torch.Tensor, transpose_weight: bool = True
+) -> torch.Tensor:
+    """Where the MXFP4 weight ``[..., N, K]`` is e4m3 times powers of two: bool, True where lossless.
+
+    Returns:
+        ``[..., N]``, a flag for each row, with ``transpose_weight`` (reduced over K); else
+        ``[..., K / 32]``, a flag for each block of columns, which share their scales (reduced over N).
+    """
+    byte = scale.view(torch.uint8).int()
+    per_block = MXFP4.block_size // MXFP4.elems_per_byte
+    nonzero = (qdata.unflatten(-1, (-1, per_block)) & 0x77).ne(0).any(-1)
+    axis = -1 if transpose_weight else -2
+    largest = byte.amax(axis, keepdim=True)
+    lost = (largest - byte > MAX_SPREAD) | (largest < MIN_BYTE) | (largest > MAX_BYTE)
+    return ~((lost & nonzero) | (byte == _NAN_BYTE)).any(axis)
+
+
+def fp8_product(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    fmt: BlockFormat,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    fits: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See :func:`torchao_mx.ops._fp8.fp8_product`; sums in fp32, rounded once to x's dtype."""
+    rows = x if order is None else x[order.long() // top_k]
+    q, row_scale = quantize_rows(rows, dtype)
+    rounded = q.float() * row_scale.unsqueeze(-1)
+    w = dequantize(qdata, scale, fmt, torch.float32)
+    w = w.mT if transpose_weight else w
+    if fits is None:
+        fits = fits_fp8(qdata, scale, transpose_weight)
+    if not transpose_weight:
+        fits = fits.repeat_interleave(fmt.block_size, -1)
+    y = torch.zeros(n_rows, w.shape[-1], dtype=torch.float32, device=x.device)
+    start = 0
+    for e, end in enumerate([n_rows] if offs is None else offs.tolist()):
+        mine, of = slice(start, end), ... if offs is None else e
+        y[mine] = rounded[mine] @ w[of]
+        unfit = ~fits[of]
+        if unfit.any():
+            y[mine, unfit] = rows[mine].float() @ w[of][:, unfit]
+        if h is not None:
+            y[mine] += scaling * (h[mine].float() @ up[of].to(x.dtype).float().mT)
+        if bias is not None:
+            y[mine] += bias[of].float()
+        start = end
+    return y.to(x.dtype)

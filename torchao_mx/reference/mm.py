@@ -1,0 +1,201 @@
+"""Products with a decoded weight and a low-rank update, dense or by groups of rows, defined.
+
+Every expert e owns a run of rows (dense: one expert, all rows) and has ``W_e [N, K]``, ``down_e [r, C]`` and
+``up_e [D, r]``, where the product reduces over C and leaves D columns::
+
+    h = x down_e^T        y = x W_e^T + s * h up_e^T + bias_e      (x W_e without transpose_weight)
+
+Names used throughout: R rows, E experts, r the rank; ``offs [E]`` int32 end offsets of the experts' rows,
+None for a dense product; ``order [R]`` takes row i of the groups to token ``order[i] // top_k`` of an
+ungrouped x, ``top_k = R // T``. Rows behind ``offs[-1]`` belong to no expert: zero in results, ignored in
+sums.
+
+Products are in x's dtype; sums over rows are in fp32, or float64 where the operands are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+
+def mm(
+    x: torch.Tensor,
+    w_values: torch.Tensor,
+    down: torch.Tensor | None,
+    up: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    transpose_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(y [R, D], h [R, r])`` of the file's head; h is ``[0]`` without adapters.
+
+    ``w_values``: see :func:`product`. ``down [E, r, C]``, ``up [E, D, r]``, ``bias [E, D]``; all without E
+    for a dense product.
+    """
+    n_rows = x.shape[0] if order is None else order.shape[0]
+    top_k = rows_per_token(x.shape[0], order)
+    h = None if down is None else low_rank(x, down, offs, order, top_k, n_rows)
+    y = product(x, w_values, h, up, offs, order, top_k, scaling, bias, transpose_weight)
+    return y, x.new_empty(0) if h is None else h
+
+
+def product(
+    x: torch.Tensor,
+    w_values: torch.Tensor,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    bias: torch.Tensor | None,
+    transpose_weight: bool,
+) -> torch.Tensor:
+    """``y [R, D]`` of the file's head, given h.
+
+    ``w_values [E, N, K]`` in x's dtype, or anything with that ``shape`` whose item e is ``[N, K]``: only the
+    experts that have rows are asked for.
+    """
+    if offs is None:
+        return _one_product(x, w_values, h, up, scaling, bias, transpose_weight)
+    columns = w_values.shape[-2 if transpose_weight else -1]
+    y = x.new_zeros((x.shape[0] if order is None else order.shape[0], columns))
+    for e, rows in _groups(offs, y.shape[0]):
+        y[rows] = _one_product(
+            _rows_of(x, rows, order, top_k),
+            w_values[e],
+            None if h is None else h[rows],
+            None if up is None else up[e],
+            scaling,
+            None if bias is None else bias[e],
+            transpose_weight,
+        )
+    return y
+
+
+def _one_product(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    transpose_weight: bool,
+) -> torch.Tensor:
+    bias = None if bias is None else bias.to(x.dtype)
+    y = F.linear(x, w if transpose_weight else w.mT, bias)
+    return y if h is None else torch.addmm(y, h, up.to(x.dtype).mT, alpha=scaling)
+
+
+def low_rank(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    *,
+    scale_by: float = 1.0,
+) -> torch.Tensor:
+    """``h [R, r]`` in x's dtype: ``h[i] = scale_by * x[token of i] down_e^T``, ``down [E, r, C]``."""
+    dtype = _sum_dtype(x)
+    down = down.to(x.dtype).to(dtype)
+    h = x.new_zeros((n_rows, down.shape[-2]))
+    for e, rows in _groups(offs, n_rows):
+        d = down if offs is None else down[e]
+        h[rows] = (_rows_of(x, rows, order, top_k).to(dtype) @ d.mT * scale_by).to(x.dtype)
+    return h
+
+
+def gram(
+    l: torch.Tensor,  # noqa: E741
+    m: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> torch.Tensor:
+    """``[E, r, C]`` in ``dtype``: ``scaling * sum over e's rows i of l[i]^T m[token of i]``.
+
+    ``l [R, r]``; ``m [R, C]``, or ``[T, C]`` with an ``order``. ``transposed`` gives ``[E, C, r]``. Zero for
+    an expert without rows; a dense gram has no E.
+    """
+    r, columns = l.shape[1], m.shape[1]
+    experts = 1 if offs is None else offs.shape[0]
+    out = l.new_zeros((experts, r, columns), dtype=_sum_dtype(l))
+    for e, rows in _groups(offs, l.shape[0]):
+        out[e] = l[rows].to(out.dtype).mT @ _rows_of(m, rows, order, top_k).to(out.dtype)
+    out = out.mul_(scaling).to(dtype)
+    out = out.mT.contiguous() if transposed else out
+    return out[0] if offs is None else out
+
+
+def sum_rows(
+    y: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None
+) -> torch.Tensor:
+    """``[T, C]`` in y's dtype: each token's sum of its ``top_k`` rows of ``y [R, C]``, weighted.
+
+    ``weights [T, top_k]``, row ``i`` having number ``order[i] % top_k`` of its token; None for ones.
+    """
+    rows = _ungrouped(y, order, top_k).to(_sum_dtype(y))
+    if weights is not None:
+        rows = rows * weights.to(rows.dtype)[:, :, None]
+    return rows.sum(1).to(y.dtype)
+
+
+def combine_backward(
+    dout: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, order: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(dy [R, C], dweights [T, top_k])`` of ``sum_rows(y, order, top_k, weights)``, in their dtypes."""
+    dtype = _sum_dtype(dout)
+    top_k, order = weights.shape[1], order.long()
+    dout = dout.to(dtype)
+    dweights = (_ungrouped(y, order, top_k).to(dtype) * dout[:, None]).sum(-1)
+    dy = dout[order // top_k] * weights.to(dtype).flatten()[order][:, None]
+    return dy.to(y.dtype), dweights.to(weights.dtype)
+
+
+def group_sum(dy: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``[E, C]`` in ``dtype``: the sum of each expert's rows of ``dy [R, C]``."""
+    out = dy.new_zeros((offs.shape[0], dy.shape[1]), dtype=_sum_dtype(dy))
+    for e, rows in _groups(offs, dy.shape[0]):
+        out[e] = dy[rows].to(out.dtype).sum(0)
+    return out.to(dtype)
+
+
+def rows_per_token(n_tokens: int, order: torch.Tensor | None) -> int:
+    """``top_k``: how many of the ``order``'s rows each token has; 1 without an order or tokens."""
+    return 1 if order is None or n_tokens == 0 else order.shape[0] // n_tokens
+
+
+def _sum_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _groups(offs: torch.Tensor | None, n_rows: int) -> Iterator[tuple[int, slice]]:
+    """``(expert, its rows)`` of the experts that have rows."""
+    ends = [n_rows] if offs is None else offs.tolist()
+    if any(end < start for start, end in zip([0, *ends], [*ends, n_rows], strict=True)):
+        raise ValueError(
+            f"offs is {ends} and there are {n_rows} row(s); end offsets ascend from 0 on and do not pass "
+            f"the number of rows: use the cumulative sum of the experts' row counts"
+        )
+    for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        if end > start:
+            yield e, slice(start, end)
+
+
+def _rows_of(x: torch.Tensor, rows: slice, order: torch.Tensor | None, top_k: int) -> torch.Tensor:
+    return x[rows] if order is None else x[order[rows] // top_k]
+
+
+def _ungrouped(y: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+    """``y [R, C]`` in the tokens' order, ``[T, top_k, C]``."""
+    return torch.empty_like(y).index_copy_(0, order.long(), y).unflatten(0, (-1, top_k))
