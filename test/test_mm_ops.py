@@ -18,13 +18,14 @@ OPS = torch.ops.torchao_mx
 
 
 def test_choosing_a_strategy(monkeypatch):
-    monkeypatch.setattr(mm, "_capability_major", lambda device: 9)
-    monkeypatch.setitem(mm.FUSED_BELOW, 9, 100)
+    monkeypatch.setattr(mm, "FUSED_BELOW", (100, 30))
+    monkeypatch.setattr(mm, "PORTABLE_FUSED_BELOW", (50, 20))
     bf16, cpu, cuda = torch.bfloat16, torch.device("cpu"), torch.device("cuda", 0)
-    assert choose_strategy("auto", "", cuda, bf16, 99, None) == "fused"
-    assert choose_strategy("auto", "", cuda, bf16, 100, None) == "unpack"
-    assert choose_strategy("auto", "", cuda, bf16, 399, 4) == "fused"
-    assert choose_strategy("auto", "", cuda, bf16, 400, 4) == "unpack"
+    for hopper, experts, dense in ((True, 100, 30), (False, 50, 20)):
+        assert choose_strategy("auto", "", cuda, bf16, dense - 1, None, hopper) == "fused"
+        assert choose_strategy("auto", "", cuda, bf16, dense, None, hopper) == "unpack"
+        assert choose_strategy("auto", "", cuda, bf16, 4 * experts - 1, 4, hopper) == "fused"
+        assert choose_strategy("auto", "", cuda, bf16, 4 * experts, 4, hopper) == "unpack"
     assert choose_strategy("fused", "", cuda, bf16, 400, 4) == "fused"
     assert choose_strategy("unpack", "", cuda, bf16, 1, 4) == "unpack"
     assert choose_strategy("auto", "", cuda, torch.float32, 10_000, 4) == "fused"

@@ -209,13 +209,17 @@ def _scaled_product(
     w_scale: torch.Tensor,
     offs: torch.Tensor | None,
 ) -> torch.Tensor:
-    """bf16 ``[R, C]``; fast accumulation would keep too few bits."""
+    """bf16 ``[R, C]``.
+
+    With fast accumulation: it adds 2e-4 to the 2.6e-2 that x's rounding costs, and takes 0.64 ms where 1.65
+    (131,072 rows of 2,048 columns to 1,024, on an H200) buy the lost bits back.
+    """
     if offs is not None:
         return torch._scaled_grouped_mm(
-            x8, w8.mT, x_scale, w_scale, offs=offs, out_dtype=torch.bfloat16, use_fast_accum=False
+            x8, w8.mT, x_scale, w_scale, offs=offs, out_dtype=torch.bfloat16, use_fast_accum=True
         )
     return torch._scaled_mm(
-        x8, w8[0].t(), x_scale[:, None], w_scale, out_dtype=torch.bfloat16, use_fast_accum=False
+        x8, w8[0].t(), x_scale[:, None], w_scale, out_dtype=torch.bfloat16, use_fast_accum=True
     )
 
 

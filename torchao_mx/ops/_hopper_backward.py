@@ -9,6 +9,8 @@ gradient) needs no permutation.
 
 from __future__ import annotations
 
+import triton
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -19,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from torchao_mx.ops import _tile
 from torchao_mx.ops._hopper_tile import (
     WINDOW,
     decode_pairs,
@@ -31,6 +34,22 @@ from torchao_mx.ops._hopper_tile import (
     windowed_scale,
 )
 from torchao_mx.ops._launch import launched
+
+
+@launched
+@triton.jit
+def transpose_kernel(x_ptr, out_ptr, R, C, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Pairs of bytes ``x [B, R, C]`` (uint16) to bytes ``out [B, 2 C, R]``."""
+    batch, tile_r, tile_c = _tile.tile_of_program(R, TILE_R, C, TILE_C)
+    r = tile_r * TILE_R + tl.arange(0, TILE_R)
+    c = tile_c * TILE_C + tl.arange(0, TILE_C)
+    x_ptrs = x_ptr + (batch * R + r)[:, None] * C + c[None, :]
+    x = tl.trans(tl.load(x_ptrs, mask=(r < R)[:, None] & (c < C)[None, :], other=0))
+    out_ptrs = out_ptr + (batch * C + c)[:, None] * (2 * R) + r[None, :]
+    inside = (c < C)[:, None] & (r < R)[None, :]
+    tl.store(out_ptrs, (x & 0xFF).to(tl.uint8), mask=inside)
+    tl.store(out_ptrs + R, (x >> 8).to(tl.uint8), mask=inside)
+
 
 CHUNK = gl.constexpr(32)  # rows n of W a step
 TILE_K = gl.constexpr(256)  # columns k of W a program: four operands of 64
@@ -48,20 +67,21 @@ def _rows_of_pairs(low_even, low_odd, high_even, high_odd, LEFT: gl.constexpr):
 
 
 @gluon.jit
-def _operands(w_smem, even, odd, top, WORDS: gl.constexpr, PAIRS: gl.constexpr, LEFT: gl.constexpr,
+def _operands(w_smem, scales, top, WORDS: gl.constexpr, PAIRS: gl.constexpr, LEFT: gl.constexpr,
               EXACT: gl.constexpr):  # fmt: skip
     """The words ``[CHUNK, 32]`` as four left operands ``[64, CHUNK]``; the i-th has columns i and 4 + i of a word.
 
-    ``even, odd [CHUNK / 2, 32]``: the scale bytes of each word, in rows 2 j and 2 j + 1.
+    ``scales [CHUNK / 2, 32]``: two bytes for each word, of rows 2 j and 2 j + 1.
     """
     words = w_smem.load(WORDS).reshape([CHUNK // 2, 2, 32]).permute([0, 2, 1])
     first, second = gl.split(words)
     first = gl.convert_layout(first, PAIRS)
     second = gl.convert_layout(second, PAIRS)
+    scales = scales.to(gl.int32)
     if EXACT:
-        scale = exact_scale(even.to(gl.int32)) | (exact_scale(odd.to(gl.int32)) << 16)
+        scale = exact_scale(scales & 0xFF) | (exact_scale(scales >> 8) << 16)
     else:
-        scale = windowed_scale(even.to(gl.int32) + odd.to(gl.int32) * 65536)
+        scale = windowed_scale(prmt(scales, gl.zeros_like(scales), "0x4140"))
         top = max_u16x2(top, scale)
     a0, b0, a1, b1, a2, b2, a3, b3 = decode_pairs(prmt(first, second, "0x5410"), scale, EXACT)
     c0, d0, c1, d1, c2, d2, c3, d3 = decode_pairs(prmt(first, second, "0x7632"), scale, EXACT)
@@ -96,7 +116,7 @@ def _restart(c0, c1, c2, c3):
 @gluon.jit
 def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, top_k,
               GATHER: gl.constexpr, PAIRS: gl.constexpr, TILE_T: gl.constexpr):  # fmt: skip
-    """Where the first chunk of W, of x and of the even rows' scales begins, and which words are inside."""
+    """Where the first chunk of W, of x and of the scales begins, and which words are inside."""
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     first_row = expert.to(gl.int64) * N
@@ -110,10 +130,11 @@ def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_str
         m = gl.load(order_ptr + m) // top_k
     n_x = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, COPY_X))
     x_ptrs = x_ptr + (m.to(gl.int64) * x_stride)[:, None] + n_x[None, :]
-    n_even = 2 * gl.arange(0, CHUNK // 2, layout=gl.SliceLayout(1, PAIRS))
+    pair = gl.arange(0, CHUNK // 2, layout=gl.SliceLayout(1, PAIRS))
     block = k0 // 32 + gl.arange(0, 32, layout=gl.SliceLayout(0, PAIRS)) // 4
     block = gl.minimum(block, K // 32 - 1)
-    s_ptrs = s_ptr + (first_row + n_even)[:, None] * (K // 32) + block[None, :]
+    row = expert.to(gl.int64) * (K // 32) + block
+    s_ptrs = s_ptr + row[None, :] * (N // 2) + pair[:, None]
     return w_ptrs, x_ptrs, s_ptrs, w_mask
 
 
@@ -160,7 +181,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
                     GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                     HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, STAGES: gl.constexpr,
                     TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr):  # fmt: skip
-    """``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s uint8 ``[E, N, K / 32]``, N a multiple of CHUNK."""
+    """``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s uint16 ``[E, K / 32, N / 2]``: transposed, by pairs of rows, N a multiple of CHUNK."""
     tiles_k = gl.cdiv(K, TILE_K)
     pid = gl.program_id(0)
     tile_k = pid % tiles_k
@@ -195,21 +216,16 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
         x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, top_k, GATHER, PAIRS, TILE_T
     )  # fmt: skip
     w_step = (K // 32) * 4 * CHUNK
-    s_row = K // 32
-    s_step = s_row * CHUNK
     chunks = N // CHUNK
     for i in gl.static_range(STAGES - 1):
         _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, i, chunks, w_step, STAGES)
-    even = gl.load(s_ptrs)
-    odd = gl.load(s_ptrs + s_row)
-    ahead = s_ptrs + gl.minimum(1, chunks - 1) * s_step
-    even_next = gl.load(ahead)
-    odd_next = gl.load(ahead + s_row)
+    scales = gl.load(s_ptrs)
+    s_next = gl.load(s_ptrs + gl.minimum(1, chunks - 1) * (CHUNK // 2))
     top = gl.full([CHUNK // 2, 32], 0, gl.int32, PAIRS)
     zero = gl.zeros([64, TILE_T], gl.float32, mma)
     c0, c1, c2, c3 = _restart(zero, zero, zero, zero)
     async_copy.wait_group(STAGES - 2)
-    a0, a1, a2, a3, top = _operands(w_smem.index(0), even, odd, top, WORDS, PAIRS, LEFT, False)
+    a0, a1, a2, a3, top = _operands(w_smem.index(0), scales, top, WORDS, PAIRS, LEFT, False)
     if TWO_OPERANDS:
         b0 = a0
         b1 = a1
@@ -218,30 +234,26 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
         for i in range(0, chunks, 2):
             x = x_smem.index(i % STAGES).permute((1, 0))
             c0, c1, c2, c3 = _mma(a0, a1, a2, a3, x, c0, c1, c2, c3)
-            ahead = s_ptrs + gl.minimum(i + 2, chunks - 1) * s_step
-            even = gl.load(ahead)
-            odd = gl.load(ahead + s_row)
+            scales = gl.load(s_ptrs + gl.minimum(i + 2, chunks - 1) * (CHUNK // 2))
             c0, c1, c2, c3, b0, b1, b2, b3 = warpgroup_mma_wait(
                 4, deps=[c0, c1, c2, c3, b0, b1, b2, b3]
             )
             c0, c1, c2, c3 = _restart(c0, c1, c2, c3)
             async_copy.wait_group(STAGES - 3)
             b0, b1, b2, b3, top = _operands(
-                w_smem.index((i + 1) % STAGES), even_next, odd_next, top, WORDS, PAIRS, LEFT, False
+                w_smem.index((i + 1) % STAGES), s_next, top, WORDS, PAIRS, LEFT, False
             )
             _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, i + STAGES - 1, chunks, w_step, STAGES)
             x = x_smem.index((i + 1) % STAGES).permute((1, 0))
             c0, c1, c2, c3 = _mma(b0, b1, b2, b3, x, c0, c1, c2, c3)
-            ahead = s_ptrs + gl.minimum(i + 3, chunks - 1) * s_step
-            even_next = gl.load(ahead)
-            odd_next = gl.load(ahead + s_row)
+            s_next = gl.load(s_ptrs + gl.minimum(i + 3, chunks - 1) * (CHUNK // 2))
             c0, c1, c2, c3, a0, a1, a2, a3 = warpgroup_mma_wait(
                 4, deps=[c0, c1, c2, c3, a0, a1, a2, a3]
             )
             c0, c1, c2, c3 = _restart(c0, c1, c2, c3)
             async_copy.wait_group(STAGES - 3)
             a0, a1, a2, a3, top = _operands(
-                w_smem.index((i + 2) % STAGES), even, odd, top, WORDS, PAIRS, LEFT, False
+                w_smem.index((i + 2) % STAGES), scales, top, WORDS, PAIRS, LEFT, False
             )
             _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, i + STAGES, chunks, w_step, STAGES)
         c0, c1, c2, c3, b0, b1, b2, b3 = warpgroup_mma_wait(
@@ -251,19 +263,16 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
         for i in range(chunks):
             x = x_smem.index(i % STAGES).permute((1, 0))
             c0, c1, c2, c3 = _mma(a0, a1, a2, a3, x, c0, c1, c2, c3)
-            ahead = s_ptrs + gl.minimum(i + 2, chunks - 1) * s_step
-            even = gl.load(ahead)
-            odd = gl.load(ahead + s_row)
+            scales = gl.load(s_ptrs + gl.minimum(i + 2, chunks - 1) * (CHUNK // 2))
             async_copy.wait_group(STAGES - 3)
             c0, c1, c2, c3, a0, a1, a2, a3 = warpgroup_mma_wait(
                 0, deps=[c0, c1, c2, c3, a0, a1, a2, a3]
             )
             c0, c1, c2, c3 = _restart(c0, c1, c2, c3)
             a0, a1, a2, a3, top = _operands(
-                w_smem.index((i + 1) % STAGES), even_next, odd_next, top, WORDS, PAIRS, LEFT, False
+                w_smem.index((i + 1) % STAGES), s_next, top, WORDS, PAIRS, LEFT, False
             )
-            even_next = even
-            odd_next = odd
+            s_next = scales
             _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, i + STAGES - 1, chunks, w_step, STAGES)
         c0, c1, c2, c3 = warpgroup_mma_wait(0, deps=[c0, c1, c2, c3])
     async_copy.wait_group(0)
@@ -282,13 +291,9 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
         )  # fmt: skip
         for i in range(chunks):
             _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, i, chunks, w_step, 1)
-            ahead = s_ptrs + i * s_step
-            even = gl.load(ahead)
-            odd = gl.load(ahead + s_row)
+            scales = gl.load(s_ptrs + i * (CHUNK // 2))
             async_copy.wait_group(0)
-            a0, a1, a2, a3, top = _operands(
-                w_smem.index(0), even, odd, top, WORDS, PAIRS, LEFT, True
-            )
+            a0, a1, a2, a3, top = _operands(w_smem.index(0), scales, top, WORDS, PAIRS, LEFT, True)
             x = x_smem.index(0).permute((1, 0))
             c0, c1, c2, c3 = _mma(a0, a1, a2, a3, x, c0, c1, c2, c3)
             c0, c1, c2, c3 = warpgroup_mma_wait(0, deps=[c0, c1, c2, c3])

@@ -17,7 +17,6 @@ trained, and h ``[R, r]``. The product itself is done by one of the strategies o
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -33,8 +32,12 @@ from torchao_mx.ops._unpack import Packed
 DEFAULT_SCRATCH = 256 * 2**20
 STRATEGIES = ("auto", "fused", "unpack", "unpack8")
 
-# "auto" fuses below so many rows an expert and unpacks from there on, by the GPU's major compute capability.
-FUSED_BELOW = {8: 2048, 9: 2048, 10: 2048, 12: 2048}
+# "auto" fuses below so many rows an expert, and below so many rows of a dense product, and unpacks from there
+# on. Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py): decoding experts needs
+# more scratch than one is given, so that it costs a copy of y too; a dense weight's decode is soon repaid.
+FUSED_BELOW = 4096, 512
+# The portable kernel.
+PORTABLE_FUSED_BELOW = 512, 256
 
 
 def choose_strategy(
@@ -44,8 +47,9 @@ def choose_strategy(
     dtype: torch.dtype,
     n_rows: int,
     n_groups: int | None,
+    hopper: bool = False,
 ) -> str:
-    """What computes a product of ``n_rows`` rows in ``n_groups`` groups (None: dense).
+    """What computes a product of ``n_rows`` rows in ``n_groups`` groups (None: dense), with a Hopper kernel or not.
 
     - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows.
     - ``"unpack"``: decode into a scratch, then the vendor's GEMM; for many rows.
@@ -68,13 +72,9 @@ def choose_strategy(
         return "fused"
     if strategy != "auto":
         return strategy
-    threshold = FUSED_BELOW.get(_capability_major(device), FUSED_BELOW[9])
-    return "fused" if n_rows < threshold * (n_groups or 1) else "unpack"
-
-
-@functools.lru_cache
-def _capability_major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
+    experts, dense = FUSED_BELOW if hopper else PORTABLE_FUSED_BELOW
+    few = n_rows < dense if n_groups is None else n_rows < experts * n_groups
+    return "fused" if few else "unpack"
 
 
 def _packed(
@@ -119,7 +119,8 @@ def _product(
         return x.new_empty((0, w.n if transpose_weight else w.k))
     bias = None if bias is None else bias.to(x.dtype)
     groups = None if offs is None else offs.shape[0]
-    strategy = choose_strategy(strategy, compute, x.device, x.dtype, n_rows, groups)
+    hopper = _hopper.takes_hopper(x, w.qdata, w.fmt)
+    strategy = choose_strategy(strategy, compute, x.device, x.dtype, n_rows, groups, hopper)
     if strategy == "reference":
         if offs is None:
             values = reference.dequantize(w.qdata, w.scale, w.fmt, x.dtype, -1, w.per_tensor_scale)
