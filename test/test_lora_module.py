@@ -386,7 +386,7 @@ ValueError: strategy='fast' is none of auto, fused, unpack, unpack8
 ValueError: strategy='unpack8' with compute_dtype=None; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: adapter_dtype=torch.float64; it is None (the weight's), torch.bfloat16, torch.float16 or torch.float32
-ValueError: max_scratch_bytes=0; it must be a positive number
+ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
 TypeError: max_scratch_bytes=1000000000.0; it must be an int""",
     )
     assert Config(dtype=E2M1, block_size=16).weight_spec.format == NVFP4

@@ -287,7 +287,7 @@ ValueError: order has shape (1, 12) and there are 6 token(s); it is [T * k], the
 ValueError: order is on meta and x on cpu; move one with .to(device)
 ValueError: strategy='fastest' is none of auto, fused, unpack, unpack8
 ValueError: strategy='unpack8' with compute_dtype=None; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
-ValueError: max_scratch_bytes=0; it must be a positive number
+ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
 ValueError: strategy='unpack' with an activation; this product is computed in one way only: leave strategy out""",
     )
 

@@ -11,7 +11,6 @@ from torchao.core.config import AOBaseConfig
 from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.formats import MXFP4, BlockFormat, QuantizeSpec, ScaleCalculationMode
 from torchao_mx.ops._arguments import check_strategy
-from torchao_mx.ops.mm import DEFAULT_SCRATCH
 
 _GRAD_COMPUTE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -43,7 +42,8 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         strategy: how products are computed on a GPU; see :func:`torchao_mx.ops.mm.choose_strategy`.
         adapter_dtype: bfloat16, float16 or float32; None for the weight's. Adapters in float32 under
             bfloat16 activations keep updates that bfloat16 would round away.
-        max_scratch_bytes: how much decoded weight a product may hold at a time.
+        max_scratch_bytes: how much decoded weight a product may hold at a time; None for 256 MiB or the
+            size of its result, whichever is more.
 
     Raises:
         TypeError: a field of the wrong type.
@@ -70,7 +70,7 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
     grad_compute_dtype: torch.dtype | None = None
     strategy: str = "auto"
     adapter_dtype: torch.dtype | None = None
-    max_scratch_bytes: int = DEFAULT_SCRATCH
+    max_scratch_bytes: int | None = None
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -90,6 +90,8 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
             ("max_scratch_bytes", int),
         ):
             value = getattr(self, name)
+            if value is None and name == "max_scratch_bytes":
+                continue
             if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
                 wanted = "a bool" if kind is bool else "an int" if kind is int else "a number"
                 raise TypeError(f"{name}={value!r}; it must be {wanted}")

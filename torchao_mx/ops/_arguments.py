@@ -127,7 +127,7 @@ def check_order(order: torch.Tensor, n_tokens: int, x: torch.Tensor) -> torch.Te
     return order.int().contiguous()
 
 
-def check_strategy(strategy: str, max_scratch_bytes: int, compute: str = "") -> None:
+def check_strategy(strategy: str, max_scratch_bytes: int | None, compute: str = "") -> None:
     """Refuse a strategy that there is not, or not for this compute dtype."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is none of {', '.join(STRATEGIES)}")
@@ -136,8 +136,10 @@ def check_strategy(strategy: str, max_scratch_bytes: int, compute: str = "") -> 
             f"strategy={strategy!r} with compute_dtype={'torch.' + compute if compute else None}; "
             f"'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both"
         )
-    if max_scratch_bytes <= 0:
-        raise ValueError(f"max_scratch_bytes={max_scratch_bytes}; it must be a positive number")
+    if max_scratch_bytes is not None and max_scratch_bytes <= 0:
+        raise ValueError(
+            f"max_scratch_bytes={max_scratch_bytes}; it must be a positive number, or None for the default"
+        )
 
 
 def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:

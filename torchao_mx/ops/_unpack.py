@@ -34,6 +34,7 @@ from torchao_mx.ops.quantize import per_tensor_kind
 DECODE_TILE, DECODE_WARPS = 256, 4  # words of eight elements, as in dequantize.py
 WIDE_ROWS, WIDE_COLUMNS = 4, 1024
 ZERO_ROWS, ZERO_COLUMNS = 16, 1024
+PLACE_ROWS, PLACE_COLUMNS = 8, 256
 ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
 SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
 
@@ -178,6 +179,38 @@ def _holds_words(qdata: torch.Tensor, size: int) -> bool:
     return qdata.stride(-1) == 1 and all(offset % size == 0 for offset in offsets)
 
 
+@launched
+@triton.jit
+def _place_kernel(part_ptr, y_ptr, offs_ptr, n_experts, n_rows, columns, part_row, y_row,
+                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    end = tl.load(offs_ptr + n_experts - 1)
+    column_tiles = tl.cdiv(columns, COLUMNS)
+    row = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
+    column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < n_rows)[:, None] & (column < columns)[None, :]
+    offset = row.to(tl.int64)[:, None]
+    part_ptrs = part_ptr + offset * part_row + column[None, :]
+    part = tl.load(part_ptrs, mask=inside & (row < end)[:, None], other=0.0)
+    tl.store(y_ptr + offset * y_row + column[None, :], part, mask=inside)
+
+
+def place(part: torch.Tensor, y: torch.Tensor, offs: torch.Tensor) -> None:
+    """Copy ``part [R, C]`` to ``y [R, C]``, both of unit stride along C, zeros behind the last group.
+
+    torch's copy to a slice of columns reaches a third of the bandwidth.
+    """
+    if not y.is_cuda:
+        y.copy_(part)
+        y[offs[-1] :] = 0
+        return
+    tiles = triton.cdiv(part.shape[0], PLACE_ROWS) * triton.cdiv(part.shape[1], PLACE_COLUMNS)
+    with on_device_of(y):
+        _place_kernel[(tiles,)](
+            part, y, offs, offs.shape[0], *part.shape, part.stride(0), y.stride(0), ROWS=PLACE_ROWS,
+            COLUMNS=PLACE_COLUMNS,
+        )  # fmt: skip
+
+
 def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
     """Zero the rows of the contiguous ``y [R, D]`` behind the last group, without asking where it ends.
 
@@ -299,10 +332,10 @@ def grouped_product(
         out = torch._grouped_mm(rows, w_ECD, offs=offs)
         if first == 0 and end == columns == width:
             y = out.contiguous()
+            zero_behind(y, offs)
         else:
             y = x.new_empty((rows.shape[0], columns)) if y is None else y
-            y[:, first:end].copy_(out[:, : end - first])
-    zero_behind(y, offs)
+            place(out[:, : end - first], y[:, first:end], offs)
     return y
 
 

@@ -25,7 +25,7 @@ from torchao_mx.ops._arguments import (
     operands,
     product_sizes,
 )
-from torchao_mx.ops.mm import DEFAULT_SCRATCH, mm_op
+from torchao_mx.ops.mm import mm_op
 
 _COMPUTE = {None: "", torch.float8_e4m3fn: "float8_e4m3fn"}
 _GRAD_COMPUTE = {
@@ -51,7 +51,7 @@ def lora_matmul(
     compute_dtype: torch.dtype | None = None,
     grad_compute_dtype: torch.dtype | None = None,
     strategy: str = "auto",
-    max_scratch_bytes: int = DEFAULT_SCRATCH,
+    max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
     """``x (W + scaling * B A)^T + bias`` with the packed ``W [N, K]``; see the file's head.
 
@@ -110,7 +110,7 @@ def lora_matmul(
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
         as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), down,
-        up, None, None, scaling, fmt.name, transpose_weight, strategy, *compute, max_scratch_bytes,
+        up, None, None, scaling, fmt.name, transpose_weight, strategy, *compute, max_scratch_bytes or 0,
     )  # fmt: skip
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], columns)
 
@@ -132,7 +132,7 @@ def lora_grouped_mm(
     compute_dtype: torch.dtype | None = None,
     grad_compute_dtype: torch.dtype | None = None,
     strategy: str = "auto",
-    max_scratch_bytes: int = DEFAULT_SCRATCH,
+    max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
     """Rows ``offs[e - 1] : offs[e]`` times expert e of ``W + scaling * B A``, ``W [E, N, K]`` packed.
 
@@ -181,7 +181,7 @@ def lora_grouped_mm(
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
         x, qdata, scale, per_tensor_scale, bias, down, up, offs, order, scaling, fmt.name,
-        transpose_weight, strategy, *compute, max_scratch_bytes,
+        transpose_weight, strategy, *compute, max_scratch_bytes or 0,
     )  # fmt: skip
     return y
 

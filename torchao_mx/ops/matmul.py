@@ -35,7 +35,7 @@ from torchao_mx.ops._library import define_op
 from torchao_mx.ops._unpack import aligned_rows
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
-from torchao_mx.ops.mm import DEFAULT_SCRATCH, mm_op
+from torchao_mx.ops.mm import mm_op
 from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale as amax_scale
 from torchao_mx.ops.quantize import quantize_op
@@ -198,7 +198,7 @@ def matmul(
     transpose_weight: bool = True,
     activation: QuantizeSpec | None = None,
     strategy: str = "auto",
-    max_scratch_bytes: int = DEFAULT_SCRATCH,
+    max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
     """``x @ W^T + bias`` (or ``x @ W``) with the packed ``W [N, K]`` or ``[B, N, K]``; see the file's head.
 
@@ -217,7 +217,7 @@ def matmul(
         strategy: how to compute on a GPU: ``"fused"``, ``"unpack"`` or ``"auto"``, as
             :func:`torchao_mx.ops.mm.choose_strategy` has them; for 2-D weights without an ``activation``.
         max_scratch_bytes: how much decoded weight ``"unpack"`` may hold at a time; at least one slice of 8
-            rows or one block of columns.
+            rows or one block of columns. None: 256 MiB, or the size of the result where that is more.
 
     Raises:
         TypeError: x's dtype.
@@ -239,7 +239,7 @@ def matmul(
     if qdata.dim() == 2 and activation is None:
         y, _ = mm_op(
             as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), None, None,
-            None, None, 1.0, fmt.name, transpose_weight, strategy, "", "", max_scratch_bytes,
+            None, None, 1.0, fmt.name, transpose_weight, strategy, "", "", max_scratch_bytes or 0,
         )  # fmt: skip
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], columns)
     if strategy != "auto":
@@ -273,7 +273,7 @@ def grouped_mm(
     transpose_weight: bool = True,
     activation: QuantizeSpec | None = None,
     strategy: str = "auto",
-    max_scratch_bytes: int = DEFAULT_SCRATCH,
+    max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
     """Rows ``offs[e - 1] : offs[e]`` times expert e of the packed ``W [E, N, K]``, plus its bias.
 
@@ -317,7 +317,7 @@ def grouped_mm(
     if activation is None:
         y, _ = mm_op(
             x, qdata, scale, per_tensor_scale, bias, None, None, offs, order, 1.0, fmt.name,
-            transpose_weight, strategy, "", "", max_scratch_bytes,
+            transpose_weight, strategy, "", "", max_scratch_bytes or 0,
         )  # fmt: skip
         return y
     if strategy != "auto":

@@ -29,13 +29,13 @@ from torchao_mx.ops._library import define_op
 from torchao_mx.ops._replay import replayed
 from torchao_mx.ops._unpack import Packed
 
-DEFAULT_SCRATCH = 256 * 2**20
+DEFAULT_SCRATCH = 256 * 2**20  # bytes; or the size of the product, where that is more
 STRATEGIES = ("auto", "fused", "unpack", "unpack8")
 
 # "auto" fuses below so many rows an expert, and below so many rows of a dense product, and unpacks from there
-# on. Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py): decoding experts needs
-# more scratch than one is given, so that it costs a copy of y too; a dense weight's decode is soon repaid.
-FUSED_BELOW = 4096, 512
+# on. Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py): all experts rarely fit in the
+# scratch, and slices cost a copy of y, where a dense weight's decode is soon repaid.
+FUSED_BELOW = 1536, 512
 # The portable kernel.
 PORTABLE_FUSED_BELOW = 512, 256
 
@@ -119,6 +119,9 @@ def _product(
         return x.new_empty((0, w.n if transpose_weight else w.k))
     bias = None if bias is None else bias.to(x.dtype)
     groups = None if offs is None else offs.shape[0]
+    if max_scratch_bytes == 0:
+        columns = w.n if transpose_weight else w.k
+        max_scratch_bytes = max(DEFAULT_SCRATCH, n_rows * columns * x.itemsize)
     hopper = _hopper.takes_hopper(x, w.qdata, w.fmt)
     strategy = choose_strategy(strategy, compute, x.device, x.dtype, n_rows, groups, hopper)
     if strategy == "reference":
