@@ -1,0 +1,211 @@
+"""The Hopper kernels against float64: every tile, both directions, scales of any size, and what surrounds them."""
+
+import pytest
+import torch
+from _grids import generator, relative_error
+
+from torchao_mx import MXFP4, MXFP8_E4M3, reference
+from torchao_mx.ops import _hopper, mm
+
+BOUND = 4e-3  # of bf16 results
+FORWARD_TILES = [(rows, 128, 4, two, None) for rows in (16, 32, 64, 128) for two in (False, True)]
+BACKWARD_TILES = [(rows, 4, two, None) for rows in (16, 32, 64) for two in (False, True)]
+on_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9,
+        reason="needs a Hopper GPU",
+    ),
+]
+
+
+def hopper(test):
+    for mark in on_hopper:
+        test = mark(test)
+    return test
+
+
+# E, N, K, top_k, tokens, rank, bias, one more than the largest scale byte. 150 and 200 leave the window of the
+# fast decode; 2880 = 45 * 64 is an odd number of chunks, 96 and 320 end within a tile.
+CASES = {
+    "plain": (5, 256, 192, 2, 37, 16, True, 125),
+    "rank_8": (5, 128, 320, 2, 300, 8, False, 125),
+    "large_scales": (3, 96, 2880, 3, 129, 40, True, 200),
+    "without_lora": (4, 160, 64, 1, 5, 0, False, 125),
+    "one_token": (7, 256, 256, 3, 1, 16, True, 125),
+    "rank_5": (3, 128, 128, 2, 100, 5, True, 150),
+}
+
+
+class Problem:
+    """Operands of a product, and the product in float64."""
+
+    def __init__(self, case, transpose_weight, *, tail=0, ordered=True, seed=0):
+        e, n, k, top_k, tokens, rank, has_bias, largest = CASES[case]
+        g = generator(seed)
+        reduced, columns = (k, n) if transpose_weight else (n, k)
+        self.qdata = torch.randint(0, 256, (e, n, k // 2), generator=g, dtype=torch.uint8)
+        self.scale = torch.randint(115, largest, (e, n, k // 32), generator=g, dtype=torch.uint8)
+        ids = torch.rand(tokens, e, generator=g).topk(top_k).indices.flatten()
+        self.order = ids.argsort(stable=True).int()
+        rows = len(ids)
+        self.offs = ids.bincount(minlength=e).cumsum(0).clamp(max=rows - tail).int()
+        self.top_k, self.rows = (top_k if ordered else 1), rows
+        self.x = torch.randn(tokens if ordered else rows, reduced, generator=g).bfloat16()
+        self.h = torch.randn(rows, rank, generator=g).bfloat16() if rank else None
+        self.up = torch.randn(e, columns, rank, generator=g) if rank else None
+        self.bias = torch.randn(e, columns, generator=g).bfloat16() if has_bias else None
+        if not transpose_weight and rank:
+            self.up = self.up.mT.contiguous().mT  # strides as an adapter's transpose has them
+        self.order = self.order if ordered else None
+        self.transpose_weight, self.columns = transpose_weight, columns
+
+    def dense(self):
+        """The first expert alone, with all rows of x."""
+        for name in ("qdata", "scale", "up", "bias"):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else value[0])
+        self.rows, self.top_k = len(self.x), 1
+        self.h = None if self.h is None else self.h[: self.rows]
+        self.offs = self.order = None
+        return self
+
+    def expected(self):
+        e8m0 = self.scale.view(torch.float8_e8m0fnu)
+        w = reference.dequantize(self.qdata, e8m0, MXFP4, torch.float32).double()
+        x = self.x if self.order is None else self.x[self.order // self.top_k]
+        y = torch.zeros(self.rows, self.columns, dtype=torch.float64)
+        ends = [self.rows] if self.offs is None else self.offs.tolist()
+        for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+            of_expert = (lambda t: t) if self.offs is None else (lambda t, e=e: t[e])
+            values = of_expert(w)
+            part = x[start:end].double() @ (values.T if self.transpose_weight else values)
+            if self.h is not None:
+                up = of_expert(self.up).bfloat16().double()
+                part += 0.5 * self.h[start:end].double() @ up.T
+            if self.bias is not None:
+                part += of_expert(self.bias).double()
+            y[start:end] = part
+        return y
+
+    def run(self, tile=None):
+        def cuda(t):
+            return None if t is None else t.cuda()
+
+        y = _hopper.hopper_product(
+            cuda(self.x), cuda(self.qdata), cuda(self.scale), cuda(self.offs), cuda(self.order),
+            self.top_k, self.rows, self.transpose_weight, cuda(self.h), cuda(self.up), 0.5,
+            cuda(self.bias), tile,
+        )  # fmt: skip
+        return y.cpu()
+
+
+def check(problem, tile=None):
+    y, expected = problem.run(tile), problem.expected()
+    assert y.isfinite().all()
+    assert relative_error(y, expected) < BOUND
+    if problem.offs is not None:
+        assert y[problem.offs[-1] :].eq(0).all()
+
+
+@hopper
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tile", [None, *FORWARD_TILES], ids=str)
+def test_forward(case, tile):
+    check(Problem(case, True), tile)
+
+
+@hopper
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("tile", [None, *BACKWARD_TILES], ids=str)
+def test_backward(case, tile):
+    check(Problem(case, False), tile)
+
+
+@hopper
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+@pytest.mark.parametrize("case", ["plain", "rank_8", "large_scales"])
+def test_rows_behind_rows_in_order_and_dense(case, transpose_weight):
+    check(Problem(case, transpose_weight, tail=7))
+    check(Problem(case, transpose_weight, ordered=False))
+    check(Problem(case, transpose_weight, ordered=False).dense())
+
+
+@hopper
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+def test_two_runs_are_equal(transpose_weight):
+    problem = Problem("plain", transpose_weight)
+    assert torch.equal(problem.run(), problem.run())
+
+
+@hopper
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+def test_a_nan_scale_reaches_its_block_and_no_other(transpose_weight):
+    qdata = torch.randint(0, 256, (64, 64), dtype=torch.uint8, device="cuda")
+    scale = torch.full((64, 4), 120, dtype=torch.uint8, device="cuda")
+    scale[3, 1] = 255
+    x = torch.randn(5, 128 if transpose_weight else 64, device="cuda").bfloat16()
+    y = _hopper.hopper_product(
+        x, qdata, scale, None, None, 1, 5, transpose_weight, None, None, 1.0, None
+    )
+    columns = [3] if transpose_weight else list(range(32, 64))
+    assert y.isnan().all(0).nonzero().flatten().tolist() == columns
+    assert y.isnan().any(0).nonzero().flatten().tolist() == columns
+
+
+@hopper
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+def test_bad_offsets_stay_within_the_rows(transpose_weight):
+    """Their rows are undefined; nothing may be read or written outside."""
+    problem = Problem("plain", transpose_weight)
+    for offs in ([9, 3, -5, 900, 20], [-1, -1, -1, -1, -1], [10**6] * 5):
+        problem.offs = torch.tensor(offs, dtype=torch.int32)
+        assert problem.run().shape == (problem.rows, problem.columns)
+
+
+@hopper
+def test_more_than_2_31_elements():
+    e, n, k = 17, 16384, 8192
+    qdata = torch.randint(0, 256, (e, n, k // 2), dtype=torch.uint8, device="cuda")
+    scale = torch.randint(115, 125, (e, n, k // 32), dtype=torch.uint8, device="cuda")
+    offs = torch.tensor([0] * (e - 1) + [4], dtype=torch.int32, device="cuda")
+    e8m0 = scale[-1].view(torch.float8_e8m0fnu)
+    w = mm._unpack.dequantize_op(qdata[-1], e8m0, "mxfp4", torch.bfloat16, -1, None)
+    for transpose_weight in (True, False):
+        x = torch.randn(4, k if transpose_weight else n, device="cuda").bfloat16()
+        y = _hopper.hopper_product(
+            x, qdata, scale, offs, None, 1, 4, transpose_weight, None, None, 1.0, None
+        )
+        assert relative_error(y, x.double() @ (w.T if transpose_weight else w).double()) < BOUND
+
+
+@hopper
+def test_where_they_apply():
+    x = torch.empty(4, 128, device="cuda", dtype=torch.bfloat16)
+    weight = torch.empty(2, 64, 64, device="cuda", dtype=torch.uint8)
+    assert _hopper.takes_hopper(x, weight, MXFP4)
+    assert not _hopper.takes_hopper(x.half(), weight, MXFP4)
+    assert not _hopper.takes_hopper(x, weight, MXFP8_E4M3)
+    assert not _hopper.takes_hopper(x, weight[:, :33], MXFP4)
+    assert not _hopper.takes_hopper(x, weight[..., :48], MXFP4)
+    assert not _hopper.takes_hopper(x.cpu(), weight, MXFP4)
+
+
+# --- the orders in which the kernels want their operands: these run in the interpreter too --------
+
+
+def test_permuted(kernel_device):
+    """Within 64 columns, 8 word + 4 half + i goes to 16 i + 2 word + half."""
+    x = torch.randn(5, 3 * 64, generator=generator(0))
+    got = _hopper.permuted(x.to(kernel_device)).cpu()
+    for word in range(8):
+        for half in range(2):
+            for i in range(4):
+                came, went = 8 * word + 4 * half + i, 16 * i + 2 * word + half
+                assert torch.equal(got[:, went::64], x[:, came::64])
+
+
+@pytest.mark.parametrize("shape", [(32, 2), (96, 6), (3, 160, 90)], ids=str)
+def test_paired_scales(kernel_device, shape):
+    scale = torch.randint(0, 256, shape, generator=generator(0), dtype=torch.uint8)
+    assert torch.equal(_hopper.paired_scales(scale.to(kernel_device)).cpu(), scale.mT)
