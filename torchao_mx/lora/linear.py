@@ -21,8 +21,9 @@ from torch import nn
 
 from torchao_mx import ops
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
+from torchao_mx.modules import twin_of
 from torchao_mx.ptq import check_linear, is_linear
-from torchao_mx.qat.linear import MXFakeQuantizedLinear, _twin
+from torchao_mx.qat.linear import MXFakeQuantizedLinear
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
 
@@ -85,7 +86,7 @@ class MXLoRALinear(nn.Linear):
                 MXTensor quantizes activations.
         """
         check_lora_linear(linear, config)
-        twin = _twin(cls, linear)
+        twin = twin_of(cls, linear)
         twin.__dict__.pop("extra_repr", None)  # what quantize_ sets for a packed weight
         twin._add_adapters(config)
         return twin

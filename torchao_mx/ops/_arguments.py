@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from torchao_mx.checks import check_high_precision
+from torchao_mx.checks import HIGH_PRECISION_DTYPES, check_high_precision
 from torchao_mx.formats import BlockFormat, QuantizeSpec
 from torchao_mx.ops.mm import STRATEGIES
 from torchao_mx.ops.quantize import check_per_tensor_scale
@@ -147,3 +147,41 @@ def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
         raise ValueError(
             f"{name} is on {other.device} and x on {x.device}; move one with .to(device)"
         )
+
+
+def adapters_of(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    fmt: BlockFormat,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    transpose_weight: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(down, up)`` of the op; refuses adapters that do not fit the weight."""
+    *lead, n, packed = qdata.shape
+    k = packed * fmt.elems_per_byte
+    for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
+        if adapter.dtype not in HIGH_PRECISION_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {adapter.dtype}; adapters are bfloat16, float16 or float32: convert "
+                f"it with .to(torch.bfloat16)"
+            )
+        check_on_device_of(x, adapter, name)
+    rank = lora_a.shape[-2] if lora_a.dim() > 1 else 0
+    if lora_a.shape != (*lead, rank, k) or lora_b.shape != (*lead, n, rank):
+        experts = "".join(f"{size}, " for size in lead)
+        raise ValueError(
+            f"lora_a has shape {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)}; a weight "
+            f"[{experts}{n}, {k}] takes lora_a [{experts}r, {k}] and lora_b [{experts}{n}, r]"
+        )
+    if not 1 <= rank <= min(n, k):
+        raise ValueError(
+            f"the adapters have rank {rank}; a weight of {n} x {k} takes a rank from 1 to {min(n, k)}"
+        )
+    if not isinstance(scaling, (int, float)):
+        raise TypeError(
+            f"scaling is a {type(scaling).__name__}; it is a Python number: use .item() once, outside the "
+            f"training loop, or multiply lora_b by it"
+        )
+    return (lora_a, lora_b) if transpose_weight else (lora_b.mT, lora_a.mT)

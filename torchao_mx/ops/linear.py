@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import torch
 
-from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.formats import BlockFormat
 from torchao_mx.ops._arguments import (
+    adapters_of,
     as_rows,
     check_groups,
-    check_on_device_of,
     check_packed,
     check_product,
     check_strategy,
@@ -105,7 +104,7 @@ def lora_matmul(
             f"the weight has shape {tuple(qdata.shape)} (packed); lora_matmul takes W [N, K]: for "
             f"experts use lora_grouped_mm"
         )
-    down, up = _adapters(x, qdata, fmt, lora_a, lora_b, scaling, transpose_weight)
+    down, up = adapters_of(x, qdata, fmt, lora_a, lora_b, scaling, transpose_weight)
     compute = _compute_strings(x, compute_dtype, grad_compute_dtype, grouped=False)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
@@ -176,7 +175,7 @@ def lora_grouped_mm(
     x, _ = operands(x, None)
     check_product(x, qdata, reduced, None)
     offs, order = check_groups(x, qdata, offs, order, bias, columns)
-    down, up = _adapters(x, qdata, fmt, lora_a, lora_b, scaling, transpose_weight)
+    down, up = adapters_of(x, qdata, fmt, lora_a, lora_b, scaling, transpose_weight)
     compute = _compute_strings(x, compute_dtype, grad_compute_dtype, grouped=True)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
@@ -184,44 +183,6 @@ def lora_grouped_mm(
         transpose_weight, strategy, *compute, max_scratch_bytes or 0,
     )  # fmt: skip
     return y
-
-
-def _adapters(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    fmt: BlockFormat,
-    lora_a: torch.Tensor,
-    lora_b: torch.Tensor,
-    scaling: float,
-    transpose_weight: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(down, up)`` of the op; refuses adapters that do not fit the weight."""
-    *lead, n, packed = qdata.shape
-    k = packed * fmt.elems_per_byte
-    for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype not in HIGH_PRECISION_DTYPES:
-            raise TypeError(
-                f"{name} has dtype {adapter.dtype}; adapters are bfloat16, float16 or float32: convert "
-                f"it with .to(torch.bfloat16)"
-            )
-        check_on_device_of(x, adapter, name)
-    rank = lora_a.shape[-2] if lora_a.dim() > 1 else 0
-    if lora_a.shape != (*lead, rank, k) or lora_b.shape != (*lead, n, rank):
-        experts = "".join(f"{size}, " for size in lead)
-        raise ValueError(
-            f"lora_a has shape {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)}; a weight "
-            f"[{experts}{n}, {k}] takes lora_a [{experts}r, {k}] and lora_b [{experts}{n}, r]"
-        )
-    if not 1 <= rank <= min(n, k):
-        raise ValueError(
-            f"the adapters have rank {rank}; a weight of {n} x {k} takes a rank from 1 to {min(n, k)}"
-        )
-    if not isinstance(scaling, (int, float)):
-        raise TypeError(
-            f"scaling is a {type(scaling).__name__}; it is a Python number: use .item() once, outside the "
-            f"training loop, or multiply lora_b by it"
-        )
-    return (lora_a, lora_b) if transpose_weight else (lora_b.mT, lora_a.mT)
 
 
 def _compute_strings(

@@ -25,6 +25,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from torchao_mx.formats import format_by_name
+from torchao_mx.modules import twin_of
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
 from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
@@ -188,14 +189,14 @@ class MXFakeQuantizedLinear(nn.Linear):
                 f"{linear} has a forward of its own, of its class or set on the instance, which fake "
                 f"quantization would drop; remove it, or leave this layer out with filter_fn"
             )
-        twin = _twin(cls, linear)
+        twin = twin_of(cls, linear)
         twin.activation_config = activation_config
         twin.weight_config = weight_config
         return twin
 
     def to_linear(self) -> nn.Linear:
         """The plain ``nn.Linear`` on the same parameters."""
-        linear = _twin(nn.Linear, self)
+        linear = twin_of(nn.Linear, self)
         del linear.activation_config, linear.weight_config
         return linear
 
@@ -216,14 +217,3 @@ def _check(
                 f"{name} is a {type(config).__name__}; it must be a torchao_mx.MXFakeQuantizeConfig"
             )
     check_linear(linear, weight.spec, None if activation is None else activation.spec)
-
-
-def _twin(cls: type[nn.Linear], module: nn.Linear) -> Any:
-    """A ``cls`` that shares everything ``module`` holds: parameters, buffers, hooks, training mode."""
-    twin = cls.__new__(cls)
-    state = module.__dict__.copy()
-    for name, value in state.items():
-        if isinstance(value, dict):  # _parameters, _buffers, _modules and the hooks
-            state[name] = value.copy()
-    twin.__dict__.update(state)
-    return twin

@@ -17,7 +17,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from torchao_mx.checks import check_high_precision
-from torchao_mx.ops.linear import _adapters
+from torchao_mx.ops._arguments import adapters_of
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 
@@ -76,7 +76,7 @@ class LoRATensor(torch.Tensor):
                     f"{name} is on {adapter.device} and the weight on {base.device}; move one with "
                     f".to(device)"
                 )
-        _adapters(base.qdata, base.qdata, base.format, lora_a, lora_b, scaling, True)
+        adapters_of(base.qdata, base.qdata, base.format, lora_a, lora_b, scaling, True)
         shape, strides = list(base.shape), list(base.stride())
         if transposed:
             shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
