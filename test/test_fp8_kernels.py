@@ -161,18 +161,6 @@ def test_decoded_part_of_a_weight(kernel_device, transpose_weight):
     assert (flags[:, : part.start] == 9).all() and (flags[:, part.stop :] == 9).all()
 
 
-@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
-def test_experts_without_rows_are_not_decoded(kernel_device, transpose_weight, poisoned):
-    qdata, scale = (t.to(kernel_device) for t in packed(4, 64, 128, powers=20))
-    offs = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=kernel_device)
-    decode = _fp8_weight.fp8_rows if transpose_weight else _fp8_weight.fp8_columns
-    whole, selected = decode(qdata, scale), decode(qdata, scale, offs=offs)
-    for name, all_experts, some in zip(("fp8", "scale", "flag"), whole, selected, strict=True):
-        a, b = (t.view(torch.uint8).cpu() for t in (all_experts, some))
-        assert torch.equal(a[[1, 3]], b[[1, 3]]), name
-    assert selected[2][[0, 2]].eq(0).all() and whole[2][0].ne(0).any()
-
-
 # --- around the GEMM ------------------------------------------------------------------------------
 
 

@@ -68,19 +68,6 @@ def test_decode_into(fmt, columns, kernel_device, poisoned):
         assert torch.equal(wide[..., part.k :].view(torch.int32), behind.view(torch.int32))
 
 
-def test_decode_into_leaves_experts_without_rows_alone(kernel_device):
-    packed = _unpack.Packed(*ops.quantize(randn(4, 20, 64), MXFP4), None, MXFP4)
-    there = packed._replace(
-        qdata=packed.qdata.to(kernel_device), scale=packed.scale.to(kernel_device)
-    )
-    out = torch.full((4, 20, 64), float("nan"), device=kernel_device)
-    offs = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=kernel_device)
-    _unpack._decode_into_triton(out, there, offs)
-    expected = reference.dequantize(packed.qdata, packed.scale, MXFP4, torch.float32, -1, None)
-    expected[[0, 2]] = float("nan")
-    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
-
-
 @pytest.mark.parametrize("ordered", [True, False], ids=["order", "grouped"])
 @pytest.mark.parametrize("extras", [True, False], ids=["h_and_one", "alone"])
 def test_wide_rows(ordered, extras, kernel_device, poisoned):

@@ -167,7 +167,7 @@ def _product_on_gpu(
     y = None if width == columns else x.new_empty((n_rows, columns))
     for first in range(0, columns, width):
         part = slice(first, min(first + width, columns))
-        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags, offs)
+        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags)
         product = _scaled_product(x8, w8, x_scale, w_scale, offs)
         del w8  # the next part decodes into the same memory
         add_low_rank(
@@ -191,15 +191,14 @@ def _decode(
     part: slice,
     transpose_weight: bool,
     flags: torch.Tensor,
-    offs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns ``part`` of the result: the weight as e4m3 ``[E, part, reduced]`` and its scales ``[E, part]``."""
     if transpose_weight:
-        w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part], offs)
+        w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part])
     else:
         packed = slice(part.start // MXFP4.elems_per_byte, part.stop // MXFP4.elems_per_byte)
         blocks = slice(part.start // MXFP4.block_size, part.stop // MXFP4.block_size)
-        w8, w_scale, _ = fp8_columns(qdata[..., packed], scale[..., blocks], flags[:, blocks], offs)
+        w8, w_scale, _ = fp8_columns(qdata[..., packed], scale[..., blocks], flags[:, blocks])
     return w8, w_scale
 
 

@@ -79,13 +79,6 @@ def group_rows(offs_ptr, n_rows, group, E, E_SPAN: tl.constexpr, GROUPED: tl.con
 
 
 @triton.jit
-def has_rows(offs_ptr, group, inside):
-    """Whether a group, or each of a tensor of groups, owns rows: what it does not own need not be decoded."""
-    start = tl.load(offs_ptr + group - 1, mask=inside & (group > 0), other=0)
-    return tl.load(offs_ptr + group, mask=inside, other=0) > start
-
-
-@triton.jit
 def token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED: tl.constexpr):
     """The rows of x, int64, that grouped rows read: ``order[row] // top_k``, or the rows themselves.
 

@@ -71,9 +71,8 @@ class Packed(NamedTuple):
 
 @launched
 @triton.jit
-def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, offs_ptr, out_ptr, n_words, words_per_row, q_expert, q_row,
-                        s_expert, s_row, out_expert, out_row, SELECTIVE: tl.constexpr,
-                        PER_TENSOR: tl.constexpr,
+def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_row, q_expert, q_row,
+                        s_expert, s_row, out_expert, out_row, PER_TENSOR: tl.constexpr,
                         TILE: tl.constexpr, LONG_ROWS: tl.constexpr,
                         EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                         MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
@@ -82,12 +81,8 @@ def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, offs_ptr, out_ptr, n_words, words
     """``n_words`` of each expert, ``words_per_row`` a row, a word being eight elements.
 
     ``q_expert``, ``q_row``, ``out_expert`` and ``out_row`` are strides in words: the compiler then knows that
-    a thread's eight results are 16 bytes aligned. ``s_expert`` and ``s_row`` are strides in bytes. SELECTIVE
-    leaves experts without rows out.
+    a thread's eight results are 16 bytes aligned. ``s_expert`` and ``s_row`` are strides in bytes.
     """
-    if SELECTIVE:
-        if not _groups.has_rows(offs_ptr, tl.program_id(1), True):
-            return
     expert = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * TILE
     index = tl.arange(0, TILE)
@@ -149,20 +144,18 @@ def _zero_behind_kernel(y_ptr, offs_ptr, n_experts, n_rows, columns,
         tl.store(y_ptrs, tl.zeros((ROWS, COLUMNS), y_ptr.dtype.element_ty), mask=mask)
 
 
-def decode_into(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) -> None:
+def decode_into(out: torch.Tensor, w: Packed) -> None:
     """Write the values of ``w [E, N, K]`` to ``out``, whose strides are free but for a last one of 1.
-
-    With ``offs``, those of experts that own rows; on the GPU the others' memory stays as it was.
 
     On the GPU, rows and experts of ``out`` and of the packed bytes lie at multiples of eight elements.
     """
     if not out.is_cuda:
         out.copy_(reference.dequantize(w.qdata, w.scale, w.fmt, out.dtype, -1, w.per_tensor_scale))
     elif out.numel() > 0:
-        _decode_into_triton(out, w, offs)
+        _decode_into_triton(out, w)
 
 
-def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) -> None:
+def _decode_into_triton(out: torch.Tensor, w: Packed) -> None:
     word = torch.int32 if w.fmt.elem_bits == 4 else torch.int64
     qdata, scale = bytes_of(w.qdata), bytes_of(w.scale)
     if not _holds_words(qdata, word.itemsize):
@@ -173,9 +166,8 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
     pts = scale if w.per_tensor_scale is None else w.per_tensor_scale
     with on_device_of(out):
         _decode_into_kernel[(triton.cdiv(rows * words, DECODE_TILE), experts)](
-            qdata, scale, pts, offs, out, rows * words, words, *qdata.stride()[:2],
-            *scale.stride()[:2], out.stride(0) // 8, out.stride(1) // 8, SELECTIVE=offs is not None,
-            PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
+            qdata, scale, pts, out, rows * words, words, *qdata.stride()[:2], *scale.stride()[:2],
+            out.stride(0) // 8, out.stride(1) // 8, PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
             TILE=DECODE_TILE, LONG_ROWS=words >= DECODE_TILE, num_warps=DECODE_WARPS,
             **format_constants(w.fmt, out.device),
         )  # fmt: skip
@@ -330,7 +322,7 @@ def grouped_product(
             w_EDC = w_ECD.mT
         wanted_EDC = w_EDC[:, : end - first]
         values_EDC = wanted_EDC[..., :reduced]
-        decode_into(values_EDC if transpose_weight else values_EDC.mT, part, offs)
+        decode_into(values_EDC if transpose_weight else values_EDC.mT, part)
         if h is not None:
             scaled = scaled_adapter(up[:, first:end], scaling, x.dtype)
             wanted_EDC[..., reduced : reduced + rank].copy_(scaled)
