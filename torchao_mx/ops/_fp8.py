@@ -18,8 +18,6 @@ more accurate also for gradients; ``torch._scaled_grouped_mm`` takes nothing els
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +25,7 @@ import triton.language as tl
 from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.ops._fp8_kernels import add_low_rank, quantize_rows, recompute_flagged
 from torchao_mx.ops._fp8_weight import column_flags, flags_of, fp8_columns, fp8_rows, row_flags
+from torchao_mx.ops._launch import capability
 from torchao_mx.reference import fp8 as definition
 
 MAX_SCRATCH_BYTES = 256 * 2**20
@@ -254,13 +253,12 @@ def _check(x: torch.Tensor, fmt: BlockFormat, n: int, kind: str, grouped: bool) 
         _check_device(x.device.index, grouped)
 
 
-@functools.lru_cache
 def _check_device(index: int, grouped: bool) -> None:
-    capability = torch.cuda.get_device_capability(index)
-    enough = capability in ((9, 0), (10, 0)) if grouped else capability >= (8, 9)
+    major, minor = found = capability(index)
+    enough = found in ((9, 0), (10, 0)) if grouped else found >= (8, 9)
     if not enough:
         needed = "9.0 or 10.0 with experts" if grouped else "8.9 or newer"
         raise NotImplementedError(
-            f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the 8-bit GEMM needs "
+            f"cuda:{index} has compute capability {major}.{minor}; the 8-bit GEMM needs "
             f"{needed}: leave compute_dtype out, with strategy='unpack' or 'fused'"
         )

@@ -23,7 +23,6 @@ In MXFP4 and bf16 a pair takes six instructions, of which two multiply, and the 
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -34,7 +33,14 @@ import triton.language as tl
 from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._gather import with_unit_rows
-from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
+from torchao_mx.ops._launch import (
+    DOT_DTYPES,
+    bytes_of,
+    capability,
+    format_constants,
+    launched,
+    on_device_of,
+)
 from torchao_mx.ops.quantize import per_tensor_kind
 
 BAND = 8  # row tiles that run side by side: an expert's share the weights that they read in L2
@@ -72,7 +78,6 @@ TILES = {9: _WGMMA, 10: _TCGEN05}
 # Plain fp32 instructions. Tiles of 64 columns Triton (3.6, 3.7) multiplies in tf32 on compute capability 10,
 # in spite of the input_precision asked for.
 FP32_TILE = Tile(64, 32, 32, 0, num_warps=4, num_stages=2)
-_DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit
@@ -414,7 +419,7 @@ def fused_product(
         return y
     x = with_unit_rows(x)
     n_groups = 0 if offs is None else offs.shape[0]
-    major = _capability_major(x.device)
+    major = capability(x.device.index)[0] if x.is_cuda else 0
     packed = fmt == MXFP4 and x.dtype == torch.bfloat16 and x.is_cuda
     tile = _choose_tile(n_rows, n_groups, x.dtype, packed, transpose_weight, major)
     row_tiles = _groups.max_tiles(n_rows, n_groups, tile.rows)
@@ -426,7 +431,7 @@ def fused_product(
     scale = bytes_of(scale)
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
     whole = reduced % tile.reduced == 0 and (transpose_weight or columns % tile.columns == 0)
-    dot_dtype = _DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the interpreter's only one
+    dot_dtype = DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the interpreter's only one
     with on_device_of(x):
         _fused_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
             x, words, scale, _contiguous(per_tensor_scale), offs, _contiguous(order), _contiguous(h),
@@ -461,11 +466,6 @@ def _choose_tile(
     if major == 9 and transpose_weight and tile.rows == 128:
         return tile._replace(num_warps=8)
     return tile
-
-
-@functools.lru_cache
-def _capability_major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor, int]:

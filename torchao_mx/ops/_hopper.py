@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 
 from torchao_mx.formats import MXFP4, BlockFormat
-from torchao_mx.ops._launch import bytes_of, on_device_of
+from torchao_mx.ops._launch import bytes_of, capability, on_device_of
 
 # (rows a tile, rows of W a tile, stages, two operands, registers a thread or None)
 ForwardTile = tuple[int, int, int, bool, int | None]
 # (rows a tile, stages, two operands, registers a thread or None)
 BackwardTile = tuple[int, int, bool, int | None]
-
-
-@functools.lru_cache
-def _is_hopper(index: int) -> bool:
-    return torch.cuda.get_device_capability(index)[0] == 9
 
 
 def takes_hopper(x: torch.Tensor, qdata: torch.Tensor, fmt: BlockFormat) -> bool:
@@ -28,7 +21,7 @@ def takes_hopper(x: torch.Tensor, qdata: torch.Tensor, fmt: BlockFormat) -> bool
         x.is_cuda
         and fmt == MXFP4
         and x.dtype == torch.bfloat16
-        and _is_hopper(x.device.index)
+        and capability(x.device.index)[0] == 9
         and k % 64 == 0
         and n % 32 == 0
     )

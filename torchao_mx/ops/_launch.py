@@ -8,19 +8,21 @@ import threading
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 
 from torchao_mx.formats import BlockFormat
 
 
 @functools.lru_cache
-def _capability(index: int) -> tuple[int, int]:
-    capability = torch.cuda.get_device_capability(index)
-    if capability < (8, 0):
+def capability(index: int) -> tuple[int, int]:
+    """A GPU's compute capability; refuses one older than Ampere."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
         raise NotImplementedError(
-            f"cuda:{index} has compute capability {capability[0]}.{capability[1]}; the Triton kernels "
+            f"cuda:{index} has compute capability {major}.{minor}; the Triton kernels "
             f"need 8.0 (Ampere) or newer: move the tensors to the CPU, which has a reference path"
         )
-    return capability
+    return major, minor
 
 
 @torch.compiler.assume_constant_result
@@ -29,7 +31,7 @@ def has_fp8_instructions(device: torch.device) -> bool:
 
     False on the CPU, where the kernels run in Triton's interpreter.
     """
-    return device.type == "cuda" and _capability(device.index) >= (8, 9)
+    return device.type == "cuda" and capability(device.index) >= (8, 9)
 
 
 @functools.lru_cache
@@ -113,10 +115,13 @@ def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
     """Launch on ``x``'s device, which need not be the current one."""
     if x.device.type != "cuda":
         return contextlib.nullcontext()
-    _capability(x.device.index)
+    capability(x.device.index)
     if x.device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(x.device)
+
+
+DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 def bytes_of(t: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 
 from torchao_mx.ops import _groups
 from torchao_mx.ops._gather import combine_backward, inverse, sum_rows, with_unit_rows
-from torchao_mx.ops._launch import launched, multiprocessors, on_device_of
+from torchao_mx.ops._launch import DOT_DTYPES, launched, multiprocessors, on_device_of
 
 __all__ = ["combine_backward", "gram", "group_sum", "inverse", "low_rank", "sum_rows"]
 
@@ -107,7 +107,7 @@ def low_rank(
             x, down, offs, order, h, scale_by, n_rows, x.shape[0], columns, r, max(1, n_groups), top_k,
             x.stride(0), 0 if offs is None else down.stride(0), down.stride(-2), down.stride(-1),
             E_SPAN=_groups.span_of(offs), GROUPED=offs is not None, GATHERED=order is not None,
-            DOT_DTYPE=_triton_dtype(x.dtype), ROWS=rows, COLUMNS=tile_columns, RANKS=ranks,
+            DOT_DTYPE=DOT_DTYPES[x.dtype], ROWS=rows, COLUMNS=tile_columns, RANKS=ranks,
             num_warps=8 if rows * ranks > 8192 else 4, num_stages=stages,
         )  # fmt: skip
     return h
@@ -204,7 +204,7 @@ def gram(
                 l, m, offs, order, sums, scaling, n_rows, m.shape[0], columns, r, n_groups, top_k,
                 splits, l.stride(0), m.stride(0), 1 if transposed else columns,
                 r if transposed else 1, E_SPAN=_groups.span_of(offs), GROUPED=offs is not None,
-                GATHERED=order is not None, DOT_DTYPE=_triton_dtype(m.dtype), ROWS=rows,
+                GATHERED=order is not None, DOT_DTYPE=DOT_DTYPES[m.dtype], ROWS=rows,
                 COLUMNS=tile_columns, RANKS=ranks, num_stages=stages,
                 num_warps=8 if tile_columns * ranks > 8192 else 4,
             )  # fmt: skip
@@ -291,9 +291,3 @@ def _add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
 
 def _rank_tile(r: int) -> int:
     return min(MAX_RANKS, max(16, triton.next_power_of_2(r)))
-
-
-def _triton_dtype(dtype: torch.dtype) -> tl.dtype:
-    return {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}[
-        dtype
-    ]

@@ -32,7 +32,7 @@ from torchao_mx.ops._arguments import (
     product_sizes,
 )
 from torchao_mx.ops._library import define_op
-from torchao_mx.ops._unpack import aligned_rows
+from torchao_mx.ops._unpack import aligned_rows, zero_behind
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
 from torchao_mx.ops.mm import mm_op
@@ -153,10 +153,9 @@ def _grouped_mm(
     w = w.mT if transpose_weight else w
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
-    out = torch._grouped_mm(aligned_rows(x), w, offs=offs)
-    # The rows behind the last group belong to no expert; torch leaves them as it found them.
-    behind = torch.arange(x.shape[0], device=x.device) >= offs[-1]
-    return out.masked_fill_(behind[:, None], 0)
+    out = torch._grouped_mm(aligned_rows(x), w, offs=offs).contiguous()
+    zero_behind(out, offs)  # they belong to no expert; torch leaves them as it found them
+    return out
 
 
 def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

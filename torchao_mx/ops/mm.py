@@ -142,7 +142,7 @@ def _product(
         )
     args = (*w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias)
     if compute:
-        return _fp8_product(x, *args, compute, max_scratch_bytes)
+        return _fp8.fp8_product(x, *args, compute, max_scratch_bytes)
     return _fused_product(x, *args)
 
 
@@ -157,10 +157,6 @@ def _fused_product(
     if _hopper.takes_hopper(x, qdata, fmt):
         return _hopper.hopper_product(x, qdata, scale, *rest)
     return _fused.fused_product(x, qdata, scale, per_tensor_scale, fmt, *rest)
-
-
-def _fp8_product(x: torch.Tensor, *args: Any) -> torch.Tensor:
-    return _fp8.fp8_product(x, *args)
 
 
 def rows_functions(x: torch.Tensor) -> Any:
