@@ -210,8 +210,8 @@ def _scaled_product(
 ) -> torch.Tensor:
     """bf16 ``[R, C]``.
 
-    With fast accumulation: it adds 2e-4 to the 2.6e-2 that x's rounding costs, and takes 0.64 ms where 1.65
-    (131,072 rows of 2,048 columns to 1,024, on an H200) buy the lost bits back.
+    With fast accumulation, whose error is small beside that of x's rounding: without it the product of 131,072
+    rows of 2,048 columns to 1,024 took 1.65 ms, of a training step of 4.2 ms that now takes 3.0 (H200).
     """
     if offs is not None:
         return torch._scaled_grouped_mm(

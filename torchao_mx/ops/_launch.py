@@ -57,8 +57,7 @@ launches = _Launches()
 class launched:
     """Over ``triton.jit``: ``kernel[grid](*arguments, **constants_and_options)`` with less Python per launch.
 
-    Triton binds and specialises the arguments anew at each launch, which for thirty of them takes longer than
-    a small kernel runs (25 us, against 9). Here they are reduced to what Triton specialises on, its compiled
+    Triton binds and specialises the arguments anew at each launch. Here they are reduced to what Triton specialises on, its compiled
     kernel is looked up by that, and called. Constexpr parameters have to come last and be given by name.
     """
 

@@ -1,10 +1,10 @@
 """Repeats a call's kernel launches without the Python that worked them out.
 
 An op that is a handful of small kernels spends more time in Python (tiles, grids, strides, checks) than the GPU
-spends in the kernels: 290 us a forward and backward of an expert layer, against 240. All of that follows from
-the arguments' shapes, strides, dtypes and alignment. So the first call of a kind is recorded, as the launches of
-``launched`` kernels with each tensor as "input 3", "output 0" or "scratch 1" and an offset, and the next ones
-allocate and launch. A call that does anything else on the device, such as a torch matmul, is not recorded, and
+spends in the kernels: 300 us for the two ops of an expert layer's step, against 240 (replayed: 130; 256 tokens
+to 128 experts, H200). All of that follows from the arguments' shapes, strides, dtypes and alignment. So a call
+of a kind met before is recorded, as the launches of ``launched`` kernels with each tensor as "input 3", "output
+0" or "scratch 1" and an offset, and the next ones allocate and launch. A call that does anything else on the device, such as a torch matmul, is not recorded, and
 nothing depends on values: those stay on the device. It is no CUDA graph: streams, allocator and capture work as
 they do for single launches.
 """

@@ -1,0 +1,76 @@
+"""What ``compute_dtype=torch.float8_e4m3fn`` costs in accuracy: the definition against float64, on the CPU.
+
+The weights of such a product are exact, so its error is that of rounding x row by row (and, for the
+product that gives dX, the incoming gradient). The reference is bit for bit what users of the CPU get; the
+GPU differs in the order of its sums. x is Gaussian, Student's t with three degrees of freedom, or Gaussian
+with channels whose magnitudes are lognormal (sigma 2), as activations with outlier channels are. Prints a
+table and writes ``results/fp8_accuracy.json``.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import torch
+
+from torchao_mx import MXFP4, ops, reference
+from torchao_mx.reference import fp8
+
+ROWS, K, N = 1024, 2048, 512
+DISTRIBUTIONS = ("Gaussian", "Student t3", "Gaussian x lognormal channels")
+RESULT = pathlib.Path(__file__).parent / "results" / "fp8_accuracy.json"
+
+
+def operand(distribution: str, columns: int) -> torch.Tensor:
+    """``[ROWS, columns]`` bf16."""
+    x = torch.randn(ROWS, columns)
+    if distribution == "Student t3":
+        x = torch.distributions.StudentT(3.0).sample((ROWS, columns))
+    elif distribution != "Gaussian":
+        x = x * torch.exp(2 * torch.randn(columns))
+    return x.bfloat16()
+
+
+def relative_error(y: torch.Tensor, exact: torch.Tensor) -> tuple[float, float]:
+    """Of the whole product, and of its worst row."""
+    error, size = (y.double() - exact).norm(dim=1), exact.norm(dim=1)
+    return (error.norm() / size.norm()).item(), (error / size).max().item()
+
+
+def main() -> None:
+    torch.manual_seed(0)
+    qdata, scale = ops.quantize(torch.randn(N, K) / K**0.5, MXFP4)
+    w = reference.dequantize(qdata, scale, MXFP4, torch.float32).double()
+    rows = []
+    print(
+        "| x | rounded to | product | relative error | worst row |\n| --- | --- | --- | ---: | ---: |"
+    )
+    for distribution in DISTRIBUTIONS:
+        for dtype, forward in (
+            (torch.float8_e4m3fn, True),
+            (torch.float8_e4m3fn, False),
+            (torch.float8_e5m2, False),
+        ):
+            x = operand(distribution, K if forward else N)
+            y = fp8.fp8_product(
+                x, qdata, scale, MXFP4, None, None, 1, ROWS, forward, None, None, 1.0, None, dtype
+            )
+            error, worst = relative_error(y, x.double() @ (w.T if forward else w))
+            name, product = str(dtype).removeprefix("torch."), "x W^T" if forward else "x W"
+            print(f"| {distribution} | {name} | {product} | {error:.2%} | {worst:.2%} |")
+            rows.append(
+                {
+                    "x": distribution,
+                    "dtype": name,
+                    "product": product,
+                    "relative_error": error,
+                    "worst_row": worst,
+                }
+            )
+    meta = {"rows": ROWS, "k": K, "n": N, "device": "cpu", "torch": torch.__version__}
+    RESULT.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
