@@ -24,7 +24,7 @@ from _fp8_operands import (
 )
 from _grids import assert_same_bytes, generator, relative_error
 
-from torchao_mx.ops import _fp8_kernels, _fp8_weight
+from torchao_mx.ops import _add, _fp8_kernels, _fp8_weight
 from torchao_mx.reference import fp8 as definition
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -161,6 +161,18 @@ def test_decoded_part_of_a_weight(kernel_device, transpose_weight):
     assert (flags[:, : part.start] == 9).all() and (flags[:, part.stop :] == 9).all()
 
 
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+def test_experts_without_rows_are_not_decoded(kernel_device, transpose_weight, poisoned):
+    qdata, scale = (t.to(kernel_device) for t in packed(4, 64, 128, powers=20))
+    offs = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=kernel_device)
+    decode = _fp8_weight.fp8_rows if transpose_weight else _fp8_weight.fp8_columns
+    whole, selected = decode(qdata, scale), decode(qdata, scale, offs=offs)
+    for name, all_experts, some in zip(("fp8", "scale", "flag"), whole, selected, strict=True):
+        a, b = (t.view(torch.uint8).cpu() for t in (all_experts, some))
+        assert torch.equal(a[[1, 3]], b[[1, 3]]), name
+    assert selected[2][[0, 2]].eq(0).all() and whole[2][0].ne(0).any()
+
+
 # --- around the GEMM ------------------------------------------------------------------------------
 
 
@@ -188,7 +200,7 @@ def test_low_rank_term(kernel_device, in_place, grouped, terms):
     part, offs, h, up, bias = there
     whole = torch.full((ROWS, 2 * N), 7.0, device=kernel_device)
     y = part if in_place else whole[:, N:]
-    _fp8_kernels.add_low_rank(part, y, offs, h, up, 0.5, bias, tl.float32)
+    _add.finish(part, y, offs, h, up, 0.5, bias, tl.float32)
     # A float32 dot runs in tf32 on the GPU.
     assert relative_error(y.cpu(), want) < (1e-6 if kernel_device == "cpu" else 1e-3)
     assert (y[start:] == 0).all() and (whole[:, :N] == 7).all()

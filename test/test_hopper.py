@@ -38,10 +38,10 @@ CASES = {
 
 
 class Problem:
-    """Operands of a product, and the product in float64."""
+    """Operands of a product, and the product in float64; ``case`` is one of CASES, or its name."""
 
     def __init__(self, case, transpose_weight, *, tail=0, ordered=True, seed=0):
-        e, n, k, top_k, tokens, rank, has_bias, largest = CASES[case]
+        e, n, k, top_k, tokens, rank, has_bias, largest = CASES.get(case, case)
         g = generator(seed)
         reduced, columns = (k, n) if transpose_weight else (n, k)
         self.qdata = torch.randint(0, 256, (e, n, k // 2), generator=g, dtype=torch.uint8)
@@ -88,20 +88,20 @@ class Problem:
             y[start:end] = part
         return y
 
-    def run(self, tile=None):
+    def run(self, tile=None, splits=None):
         def cuda(t):
             return None if t is None else t.cuda()
 
         y = _hopper.hopper_product(
             cuda(self.x), cuda(self.qdata), cuda(self.scale), cuda(self.offs), cuda(self.order),
             self.top_k, self.rows, self.transpose_weight, cuda(self.h), cuda(self.up), 0.5,
-            cuda(self.bias), tile,
+            cuda(self.bias), tile, splits,
         )  # fmt: skip
         return y.cpu()
 
 
-def check(problem, tile=None):
-    y, expected = problem.run(tile), problem.expected()
+def check(problem, tile=None, splits=None):
+    y, expected = problem.run(tile, splits), problem.expected()
     assert y.isfinite().all()
     assert relative_error(y, expected) < BOUND
     if problem.offs is not None:
@@ -129,6 +129,40 @@ def test_rows_behind_rows_in_order_and_dense(case, transpose_weight):
     check(Problem(case, transpose_weight, tail=7))
     check(Problem(case, transpose_weight, ordered=False))
     check(Problem(case, transpose_weight, ordered=False).dense())
+
+
+# 45 chunks in both directions: parts of odd and even numbers of them, and of one. 45 parts are the most.
+@hopper
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+@pytest.mark.parametrize("splits", [None, 2, 3, 8, 44, 64])
+@pytest.mark.parametrize("rows", [1, 7, 64])
+@pytest.mark.parametrize(
+    ("rank", "bias", "largest"),
+    [(16, True, 125), (40, False, 200), (0, True, 125), (0, False, 150)],
+)
+def test_dense_parts(transpose_weight, splits, rows, rank, bias, largest):
+    case = (1, 45 * 32, 45 * 64, 1, rows, rank, bias, largest)
+    problem = Problem(case, transpose_weight, ordered=False).dense()
+    two_operands = FORWARD_TILES[-1] if transpose_weight else BACKWARD_TILES[-1]
+    for tile in (None, two_operands):
+        check(problem, tile, splits)
+        assert torch.equal(problem.run(tile, splits), problem.run(tile, splits))
+
+
+@hopper
+@pytest.mark.parametrize("transpose_weight", [True, False], ids=["wt", "w"])
+@pytest.mark.parametrize("splits", [1, 4, 7])
+def test_one_part_leaves_the_window(transpose_weight, splits):
+    """A single large scale: its columns of the result, and the others, which it does not drown."""
+    case = (1, 45 * 32, 45 * 64, 1, 7, 16, True, 125)
+    problem = Problem(case, transpose_weight, ordered=False).dense()
+    row, block = 700, 50
+    problem.scale[row, block] = 160
+    large = torch.zeros(problem.columns, dtype=torch.bool)
+    large[slice(row, row + 1) if transpose_weight else slice(32 * block, 32 * block + 32)] = True
+    y, expected = problem.run(splits=splits), problem.expected()
+    for columns in (large, ~large):
+        assert relative_error(y[:, columns], expected[:, columns]) < BOUND
 
 
 @hopper
@@ -191,7 +225,26 @@ def test_where_they_apply():
     assert not _hopper.takes_hopper(x.cpu(), weight, MXFP4)
 
 
-# --- the orders in which the kernels want their operands: these run in the interpreter too --------
+# --- without a Hopper GPU -------------------------------------------------------------------------
+
+
+def test_how_many_parts():
+    def parts(rows, reduced, columns, forward=True):
+        tile_t, *_, two, _ = (
+            _hopper._forward_tile(rows, 0) if forward else _hopper._backward_tile(rows, 0)
+        )
+        programs = -(-rows // tile_t) * -(-columns // (128 if forward else 256))
+        return _hopper._splits(rows, reduced, 64 if forward else 32, programs, two, 132)
+
+    assert [parts(rows, 14336, 4096) for rows in (1, 64, 128, 1024)] == [12, 12, 6, 1]
+    assert [parts(rows, 4096, 14336) for rows in (1, 64, 128, 256)] == [3, 3, 1, 1]
+    assert [parts(rows, 14336, 4096, False) for rows in (1, 64, 256)] == [24, 14, 3]
+    assert [parts(rows, 4096, 14336, False) for rows in (1, 64, 256)] == [7, 4, 1]
+    assert parts(1, 1024, 1024) == 2
+    assert parts(1, 256, 256) == 1
+
+
+# The orders in which the kernels want their operands.
 
 
 def test_permuted(kernel_device):

@@ -8,7 +8,7 @@ from test_mm import RANK, E, K, N, S, each_direction, each_format, lora_inputs, 
 from torch.library import opcheck
 
 from torchao_mx import MXFP4, NVFP4, QuantizeSpec, ops, reference
-from torchao_mx.ops import _skinny, _unpack, mm
+from torchao_mx.ops import _add, _skinny, _unpack, mm
 from torchao_mx.ops.mm import DEFAULT_SCRATCH, choose_strategy
 
 OPS = torch.ops.torchao_mx
@@ -18,14 +18,16 @@ OPS = torch.ops.torchao_mx
 
 
 def test_choosing_a_strategy(monkeypatch):
-    monkeypatch.setattr(mm, "FUSED_BELOW", (100, 30))
-    monkeypatch.setattr(mm, "PORTABLE_FUSED_BELOW", (50, 20))
+    tables = {True: mm.Crossover(100, 70, 30), False: mm.Crossover(50, 40, 20)}
+    monkeypatch.setattr(mm, "HOPPER_CROSSOVER", tables[True])
+    monkeypatch.setattr(mm, "PORTABLE_CROSSOVER", tables[False])
     bf16, cpu, cuda = torch.bfloat16, torch.device("cpu"), torch.device("cuda", 0)
-    for hopper, experts, dense in ((True, 100, 30), (False, 50, 20)):
+    for hopper, (over_k, over_n, dense) in tables.items():
         assert choose_strategy("auto", "", cuda, bf16, dense - 1, None, hopper) == "fused"
         assert choose_strategy("auto", "", cuda, bf16, dense, None, hopper) == "unpack"
-        assert choose_strategy("auto", "", cuda, bf16, 4 * experts - 1, 4, hopper) == "fused"
-        assert choose_strategy("auto", "", cuda, bf16, 4 * experts, 4, hopper) == "unpack"
+        for over, rows in ((True, over_k), (False, over_n)):
+            assert choose_strategy("auto", "", cuda, bf16, 4 * rows - 1, 4, hopper, over) == "fused"
+            assert choose_strategy("auto", "", cuda, bf16, 4 * rows, 4, hopper, over) == "unpack"
     assert choose_strategy("fused", "", cuda, bf16, 400, 4) == "fused"
     assert choose_strategy("unpack", "", cuda, bf16, 1, 4) == "unpack"
     assert choose_strategy("auto", "", cuda, torch.float32, 10_000, 4) == "fused"
@@ -68,6 +70,19 @@ def test_decode_into(fmt, columns, kernel_device, poisoned):
         assert torch.equal(wide[..., part.k :].view(torch.int32), behind.view(torch.int32))
 
 
+def test_decode_into_leaves_experts_without_rows_alone(kernel_device):
+    packed = _unpack.Packed(*ops.quantize(randn(4, 20, 64), MXFP4), None, MXFP4)
+    there = packed._replace(
+        qdata=packed.qdata.to(kernel_device), scale=packed.scale.to(kernel_device)
+    )
+    out = torch.full((4, 20, 64), float("nan"), device=kernel_device)
+    offs = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=kernel_device)
+    _unpack._decode_into_triton(out, there, offs)
+    expected = reference.dequantize(packed.qdata, packed.scale, MXFP4, torch.float32, -1, None)
+    expected[[0, 2]] = float("nan")
+    torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize("ordered", [True, False], ids=["order", "grouped"])
 @pytest.mark.parametrize("extras", [True, False], ids=["h_and_one", "alone"])
 def test_wide_rows(ordered, extras, kernel_device, poisoned):
@@ -82,7 +97,7 @@ def test_wide_rows(ordered, extras, kernel_device, poisoned):
 @pytest.mark.parametrize("end", [0, 5, 16, 17, 40])
 def test_zero_behind(end, kernel_device):
     y = torch.full((40, 1100), float("nan"), device=kernel_device)
-    _unpack._zero_behind_triton(y, torch.tensor([0, end], dtype=torch.int32, device=kernel_device))
+    _add._zero_behind_triton(y, torch.tensor([0, end], dtype=torch.int32, device=kernel_device))
     assert y[:end].isnan().all() and y[end:].eq(0).all()
 
 

@@ -52,15 +52,26 @@ def calls(fmt, x, order, offs, a, b, w, dy, strategy="", compute=""):
     )
 
 
+def dense_calls(x, order, offs, a, b, w, dy):
+    """The same with the first expert alone, and a bias."""
+    packed = (*ops.quantize(w[0], MXFP4), None)
+    h = torch.randn(len(x), RANK, device="cuda").bfloat16()
+    common = (a[0], b[0], None, None, 0.5, "mxfp4", True, "auto")
+    dy, bias = dy[: len(x)], torch.randn(N, device="cuda").bfloat16()
+    return (
+        (x, *packed, bias, *common, "", "", 0),
+        (dy, x, h, *packed, *common, "", 0, True, len(x), torch.bfloat16),
+    )
+
+
 def assert_equal(got, want):
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
 
-@on_gpu
-@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=lambda f: f.name)
-@pytest.mark.parametrize("strategy", ["fused", "unpack"])
-def test_a_replay_computes_what_the_call_does(fmt, strategy, monkeypatch):
+@pytest.fixture
+def replays(monkeypatch):
+    """The recordings that were replayed."""
     replays = []
     replay = _replay._Recording.replay
 
@@ -69,6 +80,13 @@ def test_a_replay_computes_what_the_call_does(fmt, strategy, monkeypatch):
         return replay(self, inputs)
 
     monkeypatch.setattr(_replay._Recording, "replay", counted)
+    return replays
+
+
+@on_gpu
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=lambda f: f.name)
+@pytest.mark.parametrize("strategy", ["fused", "unpack"])
+def test_a_replay_computes_what_the_call_does(fmt, strategy, replays):
     held = []
     for seed in range(5):
         held.append(operands(seed))  # kept, so that each call meets other addresses
@@ -77,6 +95,18 @@ def test_a_replay_computes_what_the_call_does(fmt, strategy, monkeypatch):
         assert_equal(mm.mm_backward_op(*backward), mm._mm_backward(*backward))
     if strategy == "fused":
         assert len(replays) == 6  # three of five calls, both ways
+
+
+@on_gpu
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_a_dense_step_of_few_rows_is_replayed(tokens, replays):
+    held = []
+    for seed in range(5):
+        held.append(operands(seed, tokens))
+        forward, backward = dense_calls(*held[-1])
+        assert_equal(mm.mm_op(*forward), mm._mm(*forward))
+        assert_equal(mm.mm_backward_op(*backward), mm._mm_backward(*backward))
+    assert len(replays) == 6
 
 
 @on_gpu

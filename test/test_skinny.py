@@ -150,6 +150,31 @@ def test_low_rank_gathers(device, dtype, groups, many_processors):
     check_low_rank(device, dtype, groups, r=16, columns=96, top_k=5)
 
 
+@each_dtype
+@pytest.mark.parametrize("top_k", [None, 5])
+@pytest.mark.parametrize("groups", ["dense", "dense_one_row", "ragged", "rows_behind"])
+@pytest.mark.parametrize("columns", [131, 256])
+def test_low_rank_splits(device, dtype, groups, top_k, columns, many_processors, monkeypatch):
+    """Columns cut into parts: even, and with the last ones short or empty."""
+    if top_k is not None and groups == "dense_one_row":
+        pytest.skip("one row is no multiple of five")
+    monkeypatch.setattr(_skinny, "MIN_COLUMNS_PER_SPLIT", 16)
+    monkeypatch.setattr(_skinny, "LOW_RANK_COLUMNS", 32)
+    add_splits, parts = _skinny.add_splits, []
+    monkeypatch.setattr(_skinny, "add_splits", lambda *a: parts.append(a[2]) or add_splits(*a))
+    for transposed in (False, True):
+        check_low_rank(device, dtype, groups, 16, columns, top_k, transposed)
+    assert set(parts) == {8 if columns == 131 else 16}
+
+
+@pytest.mark.parametrize("device", ["interpreter"])
+def test_few_rows_fill_a_gpu(device, many_processors):
+    """An H200's 132 multiprocessors: a dense product of 64 rows, one of 2048 in 32 groups, one of very many."""
+    assert _skinny._splits(14336 // _skinny.MIN_COLUMNS_PER_SPLIT, 4, torch.device("cpu")) == 16
+    assert _skinny._splits(2048 // _skinny.MIN_COLUMNS_PER_SPLIT, 160, torch.device("cpu")) == 4
+    assert _skinny._splits(14336 // _skinny.MIN_COLUMNS_PER_SPLIT, 1024, torch.device("cpu")) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("device", ["cuda"])
 @pytest.mark.parametrize("transposed", [False, True])

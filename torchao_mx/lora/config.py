@@ -42,8 +42,8 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         strategy: how products are computed on a GPU; see :func:`torchao_mx.ops.mm.choose_strategy`.
         adapter_dtype: bfloat16, float16 or float32; None for the weight's. Adapters in float32 under
             bfloat16 activations keep updates that bfloat16 would round away.
-        max_scratch_bytes: how much decoded weight a product may hold at a time; None for 256 MiB or the
-            size of its result, whichever is more.
+        max_scratch_bytes: how much decoded weight a product may hold at a time; None for 256 MiB or
+            what the rows of x and of its result take, whichever is more.
 
     Raises:
         TypeError: a field of the wrong type.

@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 
 from torchao_mx.formats import MXFP4, BlockFormat
-from torchao_mx.ops._fp8_kernels import add_low_rank, quantize_rows, recompute_flagged
+from torchao_mx.ops._add import finish
+from torchao_mx.ops._fp8_kernels import quantize_rows, recompute_flagged
 from torchao_mx.ops._fp8_weight import column_flags, flags_of, fp8_columns, fp8_rows, row_flags
 from torchao_mx.ops._launch import capability
 from torchao_mx.reference import fp8 as definition
@@ -166,13 +167,12 @@ def _product_on_gpu(
     y = None if width == columns else x.new_empty((n_rows, columns))
     for first in range(0, columns, width):
         part = slice(first, min(first + width, columns))
-        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags)
+        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags, offs)
         product = _scaled_product(x8, w8, x_scale, w_scale, offs)
         del w8  # the next part decodes into the same memory
-        add_low_rank(
+        finish(
             product, product if y is None else y[:, part], offs, h,
             None if up is None else up[:, part], scaling, None if bias is None else bias[:, part],
-            dot_dtype,
         )  # fmt: skip
     y = product if y is None else y
     if fits is not True:
@@ -190,14 +190,15 @@ def _decode(
     part: slice,
     transpose_weight: bool,
     flags: torch.Tensor,
+    offs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Columns ``part`` of the result: the weight as e4m3 ``[E, part, reduced]`` and its scales ``[E, part]``."""
     if transpose_weight:
-        w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part])
+        w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part], offs)
     else:
         packed = slice(part.start // MXFP4.elems_per_byte, part.stop // MXFP4.elems_per_byte)
         blocks = slice(part.start // MXFP4.block_size, part.stop // MXFP4.block_size)
-        w8, w_scale, _ = fp8_columns(qdata[..., packed], scale[..., blocks], flags[:, blocks])
+        w8, w_scale, _ = fp8_columns(qdata[..., packed], scale[..., blocks], flags[:, blocks], offs)
     return w8, w_scale
 
 

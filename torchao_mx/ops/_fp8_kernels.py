@@ -1,7 +1,4 @@
-"""What surrounds the fp8 GEMM of ``_fp8.py``: rows of x to fp8, the low-rank term, and flagged columns again.
-
-A tile of rows that belong to several experts meets them one after the other, with the others' rows masked.
-"""
+"""What surrounds the fp8 GEMM of ``_fp8.py``: rows of x to fp8, and flagged columns again."""
 
 from __future__ import annotations
 
@@ -10,13 +7,14 @@ import triton
 import triton.language as tl
 
 from torchao_mx.formats import MXFP4
-from torchao_mx.ops import _tile
+from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._fp8_weight import load_values, words_of
 from torchao_mx.ops._launch import bytes_of, launched, multiprocessors, on_device_of
 from torchao_mx.reference import fp8 as definition
 
 QUANTIZE_TILE = 4096
-ADD_TILE_M, ADD_TILE_N, ADD_RANK, ADD_WARPS = 64, 128, 32, 8
+GATHER_ROWS, GATHER_WORDS = 8, 256
+MAX_RANKS = 32
 FLAGGED_TILE_M, FLAGGED_TILE_N, FLAGGED_TILE_K = 128, 128, 64
 FLAGGED_PAIRS = 8
 _MIN_ROW_SCALE = tl.constexpr(definition.MIN_ROW_SCALE)
@@ -34,18 +32,14 @@ _ENCODE_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
 
 @launched
 @triton.jit
-def _quantize_rows_kernel(x_ptr, order_ptr, q_ptr, scale_ptr, n_rows, C, x_row, top_k,
-                          GATHER: tl.constexpr, E4M3: tl.constexpr, PTX: tl.constexpr,
-                          ROWS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
-    """Rows of x (of the tokens in ``order``) to fp8 bytes; SPAN covers a row."""
+def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, E4M3: tl.constexpr,
+                          PTX: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
+    """Rows of x to fp8 bytes; SPAN covers a row."""
     FP8_MAX: tl.constexpr = 448.0 if E4M3 else 57344.0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SPAN)
-    token = row
-    if GATHER:
-        token = tl.load(order_ptr + row, mask=row < n_rows, other=0) // top_k
     inside = (row < n_rows)[:, None] & (column < C)[None, :]
-    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_row + column[None, :]
+    x_ptrs = x_ptr + row.to(tl.int64)[:, None] * x_row + column[None, :]
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     amax = _tile.max_magnitude(x, axis=1)
     ones = tl.full(amax.shape, 1.0, tl.float32)
@@ -64,6 +58,23 @@ def _quantize_rows_kernel(x_ptr, order_ptr, q_ptr, scale_ptr, n_rows, C, x_row, 
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), mask=row < n_rows)
 
 
+@launched
+@triton.jit
+def _gather_rows_kernel(q_ptr, scale_ptr, order_ptr, q_out_ptr, scale_out_ptr, n_rows, n_tokens, words, top_k,
+                        ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """Rows of int32 words, and a scale a row, in the order of the groups."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    real = row < n_rows
+    token = _groups.token_of(order_ptr, row, real, top_k, n_tokens, True)
+    inside = real[:, None] & (word < words)[None, :]
+    q = tl.load(q_ptr + token[:, None] * words + word[None, :], mask=inside, other=0)
+    tl.store(q_out_ptr + row.to(tl.int64)[:, None] * words + word[None, :], q, mask=inside)
+    if tl.program_id(1) == 0:
+        scale = tl.load(scale_ptr + token, mask=real, other=0.0)
+        tl.store(scale_out_ptr + row, scale, mask=real)
+
+
 @triton.jit
 def _low_rank(total, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_row, up_expert, up_column,
               up_rank, RANK: tl.constexpr, DOT_DTYPE: tl.constexpr):  # fmt: skip
@@ -78,61 +89,6 @@ def _low_rank(total, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_r
         up = tl.load(up_ptrs + r[:, None] * up_rank, mask=mask, other=0.0)
         total = tl.dot(h.to(DOT_DTYPE), up.to(DOT_DTYPE), total)
     return total
-
-
-@launched
-@triton.jit
-def _add_kernel(part_ptr, y_ptr, h_ptr, up_ptr, bias_ptr, offs_ptr, n_rows, C, n_experts, rank, scaling,
-                part_row, y_row, h_row, up_expert, up_column, up_rank, bias_expert,
-                IN_PLACE: tl.constexpr, GROUPED: tl.constexpr, HAS_LORA: tl.constexpr,
-                HAS_BIAS: tl.constexpr, EXPERTS: tl.constexpr, TILE_M: tl.constexpr,
-                TILE_N: tl.constexpr, RANK: tl.constexpr, DOT_DTYPE: tl.constexpr):  # fmt: skip
-    """``y = part + s * h up^T + bias`` on ``[n_rows, C]``, zeros behind the last group."""
-    tiles_n = tl.cdiv(C, TILE_N)
-    total = n_rows
-    if GROUPED:
-        total = tl.load(offs_ptr + n_experts - 1)
-    first_tile = 0
-    if IN_PLACE and not (HAS_LORA or HAS_BIAS):
-        first_tile = (total // TILE_M) * tiles_n  # only zeros are to be written
-    n_tiles = tl.cdiv(n_rows, TILE_M) * tiles_n
-    for tile in range(first_tile + tl.program_id(0), n_tiles, tl.num_programs(0)):
-        row = (tile // tiles_n) * TILE_M + tl.arange(0, TILE_M)
-        column = (tile % tiles_n) * TILE_N + tl.arange(0, TILE_N)
-        inside = column < C
-        owned = row < total
-        part_ptrs = part_ptr + row.to(tl.int64)[:, None] * part_row + column[None, :]
-        part = tl.load(part_ptrs, mask=owned[:, None] & inside[None, :], other=0.0)
-        value = part.to(tl.float32)
-        if HAS_LORA or HAS_BIAS:
-            start, last = 0, 0
-            if GROUPED:  # an expert's number is how many ends its rows have passed
-                index = tl.arange(0, EXPERTS)
-                ends = tl.load(offs_ptr + index, mask=index < n_experts, other=2147483647)
-                row0 = (tile // tiles_n) * TILE_M
-                row1 = tl.minimum(row0 + TILE_M, total) - 1
-                start = tl.sum((ends <= row0).to(tl.int32), axis=0)
-                last = tl.minimum(tl.sum((ends <= row1).to(tl.int32), axis=0), n_experts - 1)
-            low_rank = tl.zeros((TILE_M, TILE_N), tl.float32)
-            for expert in range(start, last + 1):
-                mine = owned
-                if GROUPED:
-                    first = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-                    mine = (row >= first) & (row < tl.load(offs_ptr + expert))
-                if HAS_LORA:
-                    low_rank = _low_rank(
-                        low_rank, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_row,
-                        up_expert, up_column, up_rank, RANK, DOT_DTYPE,
-                    )  # fmt: skip
-                if HAS_BIAS:
-                    bias_ptrs = bias_ptr + tl.cast(expert, tl.int64) * bias_expert + column
-                    bias = tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
-                    value += tl.where(mine[:, None], bias[None, :], 0.0)
-            if HAS_LORA:
-                value += low_rank * scaling
-        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * y_row + column[None, :]
-        mask = (row < n_rows)[:, None] & inside[None, :]
-        tl.store(y_ptrs, value.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 @launched
@@ -218,19 +174,30 @@ def _flagged_columns_kernel(x_ptr, order_ptr, q_ptr, s_ptr, flag_ptr, offs_ptr, 
 def quantize_rows(
     x: torch.Tensor, order: torch.Tensor | None, top_k: int, n_rows: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``reference.fp8.quantize_rows`` of ``x[order // top_k]``: (``[n_rows, C]``, fp32 ``[n_rows]``)."""
-    columns = x.shape[1]
-    q = torch.empty((n_rows, columns), dtype=dtype, device=x.device)
-    scale = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+    """``reference.fp8.quantize_rows`` of ``x[order // top_k]``: (``[n_rows, C]``, fp32 ``[n_rows]``).
+
+    C is a multiple of 4. A token is rounded once, and its bytes are gathered.
+    """
+    tokens, columns = x.shape
+    q = torch.empty((tokens, columns), dtype=dtype, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     span = triton.next_power_of_2(columns)
     rows = max(1, QUANTIZE_TILE // span)
     with on_device_of(x):
-        _quantize_rows_kernel[(triton.cdiv(n_rows, rows),)](
-            x, scale if order is None else order, bytes_of(q), scale, n_rows, columns, x.stride(0),
-            top_k, GATHER=order is not None, E4M3=dtype == torch.float8_e4m3fn, PTX=x.is_cuda,
-            ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
+        _quantize_rows_kernel[(triton.cdiv(tokens, rows),)](
+            x, bytes_of(q), scale, tokens, columns, x.stride(0), E4M3=dtype == torch.float8_e4m3fn,
+            PTX=x.is_cuda, ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
         )  # fmt: skip
-    return q, scale
+        if order is None:
+            return q, scale
+        q_rows = torch.empty((n_rows, columns), dtype=dtype, device=x.device)
+        scale_rows = torch.empty(n_rows, dtype=torch.float32, device=x.device)
+        words = columns // 4
+        _gather_rows_kernel[(triton.cdiv(n_rows, GATHER_ROWS), triton.cdiv(words, GATHER_WORDS))](
+            q.view(torch.int32), scale, order, q_rows.view(torch.int32), scale_rows, n_rows, tokens, words,
+            top_k, ROWS=GATHER_ROWS, WORDS=GATHER_WORDS, num_warps=4,
+        )  # fmt: skip
+    return q_rows, scale_rows
 
 
 def _added_arguments(
@@ -250,40 +217,8 @@ def _added_arguments(
         bias_expert=0 if bias is None else bias.stride(0),
         HAS_LORA=rank > 0,
         HAS_BIAS=bias is not None,
-        RANK=min(ADD_RANK, max(16, triton.next_power_of_2(rank))) if rank else 16,
+        RANK=min(MAX_RANKS, max(16, triton.next_power_of_2(rank))) if rank else 16,
     )
-
-
-def add_low_rank(
-    part: torch.Tensor,
-    y: torch.Tensor,
-    offs: torch.Tensor | None,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
-    dot_dtype: tl.dtype = tl.bfloat16,
-) -> None:
-    """``y = part + s * h up^T + bias`` on ``[R, C]`` (y may be part), zeros behind the last group.
-
-    ``up [E, C, r]``, ``bias [E, C]``, E = 1 without ``offs``. Products in bf16 (fp32 in tests).
-    """
-    n_rows, columns = part.shape
-    in_place = part.data_ptr() == y.data_ptr()
-    if in_place and h is None and bias is None and offs is None:
-        return
-    experts = 1 if offs is None else offs.shape[0]
-    tiles = triton.cdiv(n_rows, ADD_TILE_M) * triton.cdiv(columns, ADD_TILE_N)
-    if in_place and h is None and bias is None:
-        tiles = min(tiles, multiprocessors(y.device))
-    with on_device_of(y):
-        _add_kernel[(tiles,)](
-            part, y, offs_ptr=y if offs is None else offs, n_rows=n_rows, C=columns, n_experts=experts,
-            scaling=scaling, part_row=part.stride(0), y_row=y.stride(0), IN_PLACE=in_place,
-            GROUPED=offs is not None, EXPERTS=triton.next_power_of_2(experts), TILE_M=ADD_TILE_M,
-            TILE_N=ADD_TILE_N, DOT_DTYPE=dot_dtype, num_warps=ADD_WARPS,
-            **_added_arguments(y, h, up, bias),
-        )  # fmt: skip
 
 
 def recompute_flagged(

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from torchao_mx.formats import MXFP4
-from torchao_mx.ops import _tile
+from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._launch import bytes_of, launched, on_device_of
 from torchao_mx.reference import fp8 as definition
 
@@ -114,21 +114,25 @@ def _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS: tl.conste
 
 @launched
 @triton.jit
-def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, n_rows, rows_per_expert, n_blocks,
-                 q_expert, q_row, s_expert, s_row, flag_expert, DECODE: tl.constexpr,
-                 PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_rows, rows_per_expert,
+                 n_blocks, q_expert, q_row, s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr,
+                 DECODE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
                  WORDS: tl.constexpr):  # fmt: skip
     """int32 words of eight e2m1 codes, WORDS a block, to words of four e4m3 codes; BLOCKS covers a row.
 
-    Rows are numbered through the experts; ``q_expert``, ``q_row`` and their like are strides.
+    Rows are numbered through the experts; ``q_expert``, ``q_row`` and their like are strides. SELECTIVE leaves
+    experts without rows of x out, their flags 0.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = (row // rows_per_expert).to(tl.int64)
+    real = row < n_rows
+    if SELECTIVE:
+        real = real & _groups.has_rows(offs_ptr, expert, real)
     local = (row % rows_per_expert).to(tl.int64)
     block = tl.arange(0, BLOCKS)
     q_row_ptrs = q_ptr + expert * q_expert + local * q_row
     s_row_ptrs = s_ptr + expert * s_expert + local * s_row
-    word, byte = _load_blocks(q_row_ptrs, s_row_ptrs, row < n_rows, block, n_blocks, WORDS)
+    word, byte = _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS)
     largest = tl.max(byte, axis=1)
     spread = largest[:, None] - byte
     extreme = ((largest < _MIN_BYTE) | (largest > _MAX_BYTE)).to(tl.int32)
@@ -146,20 +150,24 @@ def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, n_rows, rows_pe
         index = tl.arange(0, 2 * BLOCKS * WORDS)
         width = 2 * n_blocks * WORDS
         out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + index[None, :]
-        tl.store(out_ptrs, pairs, mask=(row < n_rows)[:, None] & (index < width)[None, :])
-        tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=row < n_rows)
+        tl.store(out_ptrs, pairs, mask=real[:, None] & (index < width)[None, :])
+        tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=real)
 
 
 @launched
 @triton.jit
-def _column_scales_kernel(s_ptr, largest_ptr, scale_ptr, flag_ptr, N, n_blocks, s_expert, s_row,
-                          flag_expert, BLOCK_SIZE: tl.constexpr, ROWS: tl.constexpr,
-                          BLOCKS: tl.constexpr):  # fmt: skip
+def _column_scales_kernel(s_ptr, largest_ptr, scale_ptr, flag_ptr, offs_ptr, N, n_blocks, s_expert, s_row,
+                          flag_expert, SELECTIVE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+                          ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
     """The largest scale byte over the N rows, for each block of columns; the flags set to 0."""
     tiles = tl.cdiv(n_blocks, BLOCKS)
     expert = (tl.program_id(0) // tiles).to(tl.int64)
     block = (tl.program_id(0) % tiles) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < n_blocks
+    tl.store(flag_ptr + expert * flag_expert + block, tl.zeros_like(block), mask=inside)
+    if SELECTIVE:
+        if not _groups.has_rows(offs_ptr, expert, True):
+            return
     found = tl.zeros((ROWS, BLOCKS), tl.int32)
     for first in range(0, N, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -174,7 +182,6 @@ def _column_scales_kernel(s_ptr, largest_ptr, scale_ptr, flag_ptr, N, n_blocks, 
     scale_ptrs = scale_ptr + expert * n_blocks * BLOCK_SIZE + column
     scales = tl.broadcast_to(scale[:, None], (BLOCKS, BLOCK_SIZE))
     tl.store(scale_ptrs, scales, mask=tl.broadcast_to(inside[:, None], (BLOCKS, BLOCK_SIZE)))
-    tl.store(flag_ptr + expert * flag_expert + block, tl.zeros_like(largest), mask=inside)
 
 
 @triton.jit
@@ -220,14 +227,18 @@ def _store_columns(out_ptrs, stride, a, b, c, d, mask):
 
 @launched
 @triton.jit
-def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, N, n_blocks, q_expert, q_row, s_expert,
-                    s_row, flag_expert, DECODE: tl.constexpr, PTX: tl.constexpr,
+def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n_blocks, q_expert, q_row,
+                    s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr, DECODE: tl.constexpr,
+                    PTX: tl.constexpr,
                     TILE_N: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """``[E, N, K / 8]`` words of e2m1, WORDS a block, to ``[E, K, N / 4]`` words of e4m3; N a multiple of 4.
 
     A thread holds four neighbouring rows of a word, so that it can transpose their bytes 4 x 4.
     """
     expert, tile_n, tile_b = _tile.tile_of_program(N, TILE_N, n_blocks, BLOCKS)
+    if SELECTIVE:
+        if not _groups.has_rows(offs_ptr, expert, True):
+            return
     q_ptr += expert * q_expert
     s_ptr += expert * s_expert
     quad = tile_n * (TILE_N // 4) + tl.arange(0, TILE_N // 4)
@@ -289,6 +300,7 @@ def _rows(
     scale: torch.Tensor,
     flag: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None,
+    offs: torch.Tensor | None = None,
 ) -> None:
     words, scale = words_of(qdata, scale)
     flag = flag[None] if flag.dim() == 1 else flag
@@ -298,9 +310,9 @@ def _rows(
     tile_rows = max(1, ROWS_TILE // (span * WORDS))
     with on_device_of(words):
         _rows_kernel[(triton.cdiv(experts * rows, tile_rows),)](
-            words, scale, fp8, row_scale, flag, experts * rows, rows, blocks, words.stride(0),
+            words, scale, fp8, row_scale, flag, offs, experts * rows, rows, blocks, words.stride(0),
             words.stride(1), scale.stride(0), scale.stride(1), flag.stride(0),
-            DECODE=out is not None, PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
+            SELECTIVE=offs is not None, DECODE=out is not None, PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
             num_warps=4 if span * WORDS <= ROWS_TILE else 8,
         )  # fmt: skip
 
@@ -310,6 +322,7 @@ def _columns(
     scale: torch.Tensor,
     flag: torch.Tensor,
     out: tuple[torch.Tensor, torch.Tensor] | None,
+    offs: torch.Tensor | None = None,
 ) -> None:
     words, scale = words_of(qdata, scale)
     flag = flag[None] if flag.dim() == 1 else flag
@@ -324,35 +337,42 @@ def _columns(
     tiles = triton.cdiv(rows, COLUMNS_TILE_N) * triton.cdiv(blocks, COLUMNS_TILE_BLOCKS)
     with on_device_of(words):
         _column_scales_kernel[(experts * triton.cdiv(blocks, tile_blocks),)](
-            scale, largest, column_scale, flag, rows, blocks, scale.stride(0), scale.stride(1),
-            flag.stride(0), BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=8,
+            scale, largest, column_scale, flag, offs, rows, blocks, scale.stride(0), scale.stride(1),
+            flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=8,
         )  # fmt: skip
         _columns_kernel[(experts * tiles,)](
-            words, scale, fp8, largest, flag, rows, blocks, words.stride(0), words.stride(1),
-            scale.stride(0), scale.stride(1), flag.stride(0), DECODE=out is not None,
+            words, scale, fp8, largest, flag, offs, rows, blocks, words.stride(0), words.stride(1),
+            scale.stride(0), scale.stride(1), flag.stride(0), SELECTIVE=offs is not None, DECODE=out is not None,
             PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
             num_warps=4,
         )  # fmt: skip
 
 
 def fp8_rows(
-    qdata: torch.Tensor, scale: torch.Tensor, flag: torch.Tensor | None = None
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    flag: torch.Tensor | None = None,
+    offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """MXFP4 ``[..., N, K / 2]`` as (e4m3 ``[..., N, K]``, fp32 row scales ``[..., N]``, int8 flags ``[..., N]``).
 
     ``e4m3 * row scale`` are the values, exactly, wherever the flag is 0. Two or three axes, any strides with
-    the last axis contiguous. ``flag``: where to write the flags.
+    the last axis contiguous. ``flag``: where to write the flags. ``offs``: decode the experts that own rows;
+    the others' flags are 0.
     """
     *lead, row_bytes = qdata.shape
     fp8 = torch.empty((*lead, 2 * row_bytes), dtype=torch.float8_e4m3fn, device=qdata.device)
     row_scale = torch.empty(lead, dtype=torch.float32, device=qdata.device)
     flag = row_flags(qdata) if flag is None else flag
-    _rows(qdata, scale, flag, (fp8, row_scale))
+    _rows(qdata, scale, flag, (fp8, row_scale), offs)
     return fp8, row_scale, flag
 
 
 def fp8_columns(
-    qdata: torch.Tensor, scale: torch.Tensor, flag: torch.Tensor | None = None
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    flag: torch.Tensor | None = None,
+    offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """MXFP4 ``[..., N, K / 2]``, transposed: (e4m3 ``[..., K, N]``, fp32 scales ``[..., K]``, int32 flags
     ``[..., K / 32]``).
@@ -364,7 +384,7 @@ def fp8_columns(
     fp8 = torch.empty((*lead, 2 * row_bytes, n), dtype=torch.float8_e4m3fn, device=qdata.device)
     column_scale = torch.empty((*lead, 2 * row_bytes), dtype=torch.float32, device=qdata.device)
     flag = column_flags(scale) if flag is None else flag
-    _columns(qdata, scale, flag, (fp8, column_scale))
+    _columns(qdata, scale, flag, (fp8, column_scale), offs)
     return fp8, column_scale, flag
 
 

@@ -47,7 +47,7 @@ def _rows_of(inverse_ptr, slot, inside, n_rows):
 
 @launched
 @triton.jit
-def _sum_rows_kernel(y_ptr, inverse_ptr, weights_ptr, out_ptr, n_rows, C, stride_y,
+def _sum_rows_kernel(y_ptr, inverse_ptr, weights_ptr, out_ptr, n_rows, C, stride_y, stride_out,
                      WEIGHTED: tl.constexpr, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     """A tile of columns of one token."""
     column_tiles = tl.cdiv(C, COLUMNS)
@@ -61,7 +61,7 @@ def _sum_rows_kernel(y_ptr, inverse_ptr, weights_ptr, out_ptr, n_rows, C, stride
         if WEIGHTED:
             y *= tl.load(weights_ptr + token * TOP_K + j).to(tl.float32)
         total += y
-    tl.store(out_ptr + token * C + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + token * stride_out + column, total.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def sum_rows(
@@ -70,6 +70,7 @@ def sum_rows(
     top_k: int,
     weights: torch.Tensor | None,
     inv: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, C]`` in y's dtype: the sum of each token's ``top_k`` rows of ``y [R, C]``, weighted.
 
@@ -77,15 +78,16 @@ def sum_rows(
         order: int32 ``[R]``, a permutation; row i is the one of slot ``order[i]`` of ``[T, top_k]``.
         weights: ``[T, top_k]`` of any float dtype, or None for ones.
         inv: ``inverse(order)``, where the caller has it.
+        out: where to write it, of unit stride along C.
     """
     n_rows, columns = y.shape
-    out = y.new_empty((n_rows // top_k, columns))
+    out = y.new_empty((n_rows // top_k, columns)) if out is None else out
     if out.numel() != 0:
         y, inv = with_unit_rows(y), inverse(order) if inv is None else inv
         weights = None if weights is None else weights.contiguous()
         with on_device_of(y):
             _sum_rows_kernel[(out.shape[0] * triton.cdiv(columns, COLUMNS),)](
-                y, inv, weights, out, n_rows, columns, y.stride(0), WEIGHTED=weights is not None,
+                y, inv, weights, out, n_rows, columns, y.stride(0), out.stride(0), WEIGHTED=weights is not None,
                 TOP_K=top_k, COLUMNS=COLUMNS, num_warps=WARPS,
             )  # fmt: skip
     return out

@@ -64,6 +64,38 @@ def tile_rows(offs_ptr, n_rows, tile, E, E_SPAN: tl.constexpr, TILE: tl.constexp
     return group, first, end
 
 
+def max_slots(n_rows: int, n_groups: int, tile: int) -> int:
+    """How many slots :func:`slot_rows` tells apart, so a grid; ``n_groups=0`` for ungrouped rows."""
+    return triton.cdiv(n_rows, tile) if n_groups == 0 else n_groups + n_rows // tile + 1
+
+
+@triton.jit
+def slot_rows(offs_ptr, n_rows, slot, E, E_SPAN: tl.constexpr, TILE: tl.constexpr,
+              GROUPED: tl.constexpr):  # fmt: skip
+    """As :func:`tile_rows` of ascending offsets, with one reduction in place of its scans.
+
+    The tiles of the group e have the slots ``e + start // TILE`` and on: enough, in order, and some empty, where
+    ``first >= end``. E_SPAN covers the groups and "nobody". Offsets that do not ascend leave rows out or repeat
+    them, but name none outside ``[0, n_rows)``.
+    """
+    if GROUPED:
+        index = tl.arange(0, E_SPAN)
+        start = tl.load(offs_ptr + index - 1, mask=(index > 0) & (index <= E), other=0)
+        passed = (index + start // TILE <= slot) & (index <= E)
+        group = tl.maximum(tl.sum(passed.to(tl.int32), 0) - 1, 0)
+        first = tl.load(offs_ptr + group - 1, mask=group > 0, other=0)
+        end = tl.load(offs_ptr + group, mask=group < E, other=n_rows)
+        first = tl.minimum(tl.maximum(first, 0), n_rows)
+        end = tl.minimum(end, n_rows)
+        step = slot - group - first // TILE
+        first = tl.where(step < 0, end, first + step * TILE)
+    else:
+        group = 0
+        first = slot * TILE
+        end = n_rows
+    return group, first, end
+
+
 @triton.jit
 def group_rows(offs_ptr, n_rows, group, E, E_SPAN: tl.constexpr, GROUPED: tl.constexpr):
     """(first row, end) of an expert's rows; all rows without GROUPED."""
@@ -76,6 +108,13 @@ def group_rows(offs_ptr, n_rows, group, E, E_SPAN: tl.constexpr, GROUPED: tl.con
         start = 0
         end = n_rows
     return start, end
+
+
+@triton.jit
+def has_rows(offs_ptr, group, inside):
+    """Whether a group, or each of a tensor of groups, owns rows: what it does not own need not be decoded."""
+    start = tl.load(offs_ptr + group - 1, mask=inside & (group > 0), other=0)
+    return tl.load(offs_ptr + group, mask=inside, other=0) > start
 
 
 @triton.jit

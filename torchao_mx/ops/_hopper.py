@@ -6,12 +6,17 @@ import torch
 import triton
 
 from torchao_mx.formats import MXFP4, BlockFormat
-from torchao_mx.ops._launch import bytes_of, capability, on_device_of
+from torchao_mx.ops._launch import bytes_of, capability, multiprocessors, on_device_of
+from torchao_mx.ops._skinny import add_splits, partial_sums
 
 # (rows a tile, rows of W a tile, stages, two operands, registers a thread or None)
 ForwardTile = tuple[int, int, int, bool, int | None]
 # (rows a tile, stages, two operands, registers a thread or None)
 BackwardTile = tuple[int, int, bool, int | None]
+
+# A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency: its
+# reduction is cut into parts of so many chunks and more. Not measured yet.
+MAX_SPLITS, MIN_CHUNKS_PER_SPLIT = 32, 8
 
 
 def takes_hopper(x: torch.Tensor, qdata: torch.Tensor, fmt: BlockFormat) -> bool:
@@ -58,21 +63,39 @@ def paired_scales(scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _forward_tile(rows_a_group: float) -> ForwardTile:
-    """Measured on an H200 for experts of 1024 x 2048 and 5760 x 2880."""
-    if rows_a_group <= 12:
+def _forward_tile(n_rows: int, n_groups: int) -> ForwardTile:
+    """Measured on an H200 for experts of 1024 x 2048 and 5760 x 2880; ``n_groups=0`` for a dense product.
+
+    Groups differ in size: narrow tiles waste less of them than they decode anew.
+    """
+    rows = n_rows / max(1, n_groups)
+    if rows <= (12 if n_groups else 16):
         return 16, 128, 4, False, None
-    if rows_a_group <= 40:
+    if rows <= (40 if n_groups else 32):
         return 32, 128, 4, False, 128
-    if rows_a_group <= 160:
+    if n_groups and rows <= 80:
+        return 32, 128, 4, False, 168
+    if rows <= 160:
         return 64, 128, 4, False, 168
     return 128, 128, 4, True, None
 
 
-def _backward_tile(rows_a_group: float) -> BackwardTile:
-    if rows_a_group <= 40:
+def _backward_tile(n_rows: int, n_groups: int) -> BackwardTile:
+    if n_rows <= 40 * max(1, n_groups):
         return 32, 4, False, 168
     return 64, 4, True, None
+
+
+def _splits(
+    n_rows: int, reduced: int, chunk: int, programs: int, two_operands: bool, sms: int
+) -> int:
+    """Parts of a dense product's reduction: as many as fill the GPU once, by what registers leave room for.
+
+    The fp32 sums of the parts, written and read, are no more bytes than the weight.
+    """
+    wanted = (2 if two_operands else 3) * sms // programs
+    bytes_allow = reduced // (16 * n_rows)
+    return max(1, min(wanted, bytes_allow, reduced // chunk // MIN_CHUNKS_PER_SPLIT, MAX_SPLITS))
 
 
 def hopper_product(
@@ -89,10 +112,13 @@ def hopper_product(
     scaling: float,
     bias: torch.Tensor | None,
     tile: ForwardTile | BackwardTile | None = None,
+    splits: int | None = None,
 ) -> torch.Tensor:
-    """As ``_fused.fused_product`` for MXFP4 and bf16, where ``takes_hopper``; ``tile`` overrides the table."""
-    from torchao_mx.ops._hopper_backward import TILE_K, backward_kernel
-    from torchao_mx.ops._hopper_forward import forward_kernel
+    """As ``_fused.fused_product`` for MXFP4 and bf16, where ``takes_hopper``.
+
+    ``tile`` overrides the table and, for a dense product, ``splits`` the number of parts.
+    """
+    from torchao_mx.ops import _hopper_backward, _hopper_forward
 
     n, k = qdata.shape[-2], 2 * qdata.shape[-1]
     y = torch.empty((n_rows, n if transpose_weight else k), dtype=x.dtype, device=x.device)
@@ -101,17 +127,32 @@ def hopper_product(
     x = permuted(x) if transpose_weight else _rows_of_16_bytes(x)
     qdata, scale = qdata.contiguous(), bytes_of(scale).contiguous()
     scale = scale if transpose_weight else paired_scales(scale)
-    groups = 1 if offs is None else offs.shape[0]
+    n_groups = 0 if offs is None else offs.shape[0]
+    groups = max(1, n_groups)
     rank = 0 if h is None else h.shape[1]
     up_strides = (
         (0, 0, 0) if up is None else (up.stride(0) if up.dim() == 3 else 0, *up.stride()[-2:])
     )
-    common = dict(
-        GROUPED=offs is not None, GATHER=order is not None, RANK=1 if rank else 0,
-        HAS_BIAS=bias is not None, E_SPAN=triton.next_power_of_2(groups + 1),
-    )  # fmt: skip
+    if transpose_weight:
+        kernel, reduced, chunk = _hopper_forward.forward_kernel, k, _hopper_forward.CHUNK.value
+        tile_t, tile_columns, stages, two, registers = tile or _forward_tile(n_rows, n_groups)
+        options = dict(TILE_N=tile_columns)
+    else:
+        kernel, reduced, chunk = _hopper_backward.backward_kernel, n, _hopper_backward.CHUNK.value
+        tile_t, stages, two, registers = tile or _backward_tile(n_rows, n_groups)
+        tile_columns, options = _hopper_backward.TILE_K.value, {}
+    if registers is not None:
+        options.update(maxnreg=registers)
+    slots = groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
+    programs = slots * triton.cdiv(y.shape[1], tile_columns)
+    if offs is not None:
+        splits = 1
+    elif splits is None:
+        splits = _splits(n_rows, reduced, chunk, programs, two, multiprocessors(x.device))
+    splits = min(splits, reduced // chunk)
+    sums = partial_sums(y, splits)
     pointers = (
-        qdata.view(torch.int32), scale.view(torch.uint16), y,
+        qdata.view(torch.int32), scale.view(torch.uint16), sums,
         y if offs is None else offs, y if order is None else order, y if h is None else h.contiguous(),
         y if up is None else up, y if bias is None else bias,
     )  # fmt: skip
@@ -119,21 +160,14 @@ def hopper_product(
         n_rows, groups, n, k, x.stride(0), top_k, rank, *up_strides,
         bias.stride(0) if bias is not None and bias.dim() == 2 else 0, scaling,
     )  # fmt: skip
-    if transpose_weight:
-        tile_t, tile_n, stages, two, registers = tile or _forward_tile(n_rows / groups)
-        common.update(TILE_N=tile_n)
-        tiles = triton.cdiv(n, tile_n)
-    else:
-        tile_t, stages, two, registers = tile or _backward_tile(n_rows / groups)
-        tiles = triton.cdiv(k, TILE_K.value)
-    slots = groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
-    kernel = forward_kernel if transpose_weight else backward_kernel
-    options = {} if registers is None else {"maxnreg": registers}
     with on_device_of(x):
-        kernel[(slots * tiles,)](
-            x, *pointers, *numbers, TILE_T=tile_t, STAGES=stages, TWO_OPERANDS=two, num_warps=4,
-            **common, **options,
+        kernel[(programs * splits,)](
+            x, *pointers, *numbers, GROUPED=offs is not None, GATHER=order is not None,
+            RANK=1 if rank else 0, HAS_BIAS=bias is not None, TILE_T=tile_t, STAGES=stages,
+            TWO_OPERANDS=two, E_SPAN=triton.next_power_of_2(groups + 1), SPLITS=splits,
+            num_warps=4, **options,
         )  # fmt: skip
+        add_splits(sums, y, splits)
     return y
 
 

@@ -30,6 +30,7 @@ from torchao_mx.ops._hopper_tile import (
     max_u16x2,
     opaque,
     overflows,
+    part_start,
     prmt,
     windowed_scale,
 )
@@ -139,7 +140,7 @@ def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_str
 
 
 @gluon.jit
-def _store(y_ptr, c0, c1, c2, c3, bias_ptr, row0, end, k0, K, HAS_BIAS: gl.constexpr,
+def _store(y_ptr, c0, c1, c2, c3, bias_ptr, row0, end, k0, K, split, HAS_BIAS: gl.constexpr,
            TILE_T: gl.constexpr):  # fmt: skip
     """Interleave the four accumulators ``[64, TILE_T]`` and write them to their rows: no data crosses threads."""
     wide: gl.constexpr = (
@@ -156,10 +157,10 @@ def _store(y_ptr, c0, c1, c2, c3, bias_ptr, row0, end, k0, K, HAS_BIAS: gl.const
     y = gl.join(gl.join(c0, c2), gl.join(c1, c3)).reshape([4, 2, 8, TILE_T, 2, 2])
     y = gl.convert_layout(y.permute([3, 0, 2, 1, 4, 5]).reshape([TILE_T, TILE_K]), OUT)
     if HAS_BIAS:
-        bias = gl.load(bias_ptr + k, mask=k < K, other=0.0)
+        bias = gl.load(bias_ptr + k, mask=(k < K) & (split == 0), other=0.0)
         y += bias.to(gl.float32)[None, :]
     y_ptrs = y_ptr + (m.to(gl.int64) * K)[:, None] + k[None, :]
-    gl.store(y_ptrs, y.to(gl.bfloat16), mask=(m < end)[:, None] & (k < K)[None, :])
+    gl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=(m < end)[:, None] & (k < K)[None, :])
 
 
 @gluon.jit
@@ -180,10 +181,15 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
                     n_rows, E, N, K, x_stride, top_k, r, up_e, up_k, up_r, bias_e, scaling,
                     GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                     HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, STAGES: gl.constexpr,
-                    TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr):  # fmt: skip
-    """``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s uint16 ``[E, K / 32, N / 2]``: transposed, by pairs of rows, N a multiple of CHUNK."""
+                    TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr,
+                    SPLITS: gl.constexpr):  # fmt: skip
+    """``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s uint16 ``[E, K / 32, N / 2]``: transposed, by pairs of rows, N a multiple of CHUNK.
+
+    With SPLITS above 1, not GROUPED, y is fp32 ``[SPLITS, n_rows, K]``: sums over parts of N, to be added.
+    """
     tiles_k = gl.cdiv(K, TILE_K)
-    pid = gl.program_id(0)
+    split = gl.program_id(0) % SPLITS
+    pid = gl.program_id(0) // SPLITS
     tile_k = pid % tiles_k
     expert, row0, end = find_tile(pid // tiles_k, offs_ptr, n_rows, E, GROUPED, TILE_T, E_SPAN)
     if row0 >= end:
@@ -195,7 +201,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
     if expert == E:
         _store(y_ptr, gl.zeros([64, TILE_T], gl.float32, mma), gl.zeros([64, TILE_T], gl.float32, mma),
                gl.zeros([64, TILE_T], gl.float32, mma), gl.zeros([64, TILE_T], gl.float32, mma), bias_ptr, row0,
-               end, k0, K, False, TILE_T)  # fmt: skip
+               end, k0, K, split, False, TILE_T)  # fmt: skip
         return
 
     # Each thread's words: rows 2 t, 2 t + 1 and 8 further on, word g of its warp's eight.
@@ -212,11 +218,15 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
     w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, CHUNK, 32], w_shared)
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE_T, CHUNK], x_shared)
 
+    first = part_start(N // CHUNK, split, SPLITS)
+    x_ptr += first * CHUNK
+    w_ptr += first * CHUNK * ((K // 32) * 4)
+    s_ptr += first * (CHUNK // 2)
     w_ptrs, x_ptrs, s_ptrs, w_mask = _pointers(
         x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, top_k, GATHER, PAIRS, TILE_T
     )  # fmt: skip
     w_step = (K // 32) * 4 * CHUNK
-    chunks = N // CHUNK
+    chunks = part_start(N // CHUNK, split + 1, SPLITS) - first
     for i in gl.static_range(STAGES - 1):
         _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, i, chunks, w_step, STAGES)
     scales = gl.load(s_ptrs)
@@ -311,7 +321,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
         k = k0 + 64 * (row // 16) + 8 * (row % 8) + 4 * (row // 8 % 2)
         j_up = gl.arange(0, 16, layout=gl.SliceLayout(0, LEFT))
         up_ptrs = up_ptr + expert.to(gl.int64) * up_e + (k.to(gl.int64) * up_k)[:, None]
-        for j in range(0, r, 16):
+        for j in range(0, gl.where(split == 0, r, 0), 16):
             h_ptrs = h_ptr + (m_h.to(gl.int64) * r)[:, None] + (j + j_h)[None, :]
             h_smem.store(gl.load(h_ptrs, mask=(j + j_h < r)[None, :], other=0.0))
             column = up_ptrs + ((j + j_up) * up_r)[None, :]
@@ -329,4 +339,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
             fence_async_shared()
             c0, c1, c2, c3 = _mma(u0, u1, u2, u3, h_smem.permute((1, 0)), c0, c1, c2, c3)
             c0, c1, c2, c3 = warpgroup_mma_wait(0, deps=[c0, c1, c2, c3])
-    _store(y_ptr, c0, c1, c2, c3, bias_ptr + expert * bias_e, row0, end, k0, K, HAS_BIAS, TILE_T)
+    y_ptr += split.to(gl.int64) * n_rows * K
+    _store(
+        y_ptr, c0, c1, c2, c3, bias_ptr + expert * bias_e, row0, end, k0, K, split, HAS_BIAS, TILE_T
+    )

@@ -29,6 +29,7 @@ from torchao_mx.ops._hopper_tile import (
     max_u16x2,
     opaque,
     overflows,
+    part_start,
     prmt,
     windowed_scale,
 )
@@ -110,7 +111,8 @@ def _store(y_ptr, y, row0, end, n0, N, TILE_T: gl.constexpr, TILE_N: gl.constexp
     OUT: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // TILE_N, TILE_N // 8], [gl.num_warps(), 1], [1, 0]
     )
-    smem = gl.allocate_shared_memory(gl.bfloat16, [TILE_T, TILE_N], SHARED)
+    y = y.to(y_ptr.dtype.element_ty)
+    smem = gl.allocate_shared_memory(y.dtype, [TILE_T, TILE_N], SHARED)
     smem.permute((1, 0)).store(y)
     n = n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(0, OUT))
     m = row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, OUT))
@@ -134,14 +136,18 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
                    n_rows, E, N, K, x_stride, top_k, r, up_e, up_n, up_r, bias_e, scaling,
                    GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                    HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, TILE_N: gl.constexpr,
-                   STAGES: gl.constexpr, TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr):  # fmt: skip
+                   STAGES: gl.constexpr, TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr,
+                   SPLITS: gl.constexpr):  # fmt: skip
     """``y [n_rows, N]``; x permuted, w int32 words ``[E, N, K / 8]``, s uint16 ``[E, N, K / 64]``.
+
+    With SPLITS above 1, not GROUPED, y is fp32 ``[SPLITS, n_rows, N]``: sums over parts of K, to be added.
 
     TWO_OPERANDS decodes the next chunk while the tensor core works on this one. It takes registers that,
     for narrow tiles, are better spent on more programs a multiprocessor, which overlap just as well.
     """
     tiles_n = gl.cdiv(N, TILE_N)
-    pid = gl.program_id(0)
+    split = gl.program_id(0) % SPLITS
+    pid = gl.program_id(0) // SPLITS
     n0 = (pid % tiles_n) * TILE_N
     expert, row0, end = find_tile(pid // tiles_n, offs_ptr, n_rows, E, GROUPED, TILE_T, E_SPAN)
     if row0 >= end:
@@ -150,9 +156,7 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_T, 16])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     if expert == E:
-        _store(
-            y_ptr, gl.zeros([TILE_N, TILE_T], gl.bfloat16, mma), row0, end, n0, N, TILE_T, TILE_N
-        )
+        _store(y_ptr, gl.zeros([TILE_N, TILE_T], gl.float32, mma), row0, end, n0, N, TILE_T, TILE_N)
         return
 
     # Each thread's words: rows g and g + 8 of 16, words t and t + 4 of 8 (g = lane / 4, t = lane % 4).
@@ -170,10 +174,14 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
     w_smem = gl.allocate_shared_memory(gl.int32, [STAGES, TILE_N, 8], w_shared)
     x_smem = gl.allocate_shared_memory(gl.bfloat16, [STAGES, TILE_T, CHUNK], x_shared)
 
+    first = part_start(K // CHUNK, split, SPLITS)
+    x_ptr += first * CHUNK
+    w_ptr += first * 8
+    s_ptr += first
     w_ptrs, x_ptrs, s_ptrs = _pointers(
         x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_stride, top_k, GATHER, ROW, TILE_T, TILE_N
     )  # fmt: skip
-    chunks = K // CHUNK
+    chunks = part_start(K // CHUNK, split + 1, SPLITS) - first
     for i in gl.static_range(STAGES - 1):
         _copy(w_smem, x_smem, w_ptrs, x_ptrs, i, chunks, STAGES)
     scales = gl.load(s_ptrs)
@@ -248,7 +256,7 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
         n_up = gl.minimum(n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, LEFT)), N - 1)
         j_up = gl.arange(0, 16, layout=gl.SliceLayout(0, LEFT))
         up_ptrs = up_ptr + expert.to(gl.int64) * up_e + (n_up * up_n)[:, None]
-        for j in range(0, r, 16):
+        for j in range(0, gl.where(split == 0, r, 0), 16):
             h_ptrs = h_ptr + (m_h.to(gl.int64) * r)[:, None] + (j + j_h)[None, :]
             h_smem.store(gl.load(h_ptrs, mask=(j + j_h < r)[None, :], other=0.0))
             up = gl.load(
@@ -260,6 +268,8 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
             acc = warpgroup_mma_wait(0, deps=[acc])
     if HAS_BIAS:
         n_bias = n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, mma))
-        bias = gl.load(bias_ptr + expert * bias_e + n_bias, mask=n_bias < N, other=0.0)
+        adds = (n_bias < N) & (split == 0)
+        bias = gl.load(bias_ptr + expert * bias_e + n_bias, mask=adds, other=0.0)
         acc += bias.to(gl.float32)[:, None]
-    _store(y_ptr, acc.to(gl.bfloat16), row0, end, n0, N, TILE_T, TILE_N)
+    y_ptr += split.to(gl.int64) * n_rows * N
+    _store(y_ptr, acc, row0, end, n0, N, TILE_T, TILE_N)

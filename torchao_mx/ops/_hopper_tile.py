@@ -50,6 +50,12 @@ def find_tile(slot, offs_ptr, n_rows, E, GROUPED: gl.constexpr, TILE: gl.constex
 
 
 @gluon.jit
+def part_start(chunks, split, SPLITS: gl.constexpr):
+    """The first chunk of one of SPLITS parts of a reduction, which differ by a chunk at most."""
+    return chunks * split // SPLITS
+
+
+@gluon.jit
 def opaque(x):
     """x, which the compiler cannot know: what follows from it is computed here, not kept through a loop."""
     return gl.inline_asm_elementwise(

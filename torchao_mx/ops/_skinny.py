@@ -8,7 +8,7 @@
 
 with i running over the rows of expert e (``_groups``), or over all rows where ``offs`` is None. All three are
 bound by the bytes of their wide operand, sum in fp32 in an order that depends on shapes alone, and take one
-launch; two where one or few groups have very many rows and are cut into parts.
+launch; two where there would be few programs with long sums, which are cut into parts.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ from torchao_mx.ops import _groups
 from torchao_mx.ops._gather import combine_backward, inverse, sum_rows, with_unit_rows
 from torchao_mx.ops._launch import DOT_DTYPES, launched, multiprocessors, on_device_of
 
-__all__ = ["combine_backward", "gram", "group_sum", "inverse", "low_rank", "sum_rows"]
+__all__ = [
+    "add_splits", "combine_backward", "gram", "group_sum", "inverse", "low_rank", "partial_sums",
+    "sum_rows",
+]  # fmt: skip
 
 # Chosen to have 50 KB and more in flight on each multiprocessor of an H200; to be measured.
 SHARED_BYTES = 96 * 1024  # of a program's pipeline: what every GPU since Ampere has
@@ -32,43 +35,49 @@ LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS = 128, 256
 # deep pipelines: their output is as many bytes as their rows.
 GRAM_TILES = ((32, 32, 256, 2), (256, 64, 128, 2), (2**31, 64, 128, 4))
 SUM_ROWS, SUM_COLUMNS = 32, 128
-# Groups are cut into parts, up to so many, while there are fewer programs than this a multiprocessor, and
-# rows enough that the fp32 partial sums, written and read, are 3 % of the bytes (rank 16).
-MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT = 32, 8, 2048
+# Sums are cut into parts, up to so many, while there are fewer programs than this a multiprocessor: sums over
+# rows while the fp32 partial sums, written and read, are 3 % of the bytes (rank 16), sums over columns, which few
+# rows leave to few programs, down to what a pipeline has in flight.
+MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT, MIN_COLUMNS_PER_SPLIT = 32, 8, 2048, 512
 REDUCE_TILE = 1024
 
 
 @launched
 @triton.jit
 def _low_rank_kernel(x_ptr, down_ptr, offs_ptr, order_ptr, h_ptr, scale_by, n_rows, n_tokens,
-                     C, r, E, top_k, stride_x, stride_e, stride_r, stride_c,
+                     C, r, E, top_k, n_splits, stride_x, stride_e, stride_r, stride_c,
                      E_SPAN: tl.constexpr, GROUPED: tl.constexpr, GATHERED: tl.constexpr,
                      DOT_DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
                      RANKS: tl.constexpr):  # fmt: skip
-    """One tile of a group's rows by one of ranks; rows of nobody sum over no columns."""
+    """``h [splits, n_rows, r]``: one tile of a group's rows by one of ranks, a part of the columns.
+
+    Rows of nobody sum over no columns.
+    """
     rank_tiles = tl.cdiv(r, RANKS)
-    tile = tl.program_id(0) // rank_tiles
-    rank = (tl.program_id(0) - tile * rank_tiles) * RANKS + tl.arange(0, RANKS)
+    split, pid = tl.program_id(0) % n_splits, tl.program_id(0) // n_splits
+    tile = pid // rank_tiles
+    rank = (pid - tile * rank_tiles) * RANKS + tl.arange(0, RANKS)
     expert, first, end = _groups.tile_rows(offs_ptr, n_rows, tile, E, E_SPAN, ROWS, GROUPED)
     if first >= end:
         return
     row = first + tl.arange(0, ROWS)
     inside = row < end
     token = _groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
+    start, stop = _part_of(0, C, split, n_splits, COLUMNS)
+    stop = tl.where(expert < E, stop, start)
     column = tl.arange(0, COLUMNS)
-    x_ptrs = x_ptr + token[:, None] * stride_x + column[None, :]
-    d_ptrs = down_ptr + tl.cast(expert, tl.int64) * stride_e
+    x_ptrs = x_ptr + start + token[:, None] * stride_x + column[None, :]
+    d_ptrs = down_ptr + tl.cast(expert, tl.int64) * stride_e + start * stride_c
     d_ptrs = d_ptrs + column[:, None] * stride_c + rank[None, :] * stride_r
-    n_columns = tl.where(expert < E, C, 0)
     acc = tl.zeros((ROWS, RANKS), tl.float32)
-    for c0 in range(0, n_columns, COLUMNS):
+    for c0 in range(start, stop, COLUMNS):
         there = column < C - c0
         x = tl.load(x_ptrs, mask=inside[:, None] & there[None, :], other=0.0)
         d = tl.load(d_ptrs, mask=there[:, None] & (rank < r)[None, :], other=0.0)
         acc = tl.dot(x.to(DOT_DTYPE), d.to(DOT_DTYPE), acc, input_precision="ieee")
         x_ptrs += COLUMNS
         d_ptrs += COLUMNS * stride_c
-    h_ptrs = h_ptr + row.to(tl.int64)[:, None] * r + rank[None, :]
+    h_ptrs = h_ptr + (split * n_rows + row).to(tl.int64)[:, None] * r + rank[None, :]
     h = (acc * scale_by).to(h_ptr.dtype.element_ty)
     tl.store(h_ptrs, h, mask=inside[:, None] & (rank < r)[None, :])
 
@@ -101,15 +110,19 @@ def low_rank(
     rows, tile_columns, ranks, stages = _low_rank_tile(
         n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device)
     )
-    grid = (_groups.max_tiles(n_rows, n_groups, rows) * triton.cdiv(r, ranks),)
+    programs = _groups.max_tiles(n_rows, n_groups, rows) * triton.cdiv(r, ranks)
+    splits = _splits(columns // MIN_COLUMNS_PER_SPLIT, programs, x.device)
+    stages = min(stages, 1 + triton.cdiv(columns, splits * tile_columns))
+    sums = partial_sums(h, splits)
     with on_device_of(x):
-        _low_rank_kernel[grid](
-            x, down, offs, order, h, scale_by, n_rows, x.shape[0], columns, r, max(1, n_groups), top_k,
-            x.stride(0), 0 if offs is None else down.stride(0), down.stride(-2), down.stride(-1),
-            E_SPAN=_groups.span_of(offs), GROUPED=offs is not None, GATHERED=order is not None,
+        _low_rank_kernel[(programs * splits,)](
+            x, down, offs, order, sums, scale_by, n_rows, x.shape[0], columns, r, max(1, n_groups),
+            top_k, splits, x.stride(0), 0 if offs is None else down.stride(0), down.stride(-2),
+            down.stride(-1), E_SPAN=_groups.span_of(offs), GROUPED=offs is not None, GATHERED=order is not None,
             DOT_DTYPE=DOT_DTYPES[x.dtype], ROWS=rows, COLUMNS=tile_columns, RANKS=ranks,
             num_warps=8 if rows * ranks > 8192 else 4, num_stages=stages,
         )  # fmt: skip
+        add_splits(sums, h, splits)
     return h
 
 
@@ -130,7 +143,7 @@ def _low_rank_tile(
 
 @triton.jit
 def _part_of(start, end, part, n_parts, TILE: tl.constexpr):
-    """(first row, end) of one of ``n_parts`` parts of rows, in whole tiles."""
+    """(first, end) of one of ``n_parts`` parts of rows or columns, in whole tiles; the last may be empty."""
     size = tl.cdiv(tl.cdiv(end - start, n_parts), TILE) * TILE
     return start + part * size, tl.minimum(start + (part + 1) * size, end)
 
@@ -198,7 +211,7 @@ def gram(
         rows, tile_columns, stages = _gram_tile(n_rows, n_groups, ranks, m.itemsize)
         programs = triton.cdiv(columns, tile_columns) * triton.cdiv(r, ranks) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, l.device)
-        sums = _partial_sums(out, splits)
+        sums = partial_sums(out, splits)
         with on_device_of(l):
             _gram_kernel[(programs * splits,)](
                 l, m, offs, order, sums, scaling, n_rows, m.shape[0], columns, r, n_groups, top_k,
@@ -208,7 +221,7 @@ def gram(
                 COLUMNS=tile_columns, RANKS=ranks, num_stages=stages,
                 num_warps=8 if tile_columns * ranks > 8192 else 4,
             )  # fmt: skip
-            _add_splits(sums, out, splits)
+            add_splits(sums, out, splits)
     return out[0] if offs is None else out
 
 
@@ -250,14 +263,14 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
         dy = with_unit_rows(dy)
         programs = triton.cdiv(n, SUM_COLUMNS) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, dy.device)
-        sums = _partial_sums(out, splits)
+        sums = partial_sums(out, splits)
         with on_device_of(dy):
             _group_sum_kernel[(programs * splits,)](
                 dy, offs, sums, n_rows, n, n_groups, splits, dy.stride(0),
                 E_SPAN=_groups.span_of(offs), GROUPED=offs is not None, ROWS=SUM_ROWS,
                 COLUMNS=SUM_COLUMNS, num_warps=4,
             )  # fmt: skip
-            _add_splits(sums, out, splits)
+            add_splits(sums, out, splits)
     return out[0] if offs is None else out
 
 
@@ -273,17 +286,22 @@ def _add_splits_kernel(sums_ptr, out_ptr, n, SPLITS: tl.constexpr, TILE: tl.cons
 
 
 def _row_splits(n_rows: int, n_groups: int, programs: int, device: torch.device) -> int:
-    """A power of two, of which the kernels' results depend on shapes and the device alone."""
+    return _splits(n_rows // (n_groups * MIN_ROWS_PER_SPLIT), programs, device)
+
+
+def _splits(most: int, programs: int, device: torch.device) -> int:
+    """How many parts, a power of two up to ``most``: from shapes and the device alone, as results follow from it."""
     wanted = PROGRAMS_PER_SM * multiprocessors(device) // programs
-    splits = min(wanted, n_rows // (n_groups * MIN_ROWS_PER_SPLIT), MAX_SPLITS)
-    return 1 << (max(1, splits).bit_length() - 1)
+    return 1 << (max(1, min(wanted, most, MAX_SPLITS)).bit_length() - 1)
 
 
-def _partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
+def partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
+    """Where a kernel writes the sums of ``splits`` parts, fp32 ``[splits, *out.shape]``; out itself for one."""
     return out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
 
 
-def _add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
+def add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
+    """Add what :func:`partial_sums` gave room for to ``out``, in out's dtype; first to last."""
     if splits > 1:
         grid = (triton.cdiv(out.numel(), REDUCE_TILE),)
         _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=REDUCE_TILE)

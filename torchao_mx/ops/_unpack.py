@@ -5,12 +5,12 @@ the scratch is worked through in slices of the output columns, which for a packe
 N (``x W^T``) or of whole blocks along K (``x W``): a slice holds all experts, so no row count is needed on the
 host.
 
-The grouped product takes its low-rank update and its bias along in the GEMM::
+Where rows of x are gathered anyway, the grouped product takes its low-rank update and its bias along in the GEMM::
 
     X' = [x | h | 1 | 0]      W' = [W | s up | bias | 0]      y = X' W'^T
 
-where the zeros make the rows multiples of 16 bytes, as the GEMM wants them. x is gathered into X' where there
-is an ``order``, so the wider rows cost nothing there.
+and the zeros make the rows multiples of 16 bytes, as the GEMM wants them. Otherwise X' would be a copy of x; where
+that is larger than y, the terms are added to y by the pass of ``_add.py``.
 """
 
 from __future__ import annotations
@@ -26,15 +26,14 @@ import triton.language as tl
 from torchao_mx import reference
 from torchao_mx.formats import BlockFormat
 from torchao_mx.ops import _groups, _tile
-from torchao_mx.ops._gather import with_unit_rows
+from torchao_mx.ops._add import finish
+from torchao_mx.ops._gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.quantize import per_tensor_kind
 
 DECODE_TILE, DECODE_WARPS = 256, 4  # words of eight elements, as in dequantize.py
 WIDE_ROWS, WIDE_COLUMNS = 4, 1024
-ZERO_ROWS, ZERO_COLUMNS = 16, 1024
-PLACE_ROWS, PLACE_COLUMNS = 8, 256
 ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
 SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
 
@@ -71,8 +70,9 @@ class Packed(NamedTuple):
 
 @launched
 @triton.jit
-def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_row, q_expert, q_row,
-                        s_expert, s_row, out_expert, out_row, PER_TENSOR: tl.constexpr,
+def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, offs_ptr, out_ptr, n_words, words_per_row, q_expert, q_row,
+                        s_expert, s_row, out_expert, out_row, SELECTIVE: tl.constexpr,
+                        PER_TENSOR: tl.constexpr,
                         TILE: tl.constexpr, LONG_ROWS: tl.constexpr,
                         EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                         MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
@@ -81,8 +81,12 @@ def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_row, 
     """``n_words`` of each expert, ``words_per_row`` a row, a word being eight elements.
 
     ``q_expert``, ``q_row``, ``out_expert`` and ``out_row`` are strides in words: the compiler then knows that
-    a thread's eight results are 16 bytes aligned. ``s_expert`` and ``s_row`` are strides in bytes.
+    a thread's eight results are 16 bytes aligned. ``s_expert`` and ``s_row`` are strides in bytes. SELECTIVE
+    leaves experts without rows out.
     """
+    if SELECTIVE:
+        if not _groups.has_rows(offs_ptr, tl.program_id(1), True):
+            return
     expert = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * TILE
     index = tl.arange(0, TILE)
@@ -130,32 +134,20 @@ def _wide_rows_kernel(x_ptr, order_ptr, h_ptr, out_ptr, n_rows, n_tokens, top_k,
     tl.store(out_ptrs, value, mask=is_row & (column < depth)[None, :])
 
 
-@launched
-@triton.jit
-def _zero_behind_kernel(y_ptr, offs_ptr, n_experts, n_rows, columns,
-                        ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    end = tl.load(offs_ptr + n_experts - 1)
-    first = tl.program_id(0) * ROWS
-    if first + ROWS > end:
-        row = first + tl.arange(0, ROWS)
-        column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        mask = ((row >= end) & (row < n_rows))[:, None] & (column < columns)[None, :]
-        y_ptrs = y_ptr + row.to(tl.int64)[:, None] * columns + column[None, :]
-        tl.store(y_ptrs, tl.zeros((ROWS, COLUMNS), y_ptr.dtype.element_ty), mask=mask)
-
-
-def decode_into(out: torch.Tensor, w: Packed) -> None:
+def decode_into(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) -> None:
     """Write the values of ``w [E, N, K]`` to ``out``, whose strides are free but for a last one of 1.
+
+    With ``offs``, those of experts that own rows; on the GPU the others' memory stays as it was.
 
     On the GPU, rows and experts of ``out`` and of the packed bytes lie at multiples of eight elements.
     """
     if not out.is_cuda:
         out.copy_(reference.dequantize(w.qdata, w.scale, w.fmt, out.dtype, -1, w.per_tensor_scale))
     elif out.numel() > 0:
-        _decode_into_triton(out, w)
+        _decode_into_triton(out, w, offs)
 
 
-def _decode_into_triton(out: torch.Tensor, w: Packed) -> None:
+def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) -> None:
     word = torch.int32 if w.fmt.elem_bits == 4 else torch.int64
     qdata, scale = bytes_of(w.qdata), bytes_of(w.scale)
     if not _holds_words(qdata, word.itemsize):
@@ -166,8 +158,9 @@ def _decode_into_triton(out: torch.Tensor, w: Packed) -> None:
     pts = scale if w.per_tensor_scale is None else w.per_tensor_scale
     with on_device_of(out):
         _decode_into_kernel[(triton.cdiv(rows * words, DECODE_TILE), experts)](
-            qdata, scale, pts, out, rows * words, words, *qdata.stride()[:2], *scale.stride()[:2],
-            out.stride(0) // 8, out.stride(1) // 8, PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
+            qdata, scale, pts, offs, out, rows * words, words, *qdata.stride()[:2],
+            *scale.stride()[:2], out.stride(0) // 8, out.stride(1) // 8, SELECTIVE=offs is not None,
+            PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
             TILE=DECODE_TILE, LONG_ROWS=words >= DECODE_TILE, num_warps=DECODE_WARPS,
             **format_constants(w.fmt, out.device),
         )  # fmt: skip
@@ -177,57 +170,6 @@ def _holds_words(qdata: torch.Tensor, size: int) -> bool:
     """Whether bytes can be read as words of ``size`` bytes."""
     offsets = (qdata.storage_offset(), qdata.data_ptr(), *qdata.stride()[:-1])
     return qdata.stride(-1) == 1 and all(offset % size == 0 for offset in offsets)
-
-
-@launched
-@triton.jit
-def _place_kernel(part_ptr, y_ptr, offs_ptr, n_experts, n_rows, columns, part_row, y_row,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    end = tl.load(offs_ptr + n_experts - 1)
-    column_tiles = tl.cdiv(columns, COLUMNS)
-    row = (tl.program_id(0) // column_tiles) * ROWS + tl.arange(0, ROWS)
-    column = (tl.program_id(0) % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < n_rows)[:, None] & (column < columns)[None, :]
-    offset = row.to(tl.int64)[:, None]
-    part_ptrs = part_ptr + offset * part_row + column[None, :]
-    part = tl.load(part_ptrs, mask=inside & (row < end)[:, None], other=0.0)
-    tl.store(y_ptr + offset * y_row + column[None, :], part, mask=inside)
-
-
-def place(part: torch.Tensor, y: torch.Tensor, offs: torch.Tensor) -> None:
-    """Copy ``part [R, C]`` to ``y [R, C]``, both of unit stride along C, zeros behind the last group.
-
-    torch's copy to a slice of columns reaches a third of the bandwidth.
-    """
-    if not y.is_cuda:
-        y.copy_(part)
-        y[offs[-1] :] = 0
-        return
-    tiles = triton.cdiv(part.shape[0], PLACE_ROWS) * triton.cdiv(part.shape[1], PLACE_COLUMNS)
-    with on_device_of(y):
-        _place_kernel[(tiles,)](
-            part, y, offs, offs.shape[0], *part.shape, part.stride(0), y.stride(0), ROWS=PLACE_ROWS,
-            COLUMNS=PLACE_COLUMNS,
-        )  # fmt: skip
-
-
-def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
-    """Zero the rows of the contiguous ``y [R, D]`` behind the last group, without asking where it ends.
-
-    On the GPU, programs in front of it return at once; a ``masked_fill_`` would rewrite all of y.
-    """
-    if y.is_cuda:
-        _zero_behind_triton(y, offs)
-    else:
-        y[offs[-1] :] = 0
-
-
-def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
-    rows, columns = y.shape
-    with on_device_of(y):
-        _zero_behind_kernel[(triton.cdiv(rows, ZERO_ROWS), triton.cdiv(columns, ZERO_COLUMNS))](
-            y, offs, offs.shape[0], rows, columns, ROWS=ZERO_ROWS, COLUMNS=ZERO_COLUMNS
-        )
 
 
 def slices(
@@ -286,6 +228,13 @@ def dense_product(
     return y if h is None else y.addmm_(h, up.to(x.dtype).t(), alpha=scaling)
 
 
+class TokenSum(NamedTuple):
+    """What becomes of a result's rows: row i is added to the token ``order[i] // top_k``."""
+
+    order: torch.Tensor
+    top_k: int
+
+
 def grouped_product(
     x: torch.Tensor,
     w: Packed,
@@ -298,19 +247,63 @@ def grouped_product(
     scaling: float,
     bias: torch.Tensor | None,
     max_scratch_bytes: int,
+    token_sum: TokenSum | None = None,
 ) -> torch.Tensor:
-    """``y [R, D]`` of ``reference.product``, by one ``torch._grouped_mm`` a slice of its columns."""
+    """``y [R, D]`` of ``reference.product``, by one ``torch._grouped_mm`` a slice of its columns.
+
+    With ``token_sum`` its sums ``[T, D]``: no more than a slice of y is there at a time.
+    """
+    reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
+    wide = order is not None or reduced <= columns
+    along, behind = ((h, bias), (None, None)) if wide else ((None, None), (h, bias))
+    n_rows = x.shape[0] if order is None else order.shape[0]
+    y = None
+    if token_sum is not None:
+        y = x.new_empty((n_rows // token_sum.top_k, columns))
+        slots = inverse(token_sum.order) if x.is_cuda else None
+    products = _products(
+        x, w, offs, order, top_k, transpose_weight, *along, up, scaling, max_scratch_bytes
+    )
+    for first, end, product in products:
+        part = product[:, : end - first]
+        target = part
+        if token_sum is None and end - first < columns:
+            y = x.new_empty((n_rows, columns)) if y is None else y
+            target = y[:, first:end]
+        h_behind, bias_behind = behind
+        finish(
+            part, target, offs, h_behind, None if h_behind is None else up[:, first:end], scaling,
+            None if bias_behind is None else bias_behind[:, first:end],
+        )  # fmt: skip
+        if token_sum is not None:
+            _sum_into(y[:, first:end], part, token_sum, slots)
+    return part.contiguous() if y is None else y
+
+
+def _products(
+    x: torch.Tensor,
+    w: Packed,
+    offs: torch.Tensor,
+    order: torch.Tensor | None,
+    top_k: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    max_scratch_bytes: int,
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """``(first, end, y[:, first:end])``, with h and bias along in the GEMM; what follows the columns is to be dropped."""
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     rank = 0 if h is None else h.shape[1]
-    depth = round_up(reduced + rank + (bias is not None), ROW_MULTIPLE)
+    used = reduced + rank + (bias is not None)
+    depth = round_up(used, ROW_MULTIPLE)
     rows = _wide_rows(x, order, top_k, h, bias is not None, depth)
     unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
     experts = w.qdata.shape[0]
-    y = scratch = None
+    scratch = None
     for first, end in slices(columns, experts * depth * x.itemsize, unit, max_scratch_bytes):
-        width = round_up(
-            end - first, ROW_MULTIPLE
-        )  # what is behind `end` gives columns that are dropped
+        width = round_up(end - first, ROW_MULTIPLE)
         if scratch is None:
             shape = (width, depth) if transpose_weight else (depth, width)
             scratch = x.new_empty((experts, *shape))
@@ -322,21 +315,25 @@ def grouped_product(
             w_EDC = w_ECD.mT
         wanted_EDC = w_EDC[:, : end - first]
         values_EDC = wanted_EDC[..., :reduced]
-        decode_into(values_EDC if transpose_weight else values_EDC.mT, part)
+        decode_into(values_EDC if transpose_weight else values_EDC.mT, part, offs)
         if h is not None:
             scaled = scaled_adapter(up[:, first:end], scaling, x.dtype)
             wanted_EDC[..., reduced : reduced + rank].copy_(scaled)
         if bias is not None:
             wanted_EDC[..., reduced + rank].copy_(bias[:, first:end])
-        wanted_EDC[..., reduced + rank + (bias is not None) :].zero_()
-        out = torch._grouped_mm(rows, w_ECD, offs=offs)
-        if first == 0 and end == columns == width:
-            y = out.contiguous()
-            zero_behind(y, offs)
-        else:
-            y = x.new_empty((rows.shape[0], columns)) if y is None else y
-            place(out[:, : end - first], y[:, first:end], offs)
-    return y
+        if depth > used:
+            wanted_EDC[..., used:].zero_()
+        product = torch._grouped_mm(rows, w_ECD, offs=offs)
+        yield first, end, product if product.stride(1) == 1 else product.contiguous()
+
+
+def _sum_into(
+    out: torch.Tensor, part: torch.Tensor, token_sum: TokenSum, slots: torch.Tensor | None
+) -> None:
+    if out.is_cuda:
+        sum_rows(part, *token_sum, None, slots, out)
+    else:
+        out.copy_(reference.sum_rows(part, *token_sum, None))
 
 
 def scaled_adapter(adapter: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:

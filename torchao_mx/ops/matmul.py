@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 
 from torchao_mx.formats import BlockFormat, QuantizeSpec, format_by_name
+from torchao_mx.ops._add import zero_behind
 from torchao_mx.ops._arguments import (
     as_rows,
     check_groups,
@@ -32,7 +33,7 @@ from torchao_mx.ops._arguments import (
     product_sizes,
 )
 from torchao_mx.ops._library import define_op
-from torchao_mx.ops._unpack import aligned_rows, zero_behind
+from torchao_mx.ops._unpack import aligned_rows
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
 from torchao_mx.ops.mm import mm_op
@@ -216,7 +217,8 @@ def matmul(
         strategy: how to compute on a GPU: ``"fused"``, ``"unpack"`` or ``"auto"``, as
             :func:`torchao_mx.ops.mm.choose_strategy` has them; for 2-D weights without an ``activation``.
         max_scratch_bytes: how much decoded weight ``"unpack"`` may hold at a time; at least one slice of 8
-            rows or one block of columns. None: 256 MiB, or the size of the result where that is more.
+            rows or one block of columns. None: 256 MiB, or as much as the rows of x and of the result take
+            where that is more.
 
     Raises:
         TypeError: x's dtype.

@@ -17,7 +17,7 @@ trained, and h ``[R, r]``. The product itself is done by one of the strategies o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,15 +29,24 @@ from torchao_mx.ops._library import define_op
 from torchao_mx.ops._replay import replayed
 from torchao_mx.ops._unpack import Packed
 
-DEFAULT_SCRATCH = 256 * 2**20  # bytes; or the size of the product, where that is more
+DEFAULT_SCRATCH = 256 * 2**20  # bytes; or as many as the rows of x and y take, where that is more
 STRATEGIES = ("auto", "fused", "unpack", "unpack8")
 
-# "auto" fuses below so many rows an expert, and below so many rows of a dense product, and unpacks from there
-# on. Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py): all experts rarely fit in the
-# scratch, and slices cost a copy of y, where a dense weight's decode is soon repaid.
-FUSED_BELOW = 1536, 512
-# The portable kernel.
-PORTABLE_FUSED_BELOW = 512, 256
+
+class Crossover(NamedTuple):
+    """``"auto"`` fuses below so many rows, of an expert or of a dense product, and unpacks from there on."""
+
+    over_k: int  # an expert's, reduced over K
+    over_n: int
+    dense: int
+
+
+# Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py). Where experts do not fit in the
+# scratch, slices cost a copy of y; a dense weight's decode is soon repaid.
+HOPPER_CROSSOVER = Crossover(1536, 1024, 512)
+PORTABLE_CROSSOVER = Crossover(512, 512, 256)
+# Rows of a dense product up to which an adapter's part is ours: `_replay` repeats it, as it cannot torch.mm.
+SKINNY_UP_TO = 512
 
 
 def choose_strategy(
@@ -48,6 +57,7 @@ def choose_strategy(
     n_rows: int,
     n_groups: int | None,
     hopper: bool = False,
+    transpose_weight: bool = True,
 ) -> str:
     """What computes a product of ``n_rows`` rows in ``n_groups`` groups (None: dense), with a Hopper kernel or not.
 
@@ -72,8 +82,9 @@ def choose_strategy(
         return "fused"
     if strategy != "auto":
         return strategy
-    experts, dense = FUSED_BELOW if hopper else PORTABLE_FUSED_BELOW
-    few = n_rows < dense if n_groups is None else n_rows < experts * n_groups
+    crossover = HOPPER_CROSSOVER if hopper else PORTABLE_CROSSOVER
+    expert = crossover.over_k if transpose_weight else crossover.over_n
+    few = n_rows < crossover.dense if n_groups is None else n_rows < expert * n_groups
     return "fused" if few else "unpack"
 
 
@@ -113,37 +124,47 @@ def _product(
     strategy: str,
     compute: str,
     max_scratch_bytes: int,
+    token_sum: _unpack.TokenSum | None = None,
 ) -> torch.Tensor:
-    """``y = x W^T + scaling * h up^T + bias`` (``x W``), forward and, the other way, backward."""
+    """``y = x W^T + scaling * h up^T + bias`` (``x W``), forward and, the other way, backward.
+
+    With ``token_sum`` y's rows are summed to those of tokens.
+    """
     if n_rows == 0:
         return x.new_empty((0, w.n if transpose_weight else w.k))
     bias = None if bias is None else bias.to(x.dtype)
     groups = None if offs is None else offs.shape[0]
     if max_scratch_bytes == 0:
-        columns = w.n if transpose_weight else w.k
-        max_scratch_bytes = max(DEFAULT_SCRATCH, n_rows * columns * x.itemsize)
+        rows_bytes = n_rows * (w.n + w.k) * x.itemsize
+        # Slices that are summed at once cost no copy of y.
+        allowed = rows_bytes if token_sum is None else rows_bytes * 2 // 3
+        max_scratch_bytes = max(DEFAULT_SCRATCH, allowed)
     hopper = _hopper.takes_hopper(x, w.qdata, w.fmt)
-    strategy = choose_strategy(strategy, compute, x.device, x.dtype, n_rows, groups, hopper)
+    strategy = choose_strategy(
+        strategy, compute, x.device, x.dtype, n_rows, groups, hopper, transpose_weight
+    )
     if strategy == "reference":
         if offs is None:
             values = reference.dequantize(w.qdata, w.scale, w.fmt, x.dtype, -1, w.per_tensor_scale)
         else:
             values = _DecodedOnDemand(w, x.dtype)
-        return reference.product(
-            x, values, h, up, offs, order, top_k, scaling, bias, transpose_weight
-        )
+        y = reference.product(x, values, h, up, offs, order, top_k, scaling, bias, transpose_weight)
+        return y if token_sum is None else reference.sum_rows(y, *token_sum, None)
     if strategy == "unpack":
         if offs is None:
             return _unpack.dense_product(
                 x, w, transpose_weight, h, up, scaling, bias, max_scratch_bytes
             )
         return _unpack.grouped_product(
-            x, w, offs, order, top_k, transpose_weight, h, up, scaling, bias, max_scratch_bytes
-        )
+            x, w, offs, order, top_k, transpose_weight, h, up, scaling, bias, max_scratch_bytes,
+            token_sum,
+        )  # fmt: skip
     args = (*w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias)
     if compute:
-        return _fp8.fp8_product(x, *args, compute, max_scratch_bytes)
-    return _fused_product(x, *args)
+        y = _fp8.fp8_product(x, *args, compute, max_scratch_bytes)
+    else:
+        y = _fused_product(x, *args)
+    return y if token_sum is None else rows_functions(y).sum_rows(y, *token_sum, None)
 
 
 def _fused_product(
@@ -157,6 +178,12 @@ def _fused_product(
     if _hopper.takes_hopper(x, qdata, fmt):
         return _hopper.hopper_product(x, qdata, scale, *rest)
     return _fused.fused_product(x, qdata, scale, per_tensor_scale, fmt, *rest)
+
+
+def _takes_torch_mm(x: torch.Tensor, r: int, offs: torch.Tensor | None) -> bool:
+    """Whether the vendor's GEMM does an adapter's product with the rows of ``x``, or its gradient."""
+    many = x.shape[0] > SKINNY_UP_TO or r > _skinny.MAX_RANKS
+    return x.is_cuda and offs is None and many
 
 
 def rows_functions(x: torch.Tensor) -> Any:
@@ -173,7 +200,7 @@ def _low_rank(
     n_rows: int,
     scale_by: float = 1.0,
 ) -> torch.Tensor:
-    if x.is_cuda and offs is None:
+    if _takes_torch_mm(x, down.shape[-2], offs):
         return torch.mm(x, _unpack.scaled_adapter(down, scale_by, x.dtype).to(x.dtype).t())
     return rows_functions(x).low_rank(x, down, offs, order, top_k, n_rows, scale_by=scale_by)
 
@@ -188,7 +215,7 @@ def _gram(
     dtype: torch.dtype,
     transposed: bool,
 ) -> torch.Tensor:
-    if not (left.is_cuda and offs is None):
+    if not _takes_torch_mm(left, left.shape[1], offs):
         gram = rows_functions(left).gram
         return gram(left, right, offs, order, top_k, scaling, dtype, transposed)
     left = left if scaling == 1 else left * scaling
@@ -336,10 +363,8 @@ def _mm_backward(
         dx = _product(
             dy, _packed(qdata, scale, per_tensor_scale, fmt), offs, None, 1, n_rows,
             not transpose_weight, g, None if down is None else down.mT, 1.0, None, strategy, compute,
-            max_scratch_bytes,
+            max_scratch_bytes, None if order is None else _unpack.TokenSum(order, top_k),
         )  # fmt: skip
-        if order is not None:
-            dx = rows_functions(dy).sum_rows(dx, order, top_k, None)
     # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
     if x is not None:
         x = with_unit_rows(x)
@@ -348,9 +373,7 @@ def _mm_backward(
     if h is not None:
         d_up = _gram(h, dy, offs, None, 1, scaling, up.dtype, transpose_weight)
         d_up = d_up if transpose_weight else d_up.mT
-    if bias_dtype is not None and offs is None:
-        dbias = dy.sum(0, dtype=torch.float32).to(bias_dtype)
-    elif bias_dtype is not None:
+    if bias_dtype is not None:
         dbias = rows_functions(dy).group_sum(dy, offs, bias_dtype)
     return dx, dbias, d_down, d_up
 

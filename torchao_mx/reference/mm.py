@@ -162,12 +162,13 @@ def combine_backward(
     return dy.to(y.dtype), dweights.to(weights.dtype)
 
 
-def group_sum(dy: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """``[E, C]`` in ``dtype``: the sum of each expert's rows of ``dy [R, C]``."""
-    out = dy.new_zeros((offs.shape[0], dy.shape[1]), dtype=_sum_dtype(dy))
+def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``[E, C]`` in ``dtype``: the sum of each expert's rows of ``dy [R, C]``; a dense sum has no E."""
+    out = dy.new_zeros((1 if offs is None else offs.shape[0], dy.shape[1]), dtype=_sum_dtype(dy))
     for e, rows in _groups(offs, dy.shape[0]):
         out[e] = dy[rows].to(out.dtype).sum(0)
-    return out.to(dtype)
+    out = out.to(dtype)
+    return out[0] if offs is None else out
 
 
 def rows_per_token(n_tokens: int, order: torch.Tensor | None) -> int:
