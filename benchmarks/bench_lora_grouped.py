@@ -198,14 +198,22 @@ class Problem:
         )
 
     def others(self, x: torch.Tensor, r: Routing) -> list[Variant]:
-        """The baseline on weights decoded in every step, and what else is installed."""
+        """The baseline on weights decoded in every step, our product alone, and what else is installed."""
         leaves, top_k = (x, self.a, self.b), self.shape.top_k
 
         def decode_all(i: int) -> torch.Tensor:
             w_ENK = ops.dequantize(self.sets[i].qdata, self.sets[i].scale, MXFP4)
             return torch_experts(x, w_ENK, self.a, self.b, r, top_k)
 
-        variants = [Variant("decode all, then bf16", decode_all, lambda i: leaves, in_graph=False)]
+        def without_adapters(i: int) -> torch.Tensor:
+            w = self.sets[i]
+            return ops.grouped_mm(x, w.qdata, w.scale, MXFP4, r.offs, order=r.order)
+
+        name = "bf16, fwd without LoRA"
+        variants = [
+            Variant("decode all, then bf16", decode_all, lambda i: leaves, in_graph=False),
+            Variant(name, without_adapters, lambda i: (), trains=False),
+        ]
         if not peers.has_triton_kernels():
             return variants
         try:
@@ -297,7 +305,12 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="A and B, balanced, no forced strategy"
     )
-    parser.add_argument("--first-step", action="store_true", help="first steps alone")
+    parser.add_argument(
+        "--first-step",
+        nargs="*",
+        metavar="POINT",
+        help="first steps alone, of the usual points or these",
+    )
     parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     harness.require_gpu()
@@ -306,8 +319,8 @@ def main() -> None:
         first_step_of(args.first_step_of)
         return
     results = report.Results()
-    if args.first_step:
-        report.add_first_steps(results, __file__, FIRST_STEPS)
+    if args.first_step is not None:
+        report.add_first_steps(results, __file__, args.first_step or FIRST_STEPS)
         results.report(
             "lora_grouped_first_step", {}, report.FIRST_STEP_HEAD, report.FIRST_STEP_COLUMNS
         )

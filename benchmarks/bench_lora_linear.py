@@ -216,7 +216,12 @@ def main() -> None:
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("K", "N"))
     parser.add_argument("--rows", type=int, nargs="+", help="these M only")
     parser.add_argument("--quick", action="store_true", help="no forced strategy, fewer M")
-    parser.add_argument("--first-step", action="store_true", help="first steps alone")
+    parser.add_argument(
+        "--first-step",
+        nargs="*",
+        metavar="POINT",
+        help="first steps alone, of the usual points or these",
+    )
     parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     harness.require_gpu()
@@ -225,8 +230,8 @@ def main() -> None:
         first_step_of(args.first_step_of)
         return
     results = report.Results()
-    if args.first_step:
-        report.add_first_steps(results, __file__, FIRST_STEPS)
+    if args.first_step is not None:
+        report.add_first_steps(results, __file__, args.first_step or FIRST_STEPS)
         results.report(
             "lora_linear_first_step", {}, report.FIRST_STEP_HEAD, report.FIRST_STEP_COLUMNS
         )

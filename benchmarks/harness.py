@@ -94,7 +94,7 @@ def step_ms(step: Callable[[], Any], rounds: int = 3, repeats: int = 8) -> float
 def paired_ms(
     step: Callable[[], Any],
     baseline: Callable[[], Any],
-    rounds: int = 12,
+    rounds: int = 8,
     repeats: int = 8,
     warmup: int = 20,
 ) -> tuple[float, float]:
