@@ -2,9 +2,11 @@
 
 import importlib
 import pkgutil
+import weakref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, ops
@@ -93,8 +95,7 @@ def test_a_replay_computes_what_the_call_does(fmt, strategy, replays):
         forward, backward = calls(fmt, *held[-1], strategy=strategy)
         assert_equal(mm.mm_op(*forward), mm._mm(*forward))
         assert_equal(mm.mm_backward_op(*backward), mm._mm_backward(*backward))
-    if strategy == "fused":
-        assert len(replays) == 6  # three of five calls, both ways
+    assert len(replays) == 6  # three of five calls, both ways
 
 
 @on_gpu
@@ -110,10 +111,11 @@ def test_a_dense_step_of_few_rows_is_replayed(tokens, replays):
 
 
 @on_gpu
-def test_8_bit_products():
+def test_8_bit_products(replays):
     for seed in range(4):
         forward, _ = calls(MXFP4, *operands(seed), strategy="auto", compute="float8_e4m3fn")
         assert_equal(mm.mm_op(*forward), mm._mm(*forward))
+    assert len(replays) == 2
 
 
 @on_gpu
@@ -134,19 +136,84 @@ def test_recordings_are_bounded(monkeypatch):
     assert len(calls) < 9 + 5
 
 
-@on_gpu
-def test_what_cannot_be_replayed_is_not():
-    def with_a_torch_op(x):
-        return (x + 1,)
+# --- torch's own ops, which need no GPU -----------------------------------------------------------
 
-    def of_its_input(x):
-        return (x.view(-1),)
 
-    for op in (with_a_torch_op, of_its_input):
-        call = _replay.replayed(op)
-        for value in range(5):
-            x = torch.full((4,), float(value), device="cuda")
-            assert torch.equal(call(x)[0], op(x)[0])
+def chain(x, w):
+    """Views, a result in place, one written to a part of another, one in another dtype, and a tuple."""
+    h = torch.mm(x[:, :4], w.t()[:4]).mul_(2)
+    y = x.new_empty((len(x), 6))
+    torch.mm(x, w.t(), out=y[:, :3])
+    y[:, 3:].copy_(h.view(-1).view(len(x), 3))
+    values, index = y.to(torch.promote_types(x.dtype, torch.float32)).sort(1)
+    bits = values.view(torch.int32)[:, ::2] + 1
+    return values + 1, index.contiguous(), bits.clone()
+
+
+def of_two_parts(x, w):
+    """A scratch that is written by parts and read as another dtype."""
+    scratch = torch.empty((2, *x.shape))
+    torch.add(x, 1, out=scratch[0])
+    scratch[1].copy_(x)
+    return (scratch.view(torch.int32).sum(0),)
+
+
+@pytest.mark.parametrize("op", [chain, of_two_parts], ids=lambda op: op.__name__)
+def test_calls_of_torch_are_replayed(op, replays, kernel_device):
+    call, held = _replay.replayed(op), []
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        x, w = (torch.randn(n, 8, generator=g).to(kernel_device) for n in (5, 3))
+        held += [x, w]
+        x_before = x.clone()
+        assert_equal(call(x, w), op(x, w))
+        assert torch.equal(x, x_before)
+    assert len(replays) == 3
+
+
+def test_what_is_allocated_is_dropped_after_its_last_use():
+    tracked = []
+
+    def op(x):
+        y = x + 1
+        for _ in range(4):
+            y = y * 2
+        return (y,)
+
+    call = _replay.replayed(op)
+    x = torch.ones(3)
+    call(x), call(x)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            tracked.append(weakref.ref(result))
+            alive.append(sum(ref() is not None for ref in tracked))
+            return result
+
+    alive = []
+    with Watch():
+        (y,) = call(x)
+    assert torch.equal(y, torch.full((3,), 32.0))
+    assert max(alive) <= 2
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        lambda x: (x * x.sum().item(),),
+        lambda x: (x[x > 1],),
+        lambda x: (x.view(-1),),
+        lambda x: (x[:0] + 1, x + 1),
+    ],
+    ids=["of_a_number", "of_unknown_size", "of_its_input", "empty"],
+)
+def test_what_cannot_be_replayed_is_not(op, replays):
+    call = _replay.replayed(op)
+    for value in range(5):
+        x = torch.full((4,), float(value))
+        assert_equal(call(x), op(x))
+    assert not replays
 
 
 @on_gpu

@@ -200,27 +200,6 @@ def quantize_rows(
     return q_rows, scale_rows
 
 
-def _added_arguments(
-    y: torch.Tensor, h: torch.Tensor | None, up: torch.Tensor | None, bias: torch.Tensor | None
-) -> dict[str, object]:
-    """What the kernels take of the terms added: ``h [R, r]``, ``up [E, C, r]``, ``bias [E, C]``, each or None."""
-    rank = 0 if h is None else h.shape[1]
-    return dict(
-        h_ptr=y if h is None else h,
-        up_ptr=y if up is None else up,
-        bias_ptr=y if bias is None else bias,
-        rank=rank,
-        h_row=0 if h is None else h.stride(0),
-        up_expert=0 if up is None else up.stride(0),
-        up_column=0 if up is None else up.stride(1),
-        up_rank=0 if up is None else up.stride(2),
-        bias_expert=0 if bias is None else bias.stride(0),
-        HAS_LORA=rank > 0,
-        HAS_BIAS=bias is not None,
-        RANK=min(MAX_RANKS, max(16, triton.next_power_of_2(rank))) if rank else 16,
-    )
-
-
 def recompute_flagged(
     y: torch.Tensor,
     x: torch.Tensor,
@@ -249,14 +228,18 @@ def recompute_flagged(
     shares = min(
         triton.cdiv(2 * multiprocessors(y.device), programs), triton.cdiv(n_rows, FLAGGED_TILE_M)
     )
+    rank = 0 if h is None else h.shape[1]
     with on_device_of(y):
         _flagged_columns_kernel[(programs, shares)](
-            x, y if order is None else order, words, scale, flags, y if offs is None else offs, y_ptr=y,
-            n_rows=n_rows, C=columns, N=n, words_per_row=per_row, n_experts=experts, top_k=top_k,
-            scaling=scaling, x_row=x.stride(0), q_expert=words.stride(0), q_row=words.stride(1),
-            s_expert=scale.stride(0), s_row=scale.stride(1), FLAGGED=flagged,
-            FLAG_COLUMNS=1 if transpose_weight else MXFP4.block_size, GATHER=order is not None,
-            GROUPED=offs is not None, TRANSPOSE_WEIGHT=transpose_weight, PAIRS=FLAGGED_PAIRS,
+            x, y if order is None else order, words, scale, flags, y if offs is None else offs,
+            y if h is None else h, y if up is None else up, y if bias is None else bias, y, n_rows,
+            columns, n, per_row, experts, top_k, rank, scaling, x.stride(0), *words.stride()[:2],
+            *scale.stride()[:2], 0 if h is None else h.stride(0),
+            *((0, 0, 0) if up is None else up.stride()), 0 if bias is None else bias.stride(0),
+            FLAGGED=flagged, FLAG_COLUMNS=1 if transpose_weight else MXFP4.block_size,
+            GATHER=order is not None, GROUPED=offs is not None, TRANSPOSE_WEIGHT=transpose_weight,
+            HAS_LORA=rank > 0, HAS_BIAS=bias is not None, PAIRS=FLAGGED_PAIRS,
             TILE_M=FLAGGED_TILE_M, TILE_N=FLAGGED_TILE_N, TILE_K=FLAGGED_TILE_K,
-            DOT_DTYPE=dot_dtype, num_warps=8, **_added_arguments(y, h, up, bias),
+            RANK=min(MAX_RANKS, max(16, triton.next_power_of_2(rank))), DOT_DTYPE=dot_dtype,
+            num_warps=8,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import threading
 from typing import Any, NamedTuple
 
@@ -57,28 +58,35 @@ launches = _Launches()
 class launched:
     """Over ``triton.jit``: ``kernel[grid](*arguments, **constants_and_options)`` with less Python per launch.
 
-    Triton binds and specialises the arguments anew at each launch. Here they are reduced to what Triton specialises on, its compiled
-    kernel is looked up by that, and called. Constexpr parameters have to come last and be given by name.
+    Triton binds and specialises the arguments anew at each launch. Here they are reduced to what Triton
+    specialises on, its compiled kernel is looked up by that, and called. Constexpr parameters have to come last
+    and be given by name, all others by position.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.compiled: dict[Any, Any] = {}
-        parameters = getattr(kernel, "params", None)  # the interpreter's functions have none
-        self.constants = None
-        if parameters is not None:
-            self.constants = [p.name for p in parameters if p.is_constexpr]
-            self.n_arguments = len(parameters) - len(self.constants)
-            if any(p.is_constexpr for p in parameters[: self.n_arguments]):
-                raise TypeError(f"{kernel}: its constexpr parameters have to come last")
+        # Triton's interpreter has the function alone.
+        parameters = list(inspect.signature(kernel.fn).parameters.values())
+        are_constants = ["constexpr" in str(p.annotation) for p in parameters]
+        self.n_arguments = are_constants.index(True) if True in are_constants else len(parameters)
+        if not all(are_constants[self.n_arguments :]):
+            raise TypeError(f"{kernel}: its constexpr parameters have to come last")
+        self.constants = [p.name for p in parameters[self.n_arguments :]]
+        self.is_interpreted = not hasattr(kernel, "params")
         functools.update_wrapper(self, kernel, updated=())
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if len(arguments) != self.n_arguments:
+            raise TypeError(
+                f"{self.__name__} takes {self.n_arguments} arguments by position and got "
+                f"{len(arguments)}; constexpr parameters and options are given by name"
+            )
         recording = launches.recording
-        if self.constants is None or len(arguments) != self.n_arguments:
+        if self.is_interpreted:
             self.kernel[grid](*arguments, **constants)
             if recording is not None:
                 recording.append(None)

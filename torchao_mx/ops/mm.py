@@ -45,7 +45,7 @@ class Crossover(NamedTuple):
 # scratch, slices cost a copy of y; a dense weight's decode is soon repaid.
 HOPPER_CROSSOVER = Crossover(1536, 1024, 512)
 PORTABLE_CROSSOVER = Crossover(512, 512, 256)
-# Rows of a dense product up to which an adapter's part is ours: `_replay` repeats it, as it cannot torch.mm.
+# Rows of a dense product up to which an adapter's part is ours: a launch costs the host less than a torch.mm.
 SKINNY_UP_TO = 512
 
 
