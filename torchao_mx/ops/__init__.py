@@ -6,8 +6,10 @@ from torchao_mx.ops.fake_quantize import fake_quantize
 from torchao_mx.ops.linear import lora_grouped_mm, lora_matmul
 from torchao_mx.ops.matmul import grouped_mm, matmul
 from torchao_mx.ops.quantize import per_tensor_scale, quantize, quantize_with_values
+from torchao_mx.ops.routing import Routing, route
 
 __all__ = [
+    "Routing",
     "combine",
     "dequantize",
     "fake_quantize",
@@ -18,4 +20,5 @@ __all__ = [
     "per_tensor_scale",
     "quantize",
     "quantize_with_values",
+    "route",
 ]

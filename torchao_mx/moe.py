@@ -1,0 +1,140 @@
+"""A layer of experts as a pipeline over one grouped-matmul seam.
+
+::
+
+    route     top_k_index [T, k] -> order [T k], offs [E]   sorted by expert, on the device
+    up        hidden [T, H]      -> gate_up [T k, 2 I]      gathered in the GEMM, bias and LoRA in it
+    activate  gate_up            -> act [T k, I]
+    down      act                -> y [T k, H]              bias and LoRA in it
+    combine   y, weights [T, k]  -> out [T, H]              each token's rows, in the order of its slots
+
+No row count comes to the host, so the layer is CUDA-graph safe, and no sum depends on timing.
+
+What backward keeps, beside the packed weights by reference: hidden ``[T, H]`` once (not T k rows of it)
+and, where adapters are trained, ``x A^T [T k, r]``; gate_up, from which the activation is computed again; act
+where the down adapters are trained; y for the gradient of the routing weights.
+
+Weights follow ``torch._grouped_mm``: ``w [E, in, out]``, ``x @ w[e]``. One stored ``[E, out, in]`` is given
+as ``w.mT``, which costs nothing, packed or not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchao_mx import ops
+from torchao_mx.tensor import LoRATensor, MXTensor
+
+Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def grouped_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    *,
+    order: torch.Tensor | None = None,
+    bias: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The seam: rows ``offs[e - 1] : offs[e]`` of x times expert e of any weight, plus its bias.
+
+    Args:
+        x: ``[R, C]`` in the order of the groups; with an ``order`` ``[T, C]``, ungrouped.
+        weight: ``[E, C, D]``: an :class:`MXTensor`, a :class:`LoRATensor`, or a plain tensor in x's dtype,
+            which alone gets a gradient.
+        offs: int32 ``[E]``, as in :func:`torchao_mx.ops.grouped_mm`.
+        order: int32 ``[R]``, likewise.
+        bias: ``[E, D]``.
+        options: ``strategy``, ``max_scratch_bytes`` and, with adapters, ``compute_dtype`` and
+            ``grad_compute_dtype``, of a packed weight's op.
+
+    Returns:
+        ``[R, D]`` in x's dtype; zeros behind ``offs[-1]``.
+
+    Raises:
+        NotImplementedError: a plain weight on a GPU that is not bfloat16.
+        TypeError, ValueError: as in the ops.
+    """
+    if isinstance(weight, LoRATensor):
+        base = weight.base
+        adapters = (weight.lora_a, weight.lora_b, weight.scaling)
+        return ops.lora_grouped_mm(
+            x, base.qdata, base.scale, base.format, offs, *adapters, order=order, bias=bias,
+            per_tensor_scale=base.per_tensor_scale, transpose_weight=weight.transposed, **options,
+        )  # fmt: skip
+    if isinstance(weight, MXTensor):
+        # Stored [E, D, C] and packed along C, or [E, C, D] and packed along D.
+        reduces_packed = weight.packed_axis == -2
+        base = weight.mT if reduces_packed else weight
+        return ops.grouped_mm(
+            x, base.qdata, base.scale, base.format, offs, order=order, bias=bias,
+            per_tensor_scale=base.per_tensor_scale, transpose_weight=reduces_packed,
+            activation=base.activation if reduces_packed else None, **options,
+        )  # fmt: skip
+    if options:
+        raise TypeError(
+            f"{', '.join(options)}: options of packed weights; the weight is a plain tensor"
+        )
+    return _plain_grouped_mm(x, weight, offs, order, bias)
+
+
+def _plain_grouped_mm(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    offs: torch.Tensor,
+    order: torch.Tensor | None,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``torch._grouped_mm`` with rows of nobody zero, forward and backward, where it leaves what it found."""
+    if x.is_cuda and x.dtype != torch.bfloat16:
+        raise NotImplementedError(
+            f"x has dtype {x.dtype} and the experts are plain ones; torch._grouped_mm takes bfloat16 on a "
+            f"GPU: use .bfloat16(), or quantize the experts"
+        )
+    rows = x if order is None else x[order // (len(order) // max(1, len(x)))]
+    if len(rows) == 0:
+        return rows @ weight.sum(0)  # zero gradients rather than none
+    owned = (torch.arange(len(rows), device=x.device) < offs[-1])[:, None]
+    y = torch._grouped_mm(rows.where(owned, 0), weight.to(x.dtype), offs=offs)
+    if bias is not None:
+        expert = torch.searchsorted(offs, torch.arange(len(rows), device=x.device), right=True)
+        y = y + bias.to(y.dtype)[expert.clamp(max=len(bias) - 1)]
+    return y.where(owned, 0)
+
+
+def experts(
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    activation: Activation,
+    *,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """The layer's output ``[T, H]``; gradients go to hidden, top_k_weights, biases and trained weights.
+
+    Args:
+        hidden: ``[T, H]``.
+        top_k_index: ``[T, k]`` expert ids; ids of no expert here add nothing.
+        top_k_weights: ``[T, k]``, floating.
+        gate_up: ``[E, H, D]``, a weight of :func:`grouped_linear`.
+        down: ``[E, I, H]``, likewise.
+        activation: ``(gate_up [T k, D], offs) -> [T k, I]``; rows behind
+            ``offs[-1]``, which are zero, may become anything.
+        gate_up_bias: ``[E, D]``.
+        down_bias: ``[E, H]``.
+        options: as in :func:`grouped_linear`, for both products.
+    """
+    routing = ops.route(top_k_index, gate_up.shape[0])
+    x = grouped_linear(
+        hidden, gate_up, routing.offs, order=routing.order, bias=gate_up_bias, **options
+    )
+    y = grouped_linear(activation(x, routing.offs), down, routing.offs, bias=down_bias, **options)
+    return ops.combine(y, top_k_weights, routing.order)
