@@ -100,11 +100,6 @@ class Layer:
             self.biases = [randn(E, d).requires_grad_() for d in (2 * INNER, H)]
             self.trained |= {"gate_up_bias": self.biases[0], "down_bias": self.biases[1]}
 
-    @property
-    def weights(self):
-        """Views, formed in each forward pass."""
-        return [w if self.stored_transposed else w.mT for w in self.stored]
-
     def wide(self, trained):
         """The two weights in float64, differentiable in ``trained``."""
         for name, values in zip(("gate_up", "down"), self.values, strict=True):
@@ -137,8 +132,8 @@ def loop(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias):
 
 def run(layer, hidden, ids, weights, **options):
     return moe.experts(
-        hidden, ids, weights, *layer.weights, silu_gate, gate_up_bias=layer.biases[0],
-        down_bias=layer.biases[1], **options,
+        hidden, ids, weights, *layer.stored, silu_gate, gate_up_bias=layer.biases[0],
+        down_bias=layer.biases[1], transpose_weight=not layer.stored_transposed, **options,
     )  # fmt: skip
 
 
@@ -178,6 +173,19 @@ def check(layer, tokens, dtype, device, *, strangers=False, k=K, bound=None, **o
 def test_values_and_gradients(kind, tokens, stored_transposed):
     layer = Layer(kind, "cpu", torch.float32, stored_transposed=stored_transposed)
     check(layer, tokens, torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("stored_transposed", [False, True], ids=["x_w_t", "x_w"])
+@pytest.mark.parametrize("kind", [*FORMATS, "lora", "plain"])
+def test_a_transposed_view_says_the_same(kind, stored_transposed):
+    layer = Layer(kind, "cpu", torch.float32, stored_transposed=stored_transposed)
+    hidden = torch.randn(9, H, generator=generator())
+    weights = torch.rand(9, K, generator=generator())
+    ids = torch.rand(9, E, generator=generator()).topk(K).indices
+    want = run(layer, hidden, ids, weights)
+    layer.stored = [w.mT for w in layer.stored]
+    layer.stored_transposed = not stored_transposed
+    assert torch.equal(run(layer, hidden, ids, weights), want)
 
 
 @pytest.mark.gpu

@@ -1,6 +1,7 @@
 """torchao_mx: training in microscaling formats, as configs for torchao's ``quantize_``."""
 
 from torchao_mx import ops
+from torchao_mx.experts import is_experts
 from torchao_mx.formats import (
     MXFP4,
     MXFP8_E4M3,
@@ -10,7 +11,7 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
-from torchao_mx.lora import MXLoRALinear, MXWeightOnlyLoRAConfig
+from torchao_mx.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
@@ -31,6 +32,7 @@ __all__ = [
     "MXDynamicActivationMXWeightConfig",
     "MXFakeQuantizeConfig",
     "MXFakeQuantizedLinear",
+    "MXLoRAExperts",
     "MXLoRALinear",
     "MXTensor",
     "MXWeightOnlyConfig",
@@ -38,6 +40,7 @@ __all__ = [
     "QuantizeSpec",
     "ScaleCalculationMode",
     "check_model",
+    "is_experts",
     "is_linear",
     "ops",
 ]

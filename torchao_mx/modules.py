@@ -1,4 +1,4 @@
-"""What the modules that stand in for ``nn.Linear`` share."""
+"""What the modules that stand in for others share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def twin_of(cls: type[nn.Linear], module: nn.Linear) -> Any:
+def twin_of(cls: type[nn.Module], module: nn.Module) -> Any:
     """A ``cls`` that shares everything ``module`` holds: parameters, buffers, hooks, training mode."""
     twin = cls.__new__(cls)
     state = module.__dict__.copy()

@@ -14,28 +14,49 @@ What backward keeps, beside the packed weights by reference: hidden ``[T, H]`` o
 and, where adapters are trained, ``x A^T [T k, r]``; gate_up, from which the activation is computed again; act
 where the down adapters are trained; y for the gradient of the routing weights.
 
-Weights follow ``torch._grouped_mm``: ``w [E, in, out]``, ``x @ w[e]``. One stored ``[E, out, in]`` is given
-as ``w.mT``, which costs nothing, packed or not.
+Weights follow ``torch._grouped_mm``: ``w [E, in, out]``, ``x @ w[e]``; with ``transpose_weight`` they are
+``[E, out, in]``. (``w.mT`` would say the same of a packed one, but torch.compile loses the fields of a view.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from torchao_mx import ops
+from torchao_mx.formats import BlockFormat
 from torchao_mx.tensor import LoRATensor, MXTensor
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+class AdaptedWeight(NamedTuple):
+    """``W [E, out, in] = base + scaling * lora_b @ lora_a``, with which products are ``x W^T``.
+
+    What a :class:`LoRATensor` is, without being a tensor: torch.compile traces a module that forms it.
+    """
+
+    base: MXTensor  # packed along in: [E, out, in], or its transpose, [E, in, out]
+    lora_a: torch.Tensor  # [E, r, in]
+    lora_b: torch.Tensor  # [E, out, r]
+    scaling: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.base.shape
+
+
+Weight = torch.Tensor | AdaptedWeight
+
+
 def grouped_linear(
     x: torch.Tensor,
-    weight: torch.Tensor,
+    weight: Weight,
     offs: torch.Tensor,
     *,
+    transpose_weight: bool = False,
     order: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
     **options: Any,
@@ -44,10 +65,11 @@ def grouped_linear(
 
     Args:
         x: ``[R, C]`` in the order of the groups; with an ``order`` ``[T, C]``, ungrouped.
-        weight: ``[E, C, D]``: an :class:`MXTensor`, a :class:`LoRATensor`, or a plain tensor in x's dtype,
-            which alone gets a gradient.
+        weight: ``[E, C, D]``: an :class:`MXTensor`, one with adapters (a :class:`LoRATensor` or an
+            :class:`AdaptedWeight`), or a plain tensor; gradients go to adapters and to a plain one.
         offs: int32 ``[E]``, as in :func:`torchao_mx.ops.grouped_mm`.
-        order: int32 ``[R]``, likewise.
+        transpose_weight: the weight is ``[E, D, C]``.
+        order: int32 ``[R]``, as in :func:`torchao_mx.ops.grouped_mm`.
         bias: ``[E, D]``.
         options: ``strategy``, ``max_scratch_bytes`` and, with adapters, ``compute_dtype`` and
             ``grad_compute_dtype``, of a packed weight's op.
@@ -59,27 +81,33 @@ def grouped_linear(
         NotImplementedError: a plain weight on a GPU that is not bfloat16.
         TypeError, ValueError: as in the ops.
     """
-    if isinstance(weight, LoRATensor):
-        base = weight.base
-        adapters = (weight.lora_a, weight.lora_b, weight.scaling)
+    if isinstance(weight, (LoRATensor, AdaptedWeight)):
+        is_adapted = isinstance(weight, AdaptedWeight)
         return ops.lora_grouped_mm(
-            x, base.qdata, base.scale, base.format, offs, *adapters, order=order, bias=bias,
-            per_tensor_scale=base.per_tensor_scale, transpose_weight=weight.transposed, **options,
+            x, *_packed(weight.base), offs, weight.lora_a, weight.lora_b, weight.scaling, order=order,
+            bias=bias, per_tensor_scale=weight.base.per_tensor_scale,
+            transpose_weight=is_adapted or transpose_weight != weight.transposed, **options,
         )  # fmt: skip
     if isinstance(weight, MXTensor):
-        # Stored [E, D, C] and packed along C, or [E, C, D] and packed along D.
-        reduces_packed = weight.packed_axis == -2
-        base = weight.mT if reduces_packed else weight
+        reduces_packed = transpose_weight == (weight.packed_axis == -1)
         return ops.grouped_mm(
-            x, base.qdata, base.scale, base.format, offs, order=order, bias=bias,
-            per_tensor_scale=base.per_tensor_scale, transpose_weight=reduces_packed,
-            activation=base.activation if reduces_packed else None, **options,
+            x, *_packed(weight), offs, order=order, bias=bias, per_tensor_scale=weight.per_tensor_scale,
+            transpose_weight=reduces_packed, activation=weight.activation if reduces_packed else None,
+            **options,
         )  # fmt: skip
     if options:
         raise TypeError(
             f"{', '.join(options)}: options of packed weights; the weight is a plain tensor"
         )
+    weight = weight.mT if transpose_weight else weight
     return _plain_grouped_mm(x, weight, offs, order, bias)
+
+
+def _packed(w: MXTensor) -> tuple[torch.Tensor, torch.Tensor, BlockFormat]:
+    """The fields of ``w`` as ops take them, packed last; torch.compile sees none of ``w.mT``'s."""
+    if w.packed_axis == -1:
+        return w.qdata, w.scale, w.format
+    return w.qdata.transpose(-2, -1), w.scale.transpose(-2, -1), w.format
 
 
 def _plain_grouped_mm(
@@ -110,10 +138,11 @@ def experts(
     hidden: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: Weight,
+    down: Weight,
     activation: Activation,
     *,
+    transpose_weight: bool = False,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
     **options: Any,
@@ -128,13 +157,13 @@ def experts(
         down: ``[E, I, H]``, likewise.
         activation: ``(gate_up [T k, D], offs) -> [T k, I]``; rows behind
             ``offs[-1]``, which are zero, may become anything.
+        transpose_weight: the two are ``[E, D, H]`` and ``[E, H, I]``.
         gate_up_bias: ``[E, D]``.
         down_bias: ``[E, H]``.
         options: as in :func:`grouped_linear`, for both products.
     """
-    routing = ops.route(top_k_index, gate_up.shape[0])
-    x = grouped_linear(
-        hidden, gate_up, routing.offs, order=routing.order, bias=gate_up_bias, **options
-    )
-    y = grouped_linear(activation(x, routing.offs), down, routing.offs, bias=down_bias, **options)
-    return ops.combine(y, top_k_weights, routing.order)
+    order, offs = ops.route(top_k_index, gate_up.shape[0])
+    options["transpose_weight"] = transpose_weight
+    x = grouped_linear(hidden, gate_up, offs, order=order, bias=gate_up_bias, **options)
+    y = grouped_linear(activation(x, offs), down, offs, bias=down_bias, **options)
+    return ops.combine(y, top_k_weights, order)

@@ -180,10 +180,11 @@ def _refusal(check: Callable[[nn.Module], None], module: nn.Module) -> str | Non
 
 def _check_of(config: Any) -> Callable[[nn.Module], None]:
     """What raises for a layer that ``quantize_`` would refuse; those that it leaves as they are pass."""
-    from torchao_mx.lora.linear import MXLoRALinear, MXWeightOnlyLoRAConfig, check_lora_linear
+    from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
+    from torchao_mx.lora.handler import check_lora_module
 
     if isinstance(config, MXWeightOnlyLoRAConfig):
-        return lambda m: None if isinstance(m, MXLoRALinear) else check_lora_linear(m, config)
+        return lambda module: check_lora_module(module, config)
     weight, activation = _specs_of(config)
 
     def check(module: nn.Module) -> None:

@@ -7,17 +7,29 @@ import warnings
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
+from torchao_mx.experts import is_experts
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
-from torchao_mx.lora.linear import MXLoRALinear
+from torchao_mx.lora.experts import MXLoRAExperts, check_lora_experts
+from torchao_mx.lora.linear import MXLoRALinear, check_lora_linear
+
+_OURS = (MXLoRALinear, MXLoRAExperts)
 
 
 @register_quantize_module_handler(MXWeightOnlyLoRAConfig)
-def _lora_linear_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Module:
-    """An :class:`MXLoRALinear` of an ``nn.Linear``; twice is once, with a warning."""
-    if isinstance(module, MXLoRALinear):
+def _lora_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Module:
+    """An MXLoRALinear of an ``nn.Linear``, an MXLoRAExperts of experts; twice is once, with a warning."""
+    if isinstance(module, _OURS):
         warnings.warn(
             f"{module} has adapters already; left as it is. Exclude this layer with filter_fn",
             stacklevel=2,
         )
         return module
+    if is_experts(module):
+        return MXLoRAExperts.from_experts(module, config)
     return MXLoRALinear.from_linear(module, config)
+
+
+def check_lora_module(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
+    """Refuse what the handler would refuse; nothing is changed."""
+    if not isinstance(module, _OURS):
+        (check_lora_experts if is_experts(module) else check_lora_linear)(module, config)
