@@ -133,7 +133,7 @@ def loop(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias):
 def run(layer, hidden, ids, weights, **options):
     return moe.experts(
         hidden, ids, weights, *layer.stored, silu_gate, gate_up_bias=layer.biases[0],
-        down_bias=layer.biases[1], transpose_weight=not layer.stored_transposed, **options,
+        down_bias=layer.biases[1], transpose_weight=not layer.stored_transposed, n_experts=E, **options,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """torchao_mx: training in microscaling formats, as configs for torchao's ``quantize_``."""
 
 from torchao_mx import ops
-from torchao_mx.experts import is_experts
+from torchao_mx.experts import MXExperts, is_experts
 from torchao_mx.formats import (
     MXFP4,
     MXFP8_E4M3,
@@ -18,7 +18,12 @@ from torchao_mx.ptq import (
     check_model,
     is_linear,
 )
-from torchao_mx.qat import MXFakeQuantizeConfig, MXFakeQuantizedLinear, register_qat_handler
+from torchao_mx.qat import (
+    MXFakeQuantizeConfig,
+    MXFakeQuantizedExperts,
+    MXFakeQuantizedLinear,
+    register_qat_handler,
+)
 from torchao_mx.tensor import MXTensor
 
 __version__ = "0.1.0"
@@ -30,7 +35,9 @@ __all__ = [
     "NVFP4",
     "BlockFormat",
     "MXDynamicActivationMXWeightConfig",
+    "MXExperts",
     "MXFakeQuantizeConfig",
+    "MXFakeQuantizedExperts",
     "MXFakeQuantizedLinear",
     "MXLoRAExperts",
     "MXLoRALinear",

@@ -6,12 +6,13 @@ No model library is imported: a module is known by its parameters and flags. ::
     transformers v4   gpt-oss alone: the same parameters, transposed          (hidden, ids, scores [T, E])
     torchtitan        w1, w2, w3 [E, out, in]          (rows in the order of the experts, rows an expert)
 
-A layout's ``forward`` runs the pipeline of ``moe.py`` for a module of ours that stands in for the source,
-with its attributes, ``source_class``, ``weight(name)`` for each weight as it is stored, and ``options``.
+A layout's ``forward`` runs the pipeline of ``moe.py`` for an :class:`MXExperts`, the module of ours that
+stands in for the source, with its attributes.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchao_mx import moe
+from torchao_mx.checks import check_blocks, check_high_precision
+from torchao_mx.formats import QuantizeSpec
+from torchao_mx.modules import twin_of
+from torchao_mx.tensor import MXTensor
 
 
 @dataclass(frozen=True)
@@ -36,11 +41,11 @@ class Layout:
     biases: tuple[str, ...] = ()
     transposed: bool = False
 
-    def forward(self, module: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(self, module: MXExperts, *args: Any, **kwargs: Any) -> torch.Tensor:
         """The source's forward, on ``module.weight(name)``."""
         raise NotImplementedError
 
-    def bias(self, module: Any, i: int) -> torch.Tensor | None:
+    def bias(self, module: MXExperts, i: int) -> torch.Tensor | None:
         return getattr(module, self.biases[i]) if self.biases else None
 
 
@@ -50,7 +55,7 @@ class TransformersLayout(Layout):
 
     def forward(
         self,
-        module: Any,
+        module: MXExperts,
         hidden_states: torch.Tensor,
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
@@ -62,8 +67,8 @@ class TransformersLayout(Layout):
 
         return moe.experts(
             hidden_states, top_k_index, top_k_weights, module.weight(up), module.weight(down),
-            activation, transpose_weight=not self.transposed, gate_up_bias=self.bias(module, 0),
-            down_bias=self.bias(module, 1), **module.options,
+            activation, n_experts=module.n_experts, transpose_weight=not self.transposed,
+            gate_up_bias=self.bias(module, 0), down_bias=self.bias(module, 1), **module.options,
         )  # fmt: skip
 
 
@@ -73,7 +78,7 @@ class GptOssV4Layout(Layout):
 
     def forward(
         self,
-        module: Any,
+        module: MXExperts,
         hidden_states: torch.Tensor,
         router_indices: torch.Tensor,
         routing_weights: torch.Tensor,
@@ -88,8 +93,8 @@ class GptOssV4Layout(Layout):
         out = moe.experts(
             hidden_states.reshape(-1, hidden_states.shape[-1]), router_indices,
             routing_weights.gather(1, router_indices), module.weight(up), module.weight(down),
-            activation, transpose_weight=not self.transposed, gate_up_bias=self.bias(module, 0),
-            down_bias=self.bias(module, 1), **module.options,
+            activation, n_experts=module.n_experts, transpose_weight=not self.transposed,
+            gate_up_bias=self.bias(module, 0), down_bias=self.bias(module, 1), **module.options,
         )  # fmt: skip
         return out.view_as(hidden_states)
 
@@ -99,7 +104,7 @@ class TitanLayout(Layout):
     """torchtitan's ``(x [R, H], num_tokens_per_expert [E])``: rows in the experts' order, in and out."""
 
     def forward(
-        self, module: Any, x: torch.Tensor, num_tokens_per_expert: torch.Tensor
+        self, module: MXExperts, x: torch.Tensor, num_tokens_per_expert: torch.Tensor
     ) -> torch.Tensor:
         offs = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
         gate, up, down = (module.weight(name) for name in self.weights)
@@ -109,8 +114,128 @@ class TitanLayout(Layout):
         return moe.grouped_linear(rows, down, offs, **options)
 
 
+class MXExperts(nn.Module):
+    """A module of experts on frozen packed weights, computed by the pipeline of ``moe.py``.
+
+    It is called as its source is, and has the source's attributes, hooks and parameters under their names,
+    the weights as :class:`MXTensor` of the source's logical shape. Made by ``quantize_`` with a PTQ config
+    and ``filter_fn=is_experts``, or by converting an :class:`torchao_mx.MXFakeQuantizedExperts`.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao_mx import MXWeightOnlyConfig, is_experts
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         shapes = {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}
+        ...         for name, shape in shapes.items():
+        ...             setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
+        >>> quantize_(model, MXWeightOnlyConfig(), filter_fn=is_experts)
+        >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).shape
+        torch.Size([5, 32])
+    """
+
+    layout: Layout
+    source_class: type[nn.Module]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the products are told."""
+        return {}
+
+    @classmethod
+    def stand_in(cls, module: nn.Module) -> Any:
+        """A ``cls`` that shares everything a module of experts holds, itself unchanged."""
+        twin = twin_of(cls, module)
+        twin.layout = layout_of(module)
+        twin.source_class = module.source_class if isinstance(module, MXExperts) else type(module)
+        return twin
+
+    @property
+    def n_experts(self) -> int:
+        return self._parameters[self.layout.weights[0]].shape[0]
+
+    def weight(self, name: str) -> moe.Weight:
+        """What the products take for the weight ``name``, stored as the source stores it."""
+        return self._parameters[name]
+
+    def base(self, name: str) -> torch.Tensor:
+        """The weight ``name`` as ``[E, out, in]``."""
+        weight = self._parameters[name]
+        return weight.mT if self.layout.transposed else weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the source's."""
+        return self.layout.forward(self, *args, **kwargs)
+
+    def shapes_repr(self) -> str:
+        """The source's name and its weights' shapes."""
+        shapes = (f"{n}={tuple(self._parameters[n].shape)}" for n in self.layout.weights)
+        return f"{self.source_class.__name__}: {', '.join(shapes)}"
+
+    def extra_repr(self) -> str:
+        weight = self.base(self.layout.weights[0])
+        return f"{self.shapes_repr()}, weight={weight._quantization_type()}"
+
+
+def pack(
+    weight: torch.Tensor,
+    transposed: bool,
+    spec: QuantizeSpec,
+    activation: QuantizeSpec | None = None,
+) -> MXTensor:
+    """``[E, out, in]`` (``[E, in, out]`` if transposed) in blocks along ``in``, of the same shape."""
+    stored = weight.mT.contiguous() if transposed else weight
+    packed = MXTensor.from_hp(stored, spec.format, spec.scaling_mode, activation=activation)
+    return packed.mT if transposed else packed
+
+
+def quantize_experts(
+    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
+) -> MXExperts:
+    """The frozen packed twin of a module of experts; twice is once, with a warning."""
+    layout = layout_of(module)
+    if all(isinstance(module._parameters[name], MXTensor) for name in layout.weights):
+        warnings.warn(
+            f"{type(module).__name__} holds MXTensors already; left as it is. Quantize a model once, or "
+            f"exclude this module with filter_fn",
+            stacklevel=2,
+        )
+        return module if isinstance(module, MXExperts) else MXExperts.stand_in(module)
+    check_experts(module, weight, activation)
+    twin = MXExperts.stand_in(module)
+    for name in layout.weights:
+        packed = pack(module._parameters[name].detach(), layout.transposed, weight, activation)
+        twin._parameters[name] = nn.Parameter(packed, requires_grad=False)
+    return twin
+
+
+def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
+    """Refuse a module of experts whose weights cannot be quantized so; nothing is changed."""
+    layout, kind = layout_of(module), type(module).__name__
+    missing = [n for n in layout.biases if module._parameters.get(n) is None]
+    if missing:
+        raise ValueError(f"{kind} has no {' and no '.join(missing)}, which its flags promise")
+    for name in layout.weights:
+        data, what = module._parameters[name].detach(), f"{kind}.{name}"
+        if isinstance(data, MXTensor):
+            raise TypeError(
+                f"{what} is an MXTensor already; quantize from high-precision weights, or leave this module "
+                f"out with filter_fn"
+            )
+        check_high_precision(data.dtype, what)
+        stored = data.mT if layout.transposed else data
+        check_blocks(stored.shape, weight.format, -1, what)
+        if activation is not None:
+            check_blocks(stored.shape, activation.format, -1, f"{what}: its input")
+
+
 def layout_of(module: nn.Module) -> Layout | None:
     """The layout of a module of experts; None for any other module."""
+    if isinstance(module, MXExperts):
+        return module.layout
     weights = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
     if weights.keys() == {"w1", "w2", "w3"}:
         return TitanLayout(("w1", "w3", "w2"))

@@ -43,12 +43,12 @@ class AdaptedWeight(NamedTuple):
     lora_b: torch.Tensor  # [E, out, r]
     scaling: float
 
-    @property
-    def shape(self) -> torch.Size:
-        return self.base.shape
 
-
-Weight = torch.Tensor | AdaptedWeight
+# (x, offs, order, bias) -> y, for a weight that only its owner knows how to multiply with.
+Product = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
+]
+Weight = torch.Tensor | AdaptedWeight | Product
 
 
 def grouped_linear(
@@ -66,7 +66,8 @@ def grouped_linear(
     Args:
         x: ``[R, C]`` in the order of the groups; with an ``order`` ``[T, C]``, ungrouped.
         weight: ``[E, C, D]``: an :class:`MXTensor`, one with adapters (a :class:`LoRATensor` or an
-            :class:`AdaptedWeight`), or a plain tensor; gradients go to adapters and to a plain one.
+            :class:`AdaptedWeight`), or a plain tensor; gradients go to adapters and to a plain one. Or a
+            function that computes the product.
         offs: int32 ``[E]``, as in :func:`torchao_mx.ops.grouped_mm`.
         transpose_weight: the weight is ``[E, D, C]``.
         order: int32 ``[R]``, as in :func:`torchao_mx.ops.grouped_mm`.
@@ -97,10 +98,11 @@ def grouped_linear(
         )  # fmt: skip
     if options:
         raise TypeError(
-            f"{', '.join(options)}: options of packed weights; the weight is a plain tensor"
+            f"{', '.join(options)}: options of packed weights; the weight is a {type(weight).__name__}"
         )
-    weight = weight.mT if transpose_weight else weight
-    return _plain_grouped_mm(x, weight, offs, order, bias)
+    if not isinstance(weight, torch.Tensor):
+        return weight(x, offs, order, bias)
+    return _plain_grouped_mm(x, weight.mT if transpose_weight else weight, offs, order, bias)
 
 
 def _packed(w: MXTensor) -> tuple[torch.Tensor, torch.Tensor, BlockFormat]:
@@ -142,6 +144,7 @@ def experts(
     down: Weight,
     activation: Activation,
     *,
+    n_experts: int | None = None,
     transpose_weight: bool = False,
     gate_up_bias: torch.Tensor | None = None,
     down_bias: torch.Tensor | None = None,
@@ -157,12 +160,13 @@ def experts(
         down: ``[E, I, H]``, likewise.
         activation: ``(gate_up [T k, D], offs) -> [T k, I]``; rows behind
             ``offs[-1]``, which are zero, may become anything.
+        n_experts: E; None for that of gate_up, a tensor.
         transpose_weight: the two are ``[E, D, H]`` and ``[E, H, I]``.
         gate_up_bias: ``[E, D]``.
         down_bias: ``[E, H]``.
         options: as in :func:`grouped_linear`, for both products.
     """
-    order, offs = ops.route(top_k_index, gate_up.shape[0])
+    order, offs = ops.route(top_k_index, gate_up.shape[0] if n_experts is None else n_experts)
     options["transpose_weight"] = transpose_weight
     x = grouped_linear(hidden, gate_up, offs, order=order, bias=gate_up_bias, **options)
     y = grouped_linear(activation(x, offs), down, offs, bias=down_bias, **options)

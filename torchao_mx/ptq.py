@@ -1,6 +1,7 @@
 """Post-training quantization: configs for torchao's ``quantize_``.
 
 The handlers replace ``linear.weight`` by a frozen :class:`MXTensor`; the module stays an ``nn.Linear``.
+Modules of experts become :class:`MXExperts`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_mx.checks import check_blocks, check_high_precision
+from torchao_mx.experts import check_experts, is_experts, quantize_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
 from torchao_mx.tensor import MXTensor
 
@@ -188,7 +190,9 @@ def _check_of(config: Any) -> Callable[[nn.Module], None]:
     weight, activation = _specs_of(config)
 
     def check(module: nn.Module) -> None:
-        if not (isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor)):
+        if is_experts(module):
+            check_experts(module, weight, activation)
+        elif not (isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor)):
             check_linear(module, weight, activation)
 
     return check
@@ -262,14 +266,15 @@ def _extra_repr(module: Any) -> str:
 
 @register_quantize_module_handler(MXWeightOnlyConfig)
 @register_quantize_module_handler(MXDynamicActivationMXWeightConfig)
-def _quantize_linear_handler(
+def _quantize_handler(
     module: nn.Module, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
 ) -> nn.Module:
-    from torchao_mx.qat.linear import MXFakeQuantizedLinear
+    from torchao_mx.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
 
-    if isinstance(module, MXFakeQuantizedLinear):
+    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
         raise TypeError(
             f"{module} is being trained; convert it with quantize_(model, QATConfig(config, "
             f"step='convert'))"
         )
-    return quantize_linear(module, config.weight_spec, config.activation_spec)
+    quantize = quantize_experts if is_experts(module) else quantize_linear
+    return quantize(module, config.weight_spec, config.activation_spec)

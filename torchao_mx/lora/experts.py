@@ -16,15 +16,14 @@ import torch
 from torch import nn
 
 from torchao_mx.checks import check_blocks, check_high_precision
-from torchao_mx.experts import layout_of
+from torchao_mx.experts import MXExperts, layout_of, pack
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
-from torchao_mx.modules import twin_of
 from torchao_mx.moe import AdaptedWeight
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
 
 
-class MXLoRAExperts(nn.Module):
+class MXLoRAExperts(MXExperts):
     """A module of experts on frozen packed weights, with LoRA adapters beside each of them.
 
     It is called as its source is, and has the source's attributes, hooks and parameters under their names,
@@ -64,9 +63,8 @@ class MXLoRAExperts(nn.Module):
             ValueError: weights that cannot be packed so; a rank above a side of one; dropout.
         """
         check_lora_experts(module, config)
-        twin = twin_of(cls, module)
-        twin.layout, twin.lora_config = layout_of(module), config
-        twin.source_class = type(module)
+        twin = cls.stand_in(module)
+        twin.lora_config = config
         for name in twin.layout.weights:
             twin._add_weight(name, module._parameters[name].detach())
         for name in twin.layout.biases:
@@ -78,12 +76,9 @@ class MXLoRAExperts(nn.Module):
     def _add_weight(self, name: str, weight: torch.Tensor) -> None:
         config = self.lora_config
         if not isinstance(weight, MXTensor):
-            spec = config.weight_spec
-            packed = weight.mT.contiguous() if self.layout.transposed else weight
-            packed = MXTensor.from_hp(packed, spec.format, spec.scaling_mode)
-            weight = packed.mT if self.layout.transposed else packed
+            weight = pack(weight, self.layout.transposed, config.weight_spec)
         self._parameters[name] = nn.Parameter(weight, requires_grad=False)
-        experts, n, k = self._base(name).shape
+        experts, n, k = self.base(name).shape
         options = {"device": weight.device, "dtype": config.adapter_dtype or weight.dtype}
         a, b = (
             torch.empty(experts, config.r, k, **options),
@@ -110,35 +105,25 @@ class MXLoRAExperts(nn.Module):
             "grad_compute_dtype": config.grad_compute_dtype,
         }
 
-    def _base(self, name: str) -> MXTensor:
-        """``W [E, out, in]``, packed along in."""
-        weight = self._parameters[name]
-        return weight.mT if self.layout.transposed else weight
-
     def weight(self, name: str) -> AdaptedWeight:
         """The weight ``name`` with its adapters."""
         a, b = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
         return AdaptedWeight(self._parameters[name], a, b, self.lora_config.scaling)
 
-    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the source's."""
-        return self.layout.forward(self, *args, **kwargs)
-
     @torch.no_grad()
     def merged_weight(self, name: str) -> torch.Tensor:
         """``W + s B A`` of the weight ``name``, in its dtype and shape; summed in fp32, rounded once."""
         _, *adapters = self.weight(name)
-        return LoRATensor(self._base(name), *adapters, self.layout.transposed).dequantize()
+        return LoRATensor(self.base(name), *adapters, self.layout.transposed).dequantize()
 
     def extra_repr(self) -> str:
         config = self.lora_config
-        weights = ", ".join(f"{n}={tuple(self._parameters[n].shape)}" for n in self.layout.weights)
         fields = [
-            f"{self.source_class.__name__}: {weights}",
+            self.shapes_repr(),
             f"r={config.r}",
             f"alpha={config.lora_alpha}",
             f"scaling={config.scaling:g}",
-            f"weight={self._base(self.layout.weights[0])._quantization_type()}",
+            f"weight={self.base(self.layout.weights[0])._quantization_type()}",
             f"strategy={config.strategy}",
         ]
         for name in ("compute_dtype", "grad_compute_dtype"):

@@ -24,9 +24,11 @@ from torchao.quantization.transform_module import (
     register_quantize_module_handler,
 )
 
+from torchao_mx.experts import is_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec
 from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig
 from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.qat.experts import MXFakeQuantizedExperts
 from torchao_mx.qat.linear import MXFakeQuantizedLinear
 
 _Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
@@ -51,9 +53,11 @@ def _configs_of(config: QATConfig) -> _Configs | None:
 
 
 def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Module:
-    if isinstance(module, MXFakeQuantizedLinear):
+    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
+    if is_experts(module):
+        return MXFakeQuantizedExperts.from_experts(module, *configs)
     if (
         isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
         and isinstance(module, nn.Linear)
@@ -66,7 +70,9 @@ def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Modu
     return MXFakeQuantizedLinear.from_linear(module, *configs)
 
 
-def _convert(module: MXFakeQuantizedLinear, config: QATConfig) -> nn.Module:
+def _convert(
+    module: MXFakeQuantizedLinear | MXFakeQuantizedExperts, config: QATConfig
+) -> nn.Module:
     base = config.base_config
     trained = (module.activation_config, module.weight_config)
     if base is not None:
@@ -76,6 +82,8 @@ def _convert(module: MXFakeQuantizedLinear, config: QATConfig) -> nn.Module:
                 f"{module} cannot be converted with {base}: that is not what it was trained for. Convert "
                 f"with the base config of its prepare step, or without one and quantize the result"
             )
+    if isinstance(module, MXFakeQuantizedExperts):
+        return module.to_packed()
     linear = module.to_linear()
     return linear if base is None else _QUANTIZE_CONFIG_HANDLER[type(base)](linear, base)
 
@@ -88,7 +96,7 @@ def register_qat_handler() -> None:
 
     def handler(module: nn.Module, config: QATConfig, **kwargs: Any) -> nn.Module:
         if config.step == "convert":
-            if isinstance(module, MXFakeQuantizedLinear):
+            if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
                 return _convert(module, config)
         else:
             configs = _configs_of(config)

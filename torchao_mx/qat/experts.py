@@ -1,0 +1,173 @@
+"""MXFakeQuantizedExperts: train 3-D expert weights on the values that they will have once quantized.
+
+Forward is the converted module's, by the same ops on equal operands: each weight is packed and the product
+is that of the packed weight (``ops.grouped_mm``), its input quantized first where activations are. Backward
+takes quantization as the identity (straight-through, Bengio et al. 2013, arXiv:1308.3432)::
+
+    dX = dY Wq_e        dW_e = dY_e^T Xq_e        dbias_e = sum over the rows of dY_e
+
+dX and dbias are the product's own; dW is one grouped product over rows. Kept for backward are X, by
+reference, and the packed weight.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from torchao_mx import moe, ops
+from torchao_mx.experts import MXExperts, check_experts, is_experts, pack
+from torchao_mx.formats import QuantizeSpec
+from torchao_mx.ops._unpack import aligned_rows
+from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
+from torchao_mx.qat.config import MXFakeQuantizeConfig
+
+
+class _WeightGradient(torch.autograd.Function):
+    """y as it is; backward adds the gradient of the weight ``[E, out, in]`` that y was computed with."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: torch.Tensor,
+        weight: torch.Tensor,
+        x: torch.Tensor,
+        offs: torch.Tensor,
+        order: torch.Tensor | None,
+        activation: str,
+        activation_mode: str,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, offs, order)
+        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.activation = (activation, activation_mode)
+        return y.view_as(y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, offs, order = ctx.saved_tensors
+        dw = None
+        if ctx.needs_input_grad[1] and len(dy) == 0:
+            dw = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
+        elif ctx.needs_input_grad[1]:
+            rows = fake_quantize_activation(x, *ctx.activation)
+            rows = rows if order is None else rows[order // (len(order) // len(x))]
+            dw = torch._grouped_mm(aligned_rows(dy).mT, aligned_rows(rows), offs=offs).to(ctx.dtype)
+        return (
+            dy,
+            dw,
+            None,
+            None,
+            None,
+            None,
+            None,
+        )  # y, weight, x, offs, order, activation, its mode
+
+
+class MXFakeQuantizedExperts(MXExperts):
+    """A module of experts that computes with quantized weights, and activations, and trains through them.
+
+    It is called as its source is and shares its parameters, in high precision. Made by ``quantize_`` with
+    ``QATConfig(base, step="prepare")`` and ``filter_fn=is_experts``; ``step="convert"`` makes an
+    :class:`MXExperts` of it, whose forward is the same.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao.quantization.qat import QATConfig
+        >>> from torchao_mx import MXWeightOnlyConfig, is_experts
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         shapes = {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}
+        ...         for name, shape in shapes.items():
+        ...             setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
+        >>> quantize_(model, QATConfig(MXWeightOnlyConfig(), step="prepare"), filter_fn=is_experts)
+        >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
+        >>> model["experts"].w1.grad.shape
+        torch.Size([4, 64, 32])
+    """
+
+    activation_config: MXFakeQuantizeConfig | None
+    weight_config: MXFakeQuantizeConfig
+
+    @classmethod
+    def from_experts(
+        cls,
+        module: nn.Module,
+        activation_config: MXFakeQuantizeConfig | None = None,
+        weight_config: MXFakeQuantizeConfig | None = None,
+    ) -> MXFakeQuantizedExperts:
+        """The fake-quantized twin of ``module``, which is unchanged and shares its parameters.
+
+        Raises:
+            TypeError: a module that :func:`torchao_mx.is_experts` does not know; configs of other types.
+            ValueError: no ``weight_config``; weights that cannot be packed so.
+        """
+        for name, config in (("weight", weight_config), ("activation", activation_config)):
+            if not isinstance(config, MXFakeQuantizeConfig) and (config or name == "weight"):
+                raise TypeError(
+                    f"{name}_config={config!r}; it must be a torchao_mx.MXFakeQuantizeConfig"
+                )
+        if not is_experts(module):
+            raise TypeError(
+                f"{type(module).__name__} is no module of experts that is known; select them with "
+                f"quantize_(..., filter_fn=torchao_mx.is_experts)"
+            )
+        check_experts(module, weight_config.spec, activation_config and activation_config.spec)
+        twin = cls.stand_in(module)
+        twin.activation_config, twin.weight_config = activation_config, weight_config
+        return twin
+
+    @property
+    def activation_spec(self) -> QuantizeSpec | None:
+        return None if self.activation_config is None else self.activation_config.spec
+
+    def weight(self, name: str) -> moe.Product:
+        """A product with the weight ``name`` as it is once quantized."""
+        return lambda x, offs, order, bias: self._product(name, x, offs, order, bias)
+
+    def _product(
+        self,
+        name: str,
+        x: torch.Tensor,
+        offs: torch.Tensor,
+        order: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        weight, spec, activation = self.base(name), self.weight_config.spec, self.activation_spec
+        with torch.no_grad():
+            stored = weight.contiguous()
+            pts = None
+            if spec.format.has_per_tensor_scale:
+                pts = ops.per_tensor_scale(stored, spec.format, True)
+            qdata, scale = ops.quantize(
+                stored, spec.format, spec.scaling_mode, per_tensor_scale=pts
+            )
+        y = ops.grouped_mm(
+            x, qdata, scale, spec.format, offs, order=order, bias=bias, per_tensor_scale=pts,
+            activation=activation,
+        )  # fmt: skip
+        return _WeightGradient.apply(y, weight, x, offs, order, *spec_strings(activation))
+
+    def to_packed(self) -> MXExperts:
+        """The frozen module on the quantized weights, that computes what this one does."""
+        twin = MXExperts.stand_in(self)
+        del twin.activation_config, twin.weight_config
+        for name in self.layout.weights:
+            packed = pack(
+                self._parameters[name].detach(), self.layout.transposed, self.weight_config.spec,
+                self.activation_spec,
+            )  # fmt: skip
+            twin._parameters[name] = nn.Parameter(packed, requires_grad=False)
+        return twin
+
+    def extra_repr(self) -> str:
+        text = f"{self.shapes_repr()}, weight={self.weight_config.spec}"
+        if self.activation_config is not None:
+            text += f", activation={self.activation_config.spec}"
+        return text
