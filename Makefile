@@ -46,6 +46,7 @@ lint: $(installed)
 bench: $(installed)
 	@$(py) -c '$(has_gpu)' || { echo 'make bench needs a CUDA GPU, and torch sees none here' >&2; exit 1; }
 	$(py) benchmarks/ops/bench_quantize.py
+	$(py) benchmarks/ops/bench_swiglu.py
 	$(py) benchmarks/bench_qat_linear.py
 	$(py) benchmarks/fp8_accuracy.py
 	$(py) benchmarks/bench_lora_linear.py

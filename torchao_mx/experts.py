@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchao_mx import moe
+from torchao_mx import moe, ops
 from torchao_mx.checks import check_blocks, check_high_precision
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.modules import twin_of
@@ -62,8 +62,12 @@ class TransformersLayout(Layout):
     ) -> torch.Tensor:
         up, down = self.weights
 
+        options = _swiglu_options(module)
+
         def activation(gate_up: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-            return module.source_class._apply_gate(module, gate_up)
+            if options is None:
+                return module.source_class._apply_gate(module, gate_up)
+            return ops.swiglu(gate_up, **options)
 
         return moe.experts(
             hidden_states, top_k_index, top_k_weights, module.weight(up), module.weight(down),
@@ -86,9 +90,7 @@ class GptOssV4Layout(Layout):
         up, down = self.weights
 
         def activation(gate_up: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-            gate = gate_up[..., ::2].clamp(max=module.limit)
-            linear = gate_up[..., 1::2].clamp(-module.limit, module.limit)
-            return (linear + 1) * (gate * torch.sigmoid(gate * module.alpha))
+            return ops.swiglu(gate_up, **_gpt_oss_options(module))
 
         out = moe.experts(
             hidden_states.reshape(-1, hidden_states.shape[-1]), router_indices,
@@ -112,6 +114,19 @@ class TitanLayout(Layout):
         gate = F.silu(moe.grouped_linear(x, gate, offs, **options))
         rows = gate * moe.grouped_linear(x, up, offs, **options)
         return moe.grouped_linear(rows, down, offs, **options)
+
+
+def _swiglu_options(module: MXExperts) -> dict[str, Any] | None:
+    """What makes ``ops.swiglu`` the source's gate, where that is one of the two that it knows."""
+    gate = getattr(module.source_class._apply_gate, "__qualname__", "")
+    if gate == "GptOssExperts._apply_gate":
+        return _gpt_oss_options(module)
+    is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    return {} if gate == "_default_apply_gate" and is_silu else None
+
+
+def _gpt_oss_options(module: MXExperts) -> dict[str, Any]:
+    return {"interleaved": True, "alpha": module.alpha, "limit": module.limit, "up_offset": 1.0}
 
 
 class MXExperts(nn.Module):

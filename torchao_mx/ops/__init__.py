@@ -7,6 +7,7 @@ from torchao_mx.ops.linear import lora_grouped_mm, lora_matmul
 from torchao_mx.ops.matmul import grouped_mm, matmul
 from torchao_mx.ops.quantize import per_tensor_scale, quantize, quantize_with_values
 from torchao_mx.ops.routing import Routing, route
+from torchao_mx.ops.swiglu import swiglu
 
 __all__ = [
     "Routing",
@@ -21,4 +22,5 @@ __all__ = [
     "quantize",
     "quantize_with_values",
     "route",
+    "swiglu",
 ]

@@ -11,6 +11,7 @@ from torchao_mx.reference.mm import (
     sum_rows,
 )
 from torchao_mx.reference.quantize import dequantize, fake_quantize, per_tensor_scale, quantize
+from torchao_mx.reference.swiglu import swiglu, swiglu_backward
 
 __all__ = [
     "combine_backward",
@@ -25,4 +26,6 @@ __all__ = [
     "quantize",
     "rows_per_token",
     "sum_rows",
+    "swiglu",
+    "swiglu_backward",
 ]
