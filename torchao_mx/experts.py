@@ -61,18 +61,11 @@ class TransformersLayout(Layout):
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
         up, down = self.weights
-
-        options = _swiglu_options(module)
-
-        def activation(gate_up: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-            if options is None:
-                return module.source_class._apply_gate(module, gate_up)
-            return ops.swiglu(gate_up, **options)
-
         return moe.experts(
             hidden_states, top_k_index, top_k_weights, module.weight(up), module.weight(down),
-            activation, n_experts=module.n_experts, transpose_weight=not self.transposed,
-            gate_up_bias=self.bias(module, 0), down_bias=self.bias(module, 1), **module.options,
+            gate_of(module, module.source_class), n_experts=module.n_experts,
+            transpose_weight=not self.transposed, gate_up_bias=self.bias(module, 0),
+            down_bias=self.bias(module, 1), **module.options,
         )  # fmt: skip
 
 
@@ -88,14 +81,10 @@ class GptOssV4Layout(Layout):
         routing_weights: torch.Tensor,
     ) -> torch.Tensor:
         up, down = self.weights
-
-        def activation(gate_up: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-            return ops.swiglu(gate_up, **_gpt_oss_options(module))
-
         out = moe.experts(
             hidden_states.reshape(-1, hidden_states.shape[-1]), router_indices,
             routing_weights.gather(1, router_indices), module.weight(up), module.weight(down),
-            activation, n_experts=module.n_experts, transpose_weight=not self.transposed,
+            gpt_oss_gate(module), n_experts=module.n_experts, transpose_weight=not self.transposed,
             gate_up_bias=self.bias(module, 0), down_bias=self.bias(module, 1), **module.options,
         )  # fmt: skip
         return out.view_as(hidden_states)
@@ -116,17 +105,21 @@ class TitanLayout(Layout):
         return moe.grouped_linear(rows, down, offs, **options)
 
 
-def _swiglu_options(module: MXExperts) -> dict[str, Any] | None:
-    """What makes ``ops.swiglu`` the source's gate, where that is one of the two that it knows."""
-    gate = getattr(module.source_class._apply_gate, "__qualname__", "")
+def gate_of(module: Any, cls: type) -> moe.Activation:
+    """The ``_apply_gate`` of ``cls``, with module's attributes; as one op where that knows it."""
+    gate = getattr(cls._apply_gate, "__qualname__", "")
     if gate == "GptOssExperts._apply_gate":
-        return _gpt_oss_options(module)
+        return gpt_oss_gate(module)
     is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    return {} if gate == "_default_apply_gate" and is_silu else None
+    if gate == "_default_apply_gate" and is_silu:
+        return lambda gate_up, offs: ops.swiglu(gate_up)
+    return lambda gate_up, offs: cls._apply_gate(module, gate_up)
 
 
-def _gpt_oss_options(module: MXExperts) -> dict[str, Any]:
-    return {"interleaved": True, "alpha": module.alpha, "limit": module.limit, "up_offset": 1.0}
+def gpt_oss_gate(module: Any) -> moe.Activation:
+    """The gate of gpt-oss, with module's ``alpha`` and ``limit``."""
+    options = {"interleaved": True, "up_offset": 1.0, "alpha": module.alpha, "limit": module.limit}
+    return lambda gate_up, offs: ops.swiglu(gate_up, **options)
 
 
 class MXExperts(nn.Module):

@@ -1,0 +1,20 @@
+"""Checkpoints of transformers: loaded packed, trained, and saved so that others load them.
+
+The only part of torchao_mx that imports transformers. Importing it adds to transformers' own registries: the
+quantizer "torchao_mx" and, under v5, the experts implementation "torchao_mx".
+"""
+
+from torchao_mx.hf._versions import is_v5
+
+if is_v5():
+    from torchao_mx.hf import _v5 as _hooks
+else:
+    from torchao_mx.hf import _v4 as _hooks
+
+_hooks.register()
+
+from torchao_mx.hf._adapter import load_adapter, save_adapter  # noqa: E402
+from torchao_mx.hf._load import from_pretrained  # noqa: E402  after the version is known to work
+from torchao_mx.hf._save import save_pretrained  # noqa: E402
+
+__all__ = ["from_pretrained", "load_adapter", "save_adapter", "save_pretrained"]

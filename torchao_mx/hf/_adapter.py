@@ -1,0 +1,246 @@
+"""Adapters in PEFT's layout: what it saves for ``LoraConfig(target_modules=, target_parameters=)``.
+
+A linear layer's two matrices stand under its name, ``lora_A.weight [r, in]`` and ``lora_B.weight [out, r]``.
+Of 3-D experts PEFT wraps one parameter after the other, in the order in which the module registered them, so
+that the first one's stand innermost, behind ``base_layer.`` for each wrapper around it; all experts' in one::
+
+    lora_A.weight [E r, in]   = A [E, r, in], expert by expert
+    lora_B.weight [out, r E]  = B [E, out, r] with the experts last
+
+PEFT under transformers 4 takes the two axes of gpt-oss's weights for each other: its ``lora_A [E r, out]``
+holds ``B_e^T``, its ``lora_B [in, r E]`` holds ``A_e^T``. Shapes tell, if not of a square weight then of the
+other one: ``[H, 2 I]`` and ``[I, H]`` are never both square.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+class _Adapter(NamedTuple):
+    """One weight's adapters: the parameters ``lora_A`` and ``lora_B``, and where PEFT has them."""
+
+    weight: str  # full name of the adapted parameter, or of the linear layer
+    key: str  # in the file, in front of lora_A.weight
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    transposed: bool = False  # stored [E, in, out]
+
+
+def _adapters(model: nn.Module) -> Iterator[_Adapter]:
+    for name, module in model.named_modules():
+        dot = f"{name}." if name else ""
+        if isinstance(module, MXLoRALinear):
+            yield _Adapter(name, f"{PREFIX}{dot}", module.lora_A, module.lora_B)
+        elif isinstance(module, MXLoRAExperts):
+            weights = [n for n in module._parameters if n in module.layout.weights]
+            for i, weight in enumerate(weights):
+                a, b = (module._parameters[f"{weight}_lora_{s}"] for s in "AB")
+                key = f"{PREFIX}{dot}{'base_layer.' * (len(weights) - 1 - i)}"
+                yield _Adapter(f"{dot}{weight}", key, a, b, module.layout.transposed)
+
+
+def _to_peft(adapter: _Adapter) -> dict[str, torch.Tensor]:
+    a, b = adapter.lora_a.detach(), adapter.lora_b.detach()
+    if a.dim() == 3:
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return {f"{adapter.key}lora_A.weight": a, f"{adapter.key}lora_B.weight": b}
+
+
+def _from_peft(
+    adapter: _Adapter, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    if adapter.lora_a.dim() == 2:
+        return a, b
+    experts, r, k = adapter.lora_a.shape
+    return a.view(experts, r, k), b.view(-1, r, experts).permute(2, 0, 1)
+
+
+def _from_peft_v4(
+    adapter: _Adapter, a: torch.Tensor, b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of PEFT under transformers 4, whose A holds what is B's here and the reverse."""
+    experts, r, _ = adapter.lora_a.shape
+    lora_a = b.view(-1, r, experts).permute(2, 1, 0)
+    lora_b = a.view(experts, r, -1).transpose(1, 2)
+    return lora_a, lora_b
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    """What PEFT needs to know, of all adapters alike."""
+    configs = {
+        (config.r, config.lora_alpha, config.use_rslora)
+        for config in (
+            module.lora_config if isinstance(module, MXLoRAExperts) else module.config
+            for module in model.modules()
+            if isinstance(module, (MXLoRALinear, MXLoRAExperts))
+        )
+    }
+    if len(configs) != 1:
+        found = ", ".join(f"r={r} alpha={a} use_rslora={s}" for r, a, s in sorted(configs))
+        raise ValueError(
+            f"the model has {f'adapters of several kinds ({found})' if configs else 'no adapters'}; a file "
+            f"holds those of one MXWeightOnlyLoRAConfig"
+        )
+    r, alpha, use_rslora = configs.pop()
+    names = [adapter.weight for adapter in _adapters(model)]
+    modules = [name for name, m in model.named_modules() if isinstance(m, MXLoRALinear)]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": modules,
+        "target_parameters": [name for name in names if name not in modules] or None,
+    }
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Save a model's adapters as PEFT does, for PEFT, vLLM or :func:`load_adapter`.
+
+    Args:
+        model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts`, of one config.
+        path: a folder; ``adapter_config.json`` and ``adapter_model.safetensors`` in it are replaced.
+
+    Raises:
+        ValueError: no adapters, or some of another rank or scale than others.
+    """
+    config = _config_of(model)
+    tensors = {}
+    for adapter in _adapters(model):
+        tensors |= {key: t.contiguous().cpu() for key, t in _to_peft(adapter).items()}
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
+        files = Path(temporary)
+        save_file(tensors, files / WEIGHTS_FILE, metadata={"format": "pt"})
+        (files / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(files / name, folder / name)
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Load what :func:`save_adapter` or PEFT saved into a model's adapters; all is checked first.
+
+    An adapter that PEFT trained on gpt-oss under transformers 4 is converted.
+
+    Args:
+        model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts` where the file has adapters, of its rank
+            and scale.
+        path: a folder.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: another kind, rank or scale of adapter; tensors missing, unknown, of other shapes or not
+            floating. The message names each, and the model is as it was.
+    """
+    folder = Path(path)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    _check_config(config, _config_of(model))
+    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
+    adapters = list(_adapters(model))
+    pairs = _checked_pairs(adapters, tensors)
+    convert = _conversion(adapters, pairs)
+    with torch.no_grad():
+        for adapter, (a, b) in zip(adapters, pairs, strict=True):
+            of = convert if adapter.lora_a.dim() == 3 else _from_peft
+            for parameter, value in zip(
+                (adapter.lora_a, adapter.lora_b), of(adapter, a, b), strict=True
+            ):
+                parameter.copy_(value)
+
+
+def _check_config(config: dict[str, Any], ours: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded")
+    problems = [
+        f"{name}={config[name]!r}, which has no counterpart here"
+        for name in ("use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+        if config.get(name)
+    ]
+    for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
+        if config.get(name, default) != ours[name]:
+            found = config.get(name, default)
+            problems.append(f"{name}={found!r} and the model's adapters have {ours[name]!r}")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias={config['bias']!r}; biases are frozen here")
+    if problems:
+        raise ValueError(f"{CONFIG_FILE}: {'; '.join(problems)}")
+
+
+def _checked_pairs(
+    adapters: list[_Adapter], tensors: dict[str, torch.Tensor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """``lora_A`` and ``lora_B`` of each, of a shape that one of the layouts has."""
+    problems, pairs, known = [], [], set()
+    for adapter in adapters:
+        keys = [f"{adapter.key}lora_{s}.weight" for s in "AB"]
+        known |= set(keys)
+        missing = [key for key in keys if key not in tensors]
+        problems += [f"{key} is missing" for key in missing]
+        if missing:
+            continue
+        a, b = (tensors[key] for key in keys)
+        wanted = _shapes(adapter)
+        if (a.shape, b.shape) not in wanted:
+            shapes = " or ".join(f"{list(x)} and {list(y)}" for x, y in wanted)
+            problems.append(
+                f"{keys[0]} and lora_B have shapes {list(a.shape)} and {list(b.shape)}, not {shapes}"
+            )
+        problems += [
+            f"{key} has dtype {t.dtype}, not a floating one"
+            for key, t in zip(keys, (a, b), strict=True)
+            if not t.is_floating_point()
+        ]
+        pairs.append((a, b))
+    problems += [f"{key}: the model has no adapter there" for key in tensors if key not in known]
+    if problems:
+        raise ValueError(f"{WEIGHTS_FILE} does not fit the model:\n" + "\n".join(problems))
+    return pairs
+
+
+def _shapes(adapter: _Adapter) -> list[tuple[torch.Size, torch.Size]]:
+    """Of lora_A and lora_B in the file: under transformers 5, then 4."""
+    if adapter.lora_a.dim() == 2:
+        return [(adapter.lora_a.shape, adapter.lora_b.shape)]
+    experts, r, k = adapter.lora_a.shape
+    n = adapter.lora_b.shape[1]
+    sizes = ((k, n), (n, k)) if adapter.transposed and k != n else ((k, n),)
+    return [(torch.Size((experts * r, i)), torch.Size((o, r * experts))) for i, o in sizes]
+
+
+def _conversion(adapters: list[_Adapter], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """Of experts' adapters, by those of weights that are not square; a file is of one transformers."""
+    found = {
+        (a.shape, b.shape) == shapes[0]
+        for adapter, (a, b) in zip(adapters, pairs, strict=True)
+        if len(shapes := _shapes(adapter)) > 1
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"{WEIGHTS_FILE}: some adapters have the shapes that PEFT gives them under transformers 5 and "
+            f"some those of transformers 4: save them all again under one"
+        )
+    return _from_peft_v4 if found == {False} else _from_peft

@@ -1,0 +1,188 @@
+"""from_pretrained: a causal language model whose experts stay packed from the file on."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.quantization import quantize_
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from torchao_mx.checks import check_high_precision
+from torchao_mx.experts import is_experts
+from torchao_mx.hf._checkpoint import INDEX, SINGLE, check_checkpoint, quant_method, read_folder
+from torchao_mx.hf._layout import BLOCKS, SCALES, skeleton_of
+from torchao_mx.hf._quantizer import NAME
+from torchao_mx.hf._versions import is_v5
+from torchao_mx.ptq import check_model, is_linear
+
+_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+_REFUSED = frozenset(
+    [
+        "device_mesh",
+        "distributed_config",
+        "gguf_file",
+        "output_loading_info",
+        "quantization_config",
+        "state_dict",
+        "subfolder",
+        "torch_dtype",
+        "tp_plan",
+        "tp_size",
+        "variant",
+    ]
+)
+_ROUTERS = ("gate", "router")  # where a model has an nn.Linear for it
+
+
+def from_pretrained(
+    path: str | Path,
+    *,
+    config: AOBaseConfig | None = None,
+    device_map: Any = None,
+    dtype: torch.dtype = torch.bfloat16,
+    **kw: Any,
+) -> PreTrainedModel:
+    """Load a causal language model with its weights in a block format, ready to be trained.
+
+    A checkpoint in MXFP4 (gpt-oss) is loaded as it is: each expert weight becomes a frozen :class:`MXTensor`
+    of the logical shape that the model's class declares, ``gate_up_proj [E, H, 2 I]`` and ``down_proj
+    [E, I, H]``, whose bytes are the file's; no bf16 copy is made, on the host or the device. All else is
+    trainable and in ``dtype``. Experts compute through :mod:`torchao_mx.moe`. The whole checkpoint is checked
+    first.
+
+    A checkpoint in high precision is loaded, in ``dtype``, and then quantized with ``config``: every
+    ``nn.Linear`` but the output head and routers, and every module of experts that
+    :func:`torchao_mx.is_experts` knows.
+
+    Args:
+        path: a folder, or a name on the Hub.
+        config: for a checkpoint in high precision, a config of ``quantize_`` such as
+            ``MXWeightOnlyConfig()``.
+        device_map: as in transformers; packed weights are not offloaded to the CPU or to disk.
+        dtype: of all that is not packed, and the logical dtype of what is.
+        kw: further options of ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The model, in evaluation mode as transformers returns it.
+
+    Raises:
+        TypeError: ``config`` is no config of ``quantize_``, ``dtype`` no floating dtype, or ``kw`` has
+            options that this function sets or does not take.
+        ValueError: the checkpoint is damaged, or of another quantization, or has layers that ``config``
+            cannot quantize; the message names each.
+        NotImplementedError: it is in MXFP4 and its experts are of no class known here.
+
+    Example::
+
+        model = from_pretrained("openai/gpt-oss-20b", device_map="auto")
+        model.model.layers[0].mlp.experts.down_proj
+        # MXTensor(shape=(32, 2880, 2880), mxfp4, orig_dtype=bfloat16, packed_axis=-2, device=cuda:0)
+    """
+    check_high_precision(dtype, "dtype")
+    if config is not None and not isinstance(config, AOBaseConfig):
+        raise TypeError(
+            f"config is a {type(config).__name__}; it is a config of quantize_ such as MXWeightOnlyConfig(); "
+            f"transformers' own is read from the folder"
+        )
+    refused = sorted(kw.keys() & _REFUSED)
+    if refused:
+        raise TypeError(
+            f"{', '.join(refused)}: not taken here, where a folder is read whole by each process; the "
+            f"quantization is config=, the dtype dtype=, the places device_map="
+        )
+    folder = _local_folder(path, kw)
+    model_config = AutoConfig.from_pretrained(
+        folder, trust_remote_code=kw.get("trust_remote_code", False)
+    )
+    method = quant_method(model_config)
+    options = {"device_map": device_map, "dtype": dtype, **kw}
+    if method is None:
+        model = _load_and_quantize(folder, model_config, config, options)
+    elif method != "mxfp4":
+        raise ValueError(
+            f"{folder}: config.json says quant_method={method!r}; 'mxfp4' is read here, and checkpoints in "
+            f"high precision with config=: load this one with transformers' own from_pretrained"
+        )
+    elif config is not None:
+        raise ValueError(
+            f"{folder}: packed in mxfp4 already, and config={config} would quantize it again; leave config "
+            f"out, and give it to quantize_ for the layers that are not packed"
+        )
+    else:
+        model = _load_packed(folder, model_config, options)
+    # PEFT stores it: the Hub's name, not that of a folder in its cache.
+    model.name_or_path = model.config.name_or_path = str(path)
+    return model
+
+
+def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
+    """Where the files are; the Hub's options are taken out of ``kw`` once it was asked."""
+    if Path(path).is_dir():
+        return Path(path)
+    if Path(path).exists() or Path(path).is_absolute() or str(path).startswith((".", "~")):
+        raise ValueError(
+            f"{path}: no such folder; give a checkpoint's folder, or a name on the Hub"
+        )
+    from huggingface_hub import snapshot_download
+
+    options = {name: kw.pop(name) for name in _HUB_OPTIONS if name in kw}
+    wanted = ["*.json", "*.safetensors"]
+    if kw.get("trust_remote_code"):
+        wanted.append("*.py")
+    # Subfolders have other programs' copies of the weights.
+    folder = snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*/*"], **options)
+    return Path(folder)
+
+
+def _load_packed(folder: Path, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    record = config.quantization_config
+    del config.quantization_config
+    entries = read_folder(folder)
+    check_checkpoint(entries, skeleton_of(AutoModelForCausalLM.from_config, config), folder)
+    config.quantization_config = record | {"quant_method": NAME}
+    if is_v5():
+        options = {"experts_implementation": NAME, **options}
+    return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+
+
+def _load_and_quantize(
+    folder: Path, model_config: Any, config: AOBaseConfig | None, options: dict[str, Any]
+) -> PreTrainedModel:
+    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
+        packed = [name for name in read_folder(folder) if name.endswith((BLOCKS, SCALES))]
+        if packed:
+            raise ValueError(
+                f"{packed[0]}: packed, and config.json of {folder} has no quantization_config; for gpt-oss's "
+                f"layout it is {{'quant_method': 'mxfp4'}}: download config.json again"
+            )
+    if config is None:
+        raise ValueError(
+            f"{folder}: config.json has no quantization_config, so the checkpoint is in high precision; say "
+            f"how to quantize it, as with config=MXWeightOnlyConfig()"
+        )
+    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
+    build = functools.partial(AutoModelForCausalLM.from_config, **trust)
+    skeleton = skeleton_of(build, model_config)
+    check_model(skeleton, config, _quantized(skeleton))
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
+    quantize_(model, config, filter_fn=_quantized(model))
+    return model
+
+
+def _quantized(model: PreTrainedModel) -> Callable[[nn.Module, str], bool]:
+    """A ``filter_fn`` for ``quantize_``: what :func:`from_pretrained` says."""
+    head = model.get_output_embeddings()
+
+    def selects(module: nn.Module, name: str) -> bool:
+        linear = is_linear(module, name) and name.rpartition(".")[2] not in _ROUTERS
+        return (linear and module is not head) or is_experts(module, name)
+
+    return selects

@@ -1,0 +1,85 @@
+"""The hooks of transformers v4: gpt-oss's experts as a class of ours, and how a packed weight is loaded.
+
+v4 has no registry of experts implementations and knows one tensor a parameter: blocks and scales are
+parameters of the module while it loads and become the weight afterwards, so they may lie in different shards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.quantizers.auto import register_quantizer
+
+from torchao_mx.experts import gpt_oss_gate
+from torchao_mx.hf._experts import compute
+from torchao_mx.hf._layout import BLOCKS, SCALES, WEIGHTS, assemble, block_shapes, packed_modules
+from torchao_mx.hf._quantizer import NAME, MXQuantizer
+from torchao_mx.modules import twin_of
+
+
+class MXGptOssExperts(GptOssExperts):
+    """v4's GptOssExperts, computed by the pipeline of ``moe.py``.
+
+    PEFT reads ``is_transposed``, which v4's own lacks, and so gives adapters the layout that v5's have. There
+    is no ``_apply_gate``: :func:`torchao_mx.is_experts` knows v5's classes, called otherwise, by it.
+    """
+
+    is_transposed = True
+    has_bias = True
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        router_indices: torch.Tensor,
+        routing_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """``[B, S, H]`` of hidden_states; router_indices ``[B S, k]``, dense routing_weights ``[B S, E]``."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = routing_weights.gather(1, router_indices)
+        out = compute(self, "gate_up_proj", gpt_oss_gate(self), rows, router_indices, weights)
+        return out.view(hidden_states.shape)
+
+
+def swap_experts(model: nn.Module) -> None:
+    """Put a :class:`MXGptOssExperts` of the same parameters in the place of each GptOssExperts."""
+    for name, module in list(packed_modules(model)):
+        if not isinstance(module, MXGptOssExperts):
+            model.set_submodule(name, twin_of(MXGptOssExperts, module))
+
+
+class MXQuantizerV4(MXQuantizer):
+    """Loads packed experts as two parameters and joins them."""
+
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        swap_experts(model)
+        for name, module in packed_modules(model):
+            for weight in WEIGHTS:
+                shapes = block_shapes(getattr(module, weight).shape, f"{name}.{weight}")
+                for suffix, shape in shapes.items():
+                    empty = torch.empty(shape, dtype=torch.uint8, device="meta")
+                    module.register_parameter(
+                        weight + suffix, nn.Parameter(empty, requires_grad=False)
+                    )
+                setattr(module, weight, None)  # keeps its place among the parameters
+
+    def _process_model_after_weight_loading(
+        self, model: PreTrainedModel, **kwargs: Any
+    ) -> PreTrainedModel:
+        dtype = model.config._pre_quantization_dtype
+        for _, module in packed_modules(model):
+            for weight in WEIGHTS:
+                pair = [module._parameters.pop(weight + suffix) for suffix in (BLOCKS, SCALES)]
+                setattr(module, weight, assemble(*(p.data for p in pair), dtype))
+        return model
+
+    def get_accelerator_warm_up_factor(self) -> int:
+        return 2  # while loading, the declared tensors have the sizes of the files'
+
+
+def register() -> None:
+    """Add the quantizer to transformers' registry, once a process."""
+    register_quantizer(NAME)(MXQuantizerV4)
