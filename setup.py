@@ -35,10 +35,12 @@ setup(
         "numpy",  # torch warns without it; Triton's interpreter computes with it
     ],
     extras_require={
-        "hf": [  # for checkpoints and adapters to come: no code here imports these yet
-            "transformers>=4.57.6",  # the last of 4.x, and 5.x
-            "peft>=0.20",
+        "hf": [  # torchao_mx.hf
+            # the last of 4.x; 5.x from where experts implementations can be registered
+            "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,!=5.6.*,!=5.7.*",
+            "peft>=0.20",  # not imported: target_parameters on packed experts, tested with it
             "safetensors",
+            "tqdm",
         ],
         "demo": DEMO,
         "test": [
