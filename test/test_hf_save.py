@@ -21,6 +21,7 @@ from test_hf_load import (
 )
 from torch import nn
 from torchao.quantization import quantize_
+from torchao.quantization.qat import QATConfig
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaConfig
 
 from torchao_mx import MXFP4, MXFP8_E4M3, MXTensor, MXWeightOnlyConfig, is_experts
@@ -294,3 +295,25 @@ def test_modes_are_the_users(model, tmp_path):
     target.chmod(0o750)
     save_pretrained(model, target)
     assert target.stat().st_mode & 0o777 == 0o750
+
+
+@pytest.mark.parametrize("inner", [96, 64], ids=["I96", "square"])
+def test_experts_trained_for_mxfp4_are_saved_as_converted(inner, tmp_path):
+    """From high precision, through QAT, to a checkpoint that computes what was trained."""
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config_of(inner)).float()
+    quantize_(model, QATConfig(MXWeightOnlyConfig(), step="prepare"), filter_fn=is_experts)
+    model(inputs(), labels=inputs()).loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    with torch.no_grad():
+        trained = model(inputs()).logits
+    quantize_(model, QATConfig(MXWeightOnlyConfig(), step="convert"), filter_fn=is_experts)
+    save_pretrained(model, tmp_path / "model")
+    with torch.no_grad():
+        ours = from_pretrained(tmp_path / "model", dtype=torch.float32)
+        assert torch.equal(ours(inputs()).logits, trained)
+    theirs = stock(tmp_path / "model")
+    packed = {n: p for n, p in model.named_parameters() if isinstance(p, MXTensor)}
+    assert len(packed) == 4
+    for name, p in packed.items():
+        assert torch.equal(theirs.get_parameter(name), p.dequantize()), name
