@@ -54,6 +54,7 @@ bench: $(installed)
 	$(py) benchmarks/bench_lora_linear.py --first-step
 	$(py) benchmarks/bench_lora_grouped.py
 	$(py) benchmarks/bench_lora_grouped.py --first-step
+	$(py) benchmarks/bench_moe_layer.py
 
 # Virtual environments do not nest, so only a base interpreter can lend its torch.
 $(installed): setup.py
