@@ -28,7 +28,7 @@ help:
 	@echo 'make demo    train a small transformer on real text, quantize it after and during training, compare'
 	@echo 'make test    the tests and the doctests; on a GPU machine the GPU tests too'
 	@echo 'make lint    ruff'
-	@echo 'make bench   the benchmarks; they need a GPU'
+	@echo 'make bench   the benchmarks; they need a GPU (bench_moe_layer.py, not among them, the hf extra too)'
 	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
 
 demo: $(installed)
@@ -54,7 +54,6 @@ bench: $(installed)
 	$(py) benchmarks/bench_lora_linear.py --first-step
 	$(py) benchmarks/bench_lora_grouped.py
 	$(py) benchmarks/bench_lora_grouped.py --first-step
-	$(py) benchmarks/bench_moe_layer.py
 
 # Virtual environments do not nest, so only a base interpreter can lend its torch.
 $(installed): setup.py

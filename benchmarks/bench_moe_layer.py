@@ -1,5 +1,6 @@
 """One mixture-of-experts layer of gpt-oss-20b, LoRA on both projections, against the same in bf16.
 
+    pip install '.[hf,bench]'
     python benchmarks/bench_moe_layer.py [--tokens M ...] [--no-peft]
 
 The layer is transformers' ``GptOssExperts`` (32 experts, H = I = 2880, 4 a token), whose routing is given:
