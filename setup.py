@@ -28,6 +28,7 @@ setup(
     packages=find_packages(include=["torchao_mx", "torchao_mx.*"]),
     package_data={"torchao_mx": ["py.typed"]},
     python_requires=">=3.10",
+    entry_points={"console_scripts": ["torchao-mx = torchao_mx.hf.cli:main"]},  # with the hf extra
     install_requires=[
         "torch>=2.11",  # the oldest that this is tested on (the H200's image)
         "torchao>=0.17,<0.19",  # QATConfig's handler and prototype.mx_formats, which we extend
