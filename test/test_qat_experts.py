@@ -28,6 +28,7 @@ from torchao_mx import (
     MXFakeQuantizedExperts,
     MXTensor,
     MXWeightOnlyConfig,
+    MXWeightOnlyLoRAConfig,
     check_model,
     is_experts,
     ops,
@@ -211,6 +212,7 @@ def test_twice_is_once():
     packed = ours.to_packed()
     with pytest.warns(UserWarning, match="holds MXTensors already"):
         assert quantized(packed, BASES["w4a16"]) is packed
+    check_model(nn.ModuleDict({"experts": packed}), BASES["w4a16"], is_experts)
 
 
 def test_refusals():
@@ -231,6 +233,8 @@ def test_refusals():
         quantized(ours, QATConfig(BASES["w4a16"], step="convert"))
     with pytest.raises(TypeError, match="is being trained"):
         quantized(ours, BASES["w4a4"])
+    with pytest.raises(TypeError, match="is being trained; convert it first"):
+        quantized(ours, MXWeightOnlyLoRAConfig(r=4))
     with pytest.raises(TypeError, match="weight_config=None"):
         MXFakeQuantizedExperts.from_experts(Titan())
     with pytest.raises(TypeError, match="no module of experts"):

@@ -133,13 +133,10 @@ class MXExperts(nn.Module):
         >>> import torch
         >>> from torchao.quantization import quantize_
         >>> from torchao_mx import MXWeightOnlyConfig, is_experts
-        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         shapes = {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}
-        ...         for name, shape in shapes.items():
-        ...             setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
+        >>> experts = torch.nn.Module()  # as torchtitan has it
+        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
+        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
+        >>> model = torch.nn.ModuleDict({"experts": experts})
         >>> quantize_(model, MXWeightOnlyConfig(), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).shape
         torch.Size([5, 32])
@@ -205,7 +202,7 @@ def quantize_experts(
 ) -> MXExperts:
     """The frozen packed twin of a module of experts; twice is once, with a warning."""
     layout = layout_of(module)
-    if all(isinstance(module._parameters[name], MXTensor) for name in layout.weights):
+    if is_packed(module):
         warnings.warn(
             f"{type(module).__name__} holds MXTensors already; left as it is. Quantize a model once, or "
             f"exclude this module with filter_fn",
@@ -223,9 +220,7 @@ def quantize_experts(
 def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
     """Refuse a module of experts whose weights cannot be quantized so; nothing is changed."""
     layout, kind = layout_of(module), type(module).__name__
-    missing = [n for n in layout.biases if module._parameters.get(n) is None]
-    if missing:
-        raise ValueError(f"{kind} has no {' and no '.join(missing)}, which its flags promise")
+    check_biases(module)
     for name in layout.weights:
         data, what = module._parameters[name].detach(), f"{kind}.{name}"
         if isinstance(data, MXTensor):
@@ -238,6 +233,20 @@ def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeS
         check_blocks(stored.shape, weight.format, -1, what)
         if activation is not None:
             check_blocks(stored.shape, activation.format, -1, f"{what}: its input")
+
+
+def check_biases(module: nn.Module) -> None:
+    """Refuse a module of experts without the biases that its flags promise."""
+    missing = [n for n in layout_of(module).biases if module._parameters.get(n) is None]
+    if missing:
+        raise ValueError(
+            f"{type(module).__name__} has no {' and no '.join(missing)}, which its flags promise"
+        )
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether all weights of a module of experts are MXTensors."""
+    return all(isinstance(module._parameters[n], MXTensor) for n in layout_of(module).weights)
 
 
 def layout_of(module: nn.Module) -> Layout | None:

@@ -18,7 +18,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_mx.checks import check_blocks, check_high_precision
-from torchao_mx.experts import check_experts, is_experts, quantize_experts
+from torchao_mx.experts import check_experts, is_experts, is_packed, quantize_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
 from torchao_mx.tensor import MXTensor
 
@@ -191,7 +191,8 @@ def _check_of(config: Any) -> Callable[[nn.Module], None]:
 
     def check(module: nn.Module) -> None:
         if is_experts(module):
-            check_experts(module, weight, activation)
+            if not is_packed(module):
+                check_experts(module, weight, activation)
         elif not (isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor)):
             check_linear(module, weight, activation)
 

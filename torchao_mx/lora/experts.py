@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from torchao_mx.checks import check_blocks, check_high_precision
-from torchao_mx.experts import MXExperts, layout_of, pack
+from torchao_mx.experts import MXExperts, check_biases, layout_of, pack
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
 from torchao_mx.moe import AdaptedWeight
+from torchao_mx.qat.experts import MXFakeQuantizedExperts
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
 
@@ -38,13 +39,10 @@ class MXLoRAExperts(MXExperts):
         >>> import torch
         >>> from torchao.quantization import quantize_
         >>> from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
-        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         shapes = {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}
-        ...         for name, shape in shapes.items():
-        ...             setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
+        >>> experts = torch.nn.Module()  # as torchtitan has it
+        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
+        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
+        >>> model = torch.nn.ModuleDict({"experts": experts})
         >>> quantize_(model, MXWeightOnlyLoRAConfig(r=4), filter_fn=is_experts)
         >>> rows_an_expert = torch.tensor([2, 0, 1, 2])
         >>> model["experts"](torch.randn(5, 32), rows_an_expert).sum().backward()
@@ -139,6 +137,11 @@ def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> Non
         raise TypeError(f"config={config!r} must be a torchao_mx.MXWeightOnlyLoRAConfig")
     if isinstance(module, MXLoRAExperts):
         raise TypeError(f"{name} has adapters already: train these, or leave this module out")
+    if isinstance(module, MXFakeQuantizedExperts):
+        raise TypeError(
+            f"{name} is being trained; convert it first, with quantize_(model, QATConfig(config, "
+            f"step='convert'))"
+        )
     layout = layout_of(module)
     if layout is None:
         raise TypeError(
@@ -155,9 +158,7 @@ def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> Non
             f"{name}: grad_compute_dtype=torch.float8_e5m2; gradients of experts are computed in "
             f"torch.float8_e4m3fn or, by default, in x's dtype"
         )
-    missing = [n for n in layout.biases if module._parameters.get(n) is None]
-    if missing:
-        raise ValueError(f"{name} has no {' and no '.join(missing)}, which its flags promise")
+    check_biases(module)
     for weight_name in layout.weights:
         _check_weight(
             f"{name}.{weight_name}", module._parameters[weight_name].detach(), layout, config

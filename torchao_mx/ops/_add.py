@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from torchao_mx import reference
 from torchao_mx.ops import _groups
 from torchao_mx.ops._launch import DOT_DTYPES, launched, on_device_of
 
@@ -109,7 +110,7 @@ def finish(
             zero_behind(y, offs)
         return
     if not y.is_cuda and dot_dtype is None:
-        _finish_on_cpu(part, y, offs, h, up, scaling, bias)
+        y.copy_(reference.add_low_rank(part, offs, h, up, scaling, bias))
         return
     rank = 0 if h is None else h.shape[1]
     h = h if h is None or h.stride(1) == 1 else h.contiguous()
@@ -125,27 +126,6 @@ def finish(
             COLUMNS=COLUMNS, STEPS=STEPS, RANKS=min(MAX_RANKS, max(16, triton.next_power_of_2(rank))),
             DOT_DTYPE=dot_dtype or DOT_DTYPES[y.dtype], num_warps=4,
         )  # fmt: skip
-
-
-def _finish_on_cpu(
-    part: torch.Tensor,
-    y: torch.Tensor,
-    offs: torch.Tensor | None,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
-) -> None:
-    start = 0
-    for e, end in enumerate([len(y)] if offs is None else offs.tolist()):
-        rows = part[start:end].float()
-        if h is not None:
-            rows = rows + scaling * (h[start:end].float() @ up[e].to(y.dtype).float().t())
-        if bias is not None:
-            rows = rows + bias[e].float()
-        y[start:end] = rows
-        start = end
-    y[start:] = 0
 
 
 def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:

@@ -79,13 +79,10 @@ class MXFakeQuantizedExperts(MXExperts):
         >>> from torchao.quantization import quantize_
         >>> from torchao.quantization.qat import QATConfig
         >>> from torchao_mx import MXWeightOnlyConfig, is_experts
-        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
-        ...     def __init__(self):
-        ...         super().__init__()
-        ...         shapes = {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}
-        ...         for name, shape in shapes.items():
-        ...             setattr(self, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
+        >>> experts = torch.nn.Module()  # as torchtitan has it
+        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
+        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
+        >>> model = torch.nn.ModuleDict({"experts": experts})
         >>> quantize_(model, QATConfig(MXWeightOnlyConfig(), step="prepare"), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
         >>> model["experts"].w1.grad.shape

@@ -1,6 +1,7 @@
 """Plain PyTorch: the definition of every op, what runs on the CPU, and the oracle of the kernels."""
 
 from torchao_mx.reference.mm import (
+    add_low_rank,
     combine_backward,
     gram,
     group_sum,
@@ -14,6 +15,7 @@ from torchao_mx.reference.quantize import dequantize, fake_quantize, per_tensor_
 from torchao_mx.reference.swiglu import swiglu, swiglu_backward
 
 __all__ = [
+    "add_low_rank",
     "combine_backward",
     "dequantize",
     "fake_quantize",

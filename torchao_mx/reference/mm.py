@@ -78,6 +78,31 @@ def product(
     return y
 
 
+def add_low_rank(
+    y: torch.Tensor,
+    offs: torch.Tensor | None,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """``y + scaling * h up_e^T + bias_e`` of the rows of each expert e, zeros behind; fp32, rounded once.
+
+    ``up [E, C, r]`` and ``bias [E, C]``, E = 1 without ``offs``.
+    """
+    out = torch.zeros_like(y)
+    for e, rows in _groups(offs, y.shape[0]):
+        total = y[rows].to(_sum_dtype(y))
+        if h is not None:
+            total = total + scaling * (
+                h[rows].to(total.dtype) @ up[e].to(y.dtype).to(total.dtype).mT
+            )
+        if bias is not None:
+            total = total + bias[e].to(total.dtype)
+        out[rows] = total.to(y.dtype)
+    return out
+
+
 def _one_product(
     x: torch.Tensor,
     w: torch.Tensor,
