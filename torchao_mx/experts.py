@@ -45,8 +45,22 @@ class Layout:
         """The source's forward, on ``module.weight(name)``."""
         raise NotImplementedError
 
-    def bias(self, module: MXExperts, i: int) -> torch.Tensor | None:
-        return getattr(module, self.biases[i]) if self.biases else None
+    def routed(
+        self,
+        module: MXExperts,
+        hidden: torch.Tensor,
+        ids: torch.Tensor,
+        weights: torch.Tensor,
+        gate: moe.Activation,
+    ) -> torch.Tensor:
+        """``moe.experts`` of two weights."""
+        up, down = (module.weight(name) for name in self.weights)
+        up_bias, down_bias = [getattr(module, name) for name in self.biases] or (None, None)
+        return moe.experts(
+            hidden, ids, weights, up, down, gate, n_experts=module.n_experts,
+            transpose_weight=not self.transposed, gate_up_bias=up_bias, down_bias=down_bias,
+            **module.options,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -60,13 +74,8 @@ class TransformersLayout(Layout):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
     ) -> torch.Tensor:
-        up, down = self.weights
-        return moe.experts(
-            hidden_states, top_k_index, top_k_weights, module.weight(up), module.weight(down),
-            gate_of(module, module.source_class), n_experts=module.n_experts,
-            transpose_weight=not self.transposed, gate_up_bias=self.bias(module, 0),
-            down_bias=self.bias(module, 1), **module.options,
-        )  # fmt: skip
+        gate = gate_of(module, module.source_class)
+        return self.routed(module, hidden_states, top_k_index, top_k_weights, gate)
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,9 @@ class GptOssV4Layout(Layout):
         router_indices: torch.Tensor,
         routing_weights: torch.Tensor,
     ) -> torch.Tensor:
-        up, down = self.weights
-        out = moe.experts(
-            hidden_states.reshape(-1, hidden_states.shape[-1]), router_indices,
-            routing_weights.gather(1, router_indices), module.weight(up), module.weight(down),
-            gpt_oss_gate(module), n_experts=module.n_experts, transpose_weight=not self.transposed,
-            gate_up_bias=self.bias(module, 0), down_bias=self.bias(module, 1), **module.options,
-        )  # fmt: skip
+        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
+        weights = routing_weights.gather(1, router_indices)
+        out = self.routed(module, hidden, router_indices, weights, gpt_oss_gate(module))
         return out.view_as(hidden_states)
 
 

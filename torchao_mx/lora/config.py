@@ -140,6 +140,22 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         """What the adapters' product is multiplied by."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
+    def repr_of(self, weight: str) -> str:
+        """What a module with these adapters on a ``weight`` of this kind shows of them."""
+        fields = [
+            f"r={self.r}",
+            f"alpha={self.lora_alpha}",
+            f"scaling={self.scaling:g}",
+            f"weight={weight}",
+            f"strategy={self.strategy}",
+        ]
+        if self.lora_dropout:
+            fields.append(f"dropout={self.lora_dropout}")
+        for name in ("compute_dtype", "grad_compute_dtype"):
+            if getattr(self, name) is not None:
+                fields.append(f"{name}={getattr(self, name)}")
+        return ", ".join(fields)
+
 
 def check_compute_format(fmt: BlockFormat, what: str) -> None:
     """Refuse a weight that 8-bit tensor cores cannot take exactly."""

@@ -115,19 +115,8 @@ class MXLoRAExperts(MXExperts):
         return LoRATensor(self.base(name), *adapters, self.layout.transposed).dequantize()
 
     def extra_repr(self) -> str:
-        config = self.lora_config
-        fields = [
-            self.shapes_repr(),
-            f"r={config.r}",
-            f"alpha={config.lora_alpha}",
-            f"scaling={config.scaling:g}",
-            f"weight={self.base(self.layout.weights[0])._quantization_type()}",
-            f"strategy={config.strategy}",
-        ]
-        for name in ("compute_dtype", "grad_compute_dtype"):
-            if getattr(config, name) is not None:
-                fields.append(f"{name}={getattr(config, name)}")
-        return ", ".join(fields)
+        weight = self.base(self.layout.weights[0])._quantization_type()
+        return f"{self.shapes_repr()}, {self.lora_config.repr_of(weight)}"
 
 
 def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:

@@ -185,22 +185,9 @@ class MXLoRALinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        config = self.config
         weight = self.packed_weight if self.merged else self.weight
-        fields = [
-            super().extra_repr(),
-            f"r={config.r}",
-            f"alpha={config.lora_alpha}",
-            f"scaling={config.scaling:g}",
-            f"weight={weight._quantization_type()}",
-            f"strategy={config.strategy}",
-        ]
-        if config.lora_dropout:
-            fields.append(f"dropout={config.lora_dropout}")
-        for name in ("compute_dtype", "grad_compute_dtype"):
-            if getattr(config, name) is not None:
-                fields.append(f"{name}={getattr(config, name)}")
-        return ", ".join(fields + ["merged"] * self.merged)
+        text = f"{super().extra_repr()}, {self.config.repr_of(weight._quantization_type())}"
+        return f"{text}, merged" if self.merged else text
 
 
 def check_lora_linear(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
