@@ -152,7 +152,7 @@ def chain(x, w):
 
 def of_two_parts(x, w):
     """A scratch that is written by parts and read as another dtype."""
-    scratch = torch.empty((2, *x.shape))
+    scratch = torch.empty((2, *x.shape), device=x.device)
     torch.add(x, 1, out=scratch[0])
     scratch[1].copy_(x)
     return (scratch.view(torch.int32).sum(0),)

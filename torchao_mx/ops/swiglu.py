@@ -32,19 +32,19 @@ from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._launch import launched, on_device_of
 from torchao_mx.ops._library import define_op
 
-# A thread has 16 bytes of each bfloat16 half in flight; to be measured.
-ROWS, COLUMNS, WARPS = 8, 256, 8
+# Rows at once, each with 8 columns a thread, and how often a program does so: it finds its expert and loads the
+# bias once.
+ROWS, COLUMNS, WARPS, STEPS = 8, 256, 8, 4
 
 
 @triton.jit
 def _tile_of_program(offs_ptr, n_rows, C, E, GROUPED: tl.constexpr, E_SPAN: tl.constexpr,
-                     ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    """(expert, rows ``[ROWS, 1]`` int64, end of the expert's rows, first column of y)."""
+                     TILE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+    """(expert, first row, end of the expert's rows, first column of y)."""
     column_tiles = tl.cdiv(C, COLUMNS)
     slot, tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    expert, first, end = _groups.slot_rows(offs_ptr, n_rows, slot, E, E_SPAN, ROWS, GROUPED)
-    row = tl.cast(first, tl.int64) + tl.arange(0, ROWS)[:, None]
-    return tl.cast(expert, tl.int64), row, end, tile * COLUMNS
+    expert, first, end = _groups.slot_rows(offs_ptr, n_rows, slot, E, E_SPAN, TILE, GROUPED)
+    return tl.cast(expert, tl.int64), tl.cast(first, tl.int64), end, tile * COLUMNS
 
 
 @triton.jit
@@ -64,16 +64,16 @@ def _load_halves(row_ptrs, inside, first, C, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def _load_tile(x_ptr, bias_ptr, expert, row, owned, first, C, stride_x, ROWS: tl.constexpr,
-               COLUMNS: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
-    """(gate, up) of ``x + bias``; zeros in rows of nobody."""
-    gate, up = _load_halves(x_ptr + row * stride_x, owned, first, C, ROWS, COLUMNS, INTERLEAVED)
+def _load_bias(bias_ptr, expert, owned, first, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+               INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+    """The expert's, as :func:`_load_halves` has x; zeros without a bias."""
     if HAS_BIAS:
         # By every row, from L1: one row's would go to the others' threads through shared memory and ten barriers.
         bias_ptrs = tl.broadcast_to(bias_ptr + expert * (2 * C), (ROWS, 1))
-        bias = _load_halves(bias_ptrs, owned, first, C, ROWS, COLUMNS, INTERLEAVED)
-        gate += bias[0]
-        up += bias[1]
+        gate, up = _load_halves(bias_ptrs, owned, first, C, ROWS, COLUMNS, INTERLEAVED)
+    else:
+        gate = 0.0
+        up = 0.0
     return gate, up
 
 
@@ -91,19 +91,23 @@ def _clamped(gate, up, limit, LIMITED: tl.constexpr):
 def _swiglu_kernel(x_ptr, bias_ptr, offs_ptr, y_ptr, n_rows, C, E, stride_x, alpha, limit, up_offset,
                    GROUPED: tl.constexpr, E_SPAN: tl.constexpr, HAS_BIAS: tl.constexpr,
                    LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
-                   COLUMNS: tl.constexpr):  # fmt: skip
-    expert, row, end, first = _tile_of_program(
-        offs_ptr, n_rows, C, E, GROUPED, E_SPAN, ROWS, COLUMNS
+                   COLUMNS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    expert, first_row, end, first = _tile_of_program(
+        offs_ptr, n_rows, C, E, GROUPED, E_SPAN, ROWS * STEPS, COLUMNS
     )
-    owned = (row < end) & (expert < E)
-    gate, up = _load_tile(
-        x_ptr, bias_ptr, expert, row, owned, first, C, stride_x, ROWS, COLUMNS, INTERLEAVED, HAS_BIAS
-    )  # fmt: skip
-    gate, up = _clamped(gate, up, limit, LIMITED)
-    y = (up + up_offset) * (gate * tl.sigmoid(alpha * gate))
+    gate_bias, up_bias = _load_bias(
+        bias_ptr, expert, expert < E, first, C, ROWS, COLUMNS, INTERLEAVED, HAS_BIAS
+    )
     column = first + tl.arange(0, COLUMNS)[None, :]
-    mask = (row < end) & (column < C)
-    tl.store(y_ptr + row * C + column, y.to(y_ptr.dtype.element_ty), mask=mask)
+    for step in tl.static_range(STEPS):
+        row = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
+        owned = (row < end) & (expert < E)
+        gate, up = _load_halves(x_ptr + row * stride_x, owned, first, C, ROWS, COLUMNS, INTERLEAVED)
+        gate, up = _clamped(gate + gate_bias, up + up_bias, limit, LIMITED)
+        y = (up + up_offset) * (gate * tl.sigmoid(alpha * gate))
+        tl.store(
+            y_ptr + row * C + column, y.to(y_ptr.dtype.element_ty), mask=(row < end) & (column < C)
+        )
 
 
 @launched
@@ -111,36 +115,43 @@ def _swiglu_kernel(x_ptr, bias_ptr, offs_ptr, y_ptr, n_rows, C, E, stride_x, alp
 def _swiglu_backward_kernel(dy_ptr, x_ptr, bias_ptr, offs_ptr, dx_ptr, n_rows, C, E, stride_dy, stride_x,
                             alpha, limit, up_offset, GROUPED: tl.constexpr, E_SPAN: tl.constexpr,
                             HAS_BIAS: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr,
-                            ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
-    expert, row, end, first = _tile_of_program(
-        offs_ptr, n_rows, C, E, GROUPED, E_SPAN, ROWS, COLUMNS
+                            ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
+    expert, first_row, end, first = _tile_of_program(
+        offs_ptr, n_rows, C, E, GROUPED, E_SPAN, ROWS * STEPS, COLUMNS
     )
-    owned = (row < end) & (expert < E)
-    gate_in, up_in = _load_tile(
-        x_ptr, bias_ptr, expert, row, owned, first, C, stride_x, ROWS, COLUMNS, INTERLEAVED, HAS_BIAS
-    )  # fmt: skip
-    gate, up = _clamped(gate_in, up_in, limit, LIMITED)
+    gate_bias, up_bias = _load_bias(
+        bias_ptr, expert, expert < E, first, C, ROWS, COLUMNS, INTERLEAVED, HAS_BIAS
+    )
     column = first + tl.arange(0, COLUMNS)[None, :]
-    dy = tl.load(dy_ptr + row * stride_dy + column, mask=owned & (column < C), other=0.0)
-    dy = dy.to(tl.float32)
-    sigmoid = tl.sigmoid(alpha * gate)
-    # In this order a gate whose product with alpha overflows has a finite slope.
-    dgate = dy * (up + up_offset) * (sigmoid + alpha * (gate * (sigmoid * (1 - sigmoid))))
-    dup = dy * (gate * sigmoid)
-    if LIMITED:
-        dgate = tl.where(gate_in <= limit, dgate, 0.0)
-        dup = tl.where(tl.abs(up_in) <= limit, dup, 0.0)
-    dgate = dgate.to(dx_ptr.dtype.element_ty)
-    dup = dup.to(dx_ptr.dtype.element_ty)
-    dx_ptrs = dx_ptr + row * (2 * C)
-    if INTERLEAVED:
-        both = tl.reshape(tl.join(dgate, dup), (ROWS, 2 * COLUMNS))
-        column = 2 * first + tl.arange(0, 2 * COLUMNS)[None, :]
-        tl.store(dx_ptrs + column, both, mask=(row < end) & (column < 2 * C))
-    else:
-        mask = (row < end) & (column < C)
-        tl.store(dx_ptrs + column, dgate, mask=mask)
-        tl.store(dx_ptrs + C + column, dup, mask=mask)
+    for step in tl.static_range(STEPS):
+        row = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
+        owned = (row < end) & (expert < E)
+        gate_in, up_in = _load_halves(
+            x_ptr + row * stride_x, owned, first, C, ROWS, COLUMNS, INTERLEAVED
+        )
+        gate_in += gate_bias
+        up_in += up_bias
+        gate, up = _clamped(gate_in, up_in, limit, LIMITED)
+        dy = tl.load(dy_ptr + row * stride_dy + column, mask=owned & (column < C), other=0.0)
+        dy = dy.to(tl.float32)
+        sigmoid = tl.sigmoid(alpha * gate)
+        # In this order a gate whose product with alpha overflows has a finite slope.
+        dgate = dy * (up + up_offset) * (sigmoid + alpha * (gate * (sigmoid * (1 - sigmoid))))
+        dup = dy * (gate * sigmoid)
+        if LIMITED:
+            dgate = tl.where(gate_in <= limit, dgate, 0.0)
+            dup = tl.where(tl.abs(up_in) <= limit, dup, 0.0)
+        dgate = dgate.to(dx_ptr.dtype.element_ty)
+        dup = dup.to(dx_ptr.dtype.element_ty)
+        dx_ptrs = dx_ptr + row * (2 * C)
+        if INTERLEAVED:
+            both = tl.reshape(tl.join(dgate, dup), (ROWS, 2 * COLUMNS))
+            columns = 2 * first + tl.arange(0, 2 * COLUMNS)[None, :]
+            tl.store(dx_ptrs + columns, both, mask=(row < end) & (columns < 2 * C))
+        else:
+            mask = (row < end) & (column < C)
+            tl.store(dx_ptrs + column, dgate, mask=mask)
+            tl.store(dx_ptrs + C + column, dup, mask=mask)
 
 
 def _grid_and_constants(
@@ -151,11 +162,11 @@ def _grid_and_constants(
     limit: float | None,
 ) -> tuple[tuple[int], dict[str, Any]]:
     n_groups = 0 if offs is None else offs.shape[0]
-    programs = _groups.max_slots(x.shape[0], n_groups, ROWS) * triton.cdiv(x.shape[1] // 2, COLUMNS)
-    return (programs,), dict(
+    slots = _groups.max_slots(x.shape[0], n_groups, ROWS * STEPS)
+    return (slots * triton.cdiv(x.shape[1] // 2, COLUMNS),), dict(
         GROUPED=offs is not None, E_SPAN=triton.next_power_of_2(n_groups + 1),
         HAS_BIAS=bias is not None, LIMITED=limit is not None, INTERLEAVED=interleaved, ROWS=ROWS,
-        COLUMNS=COLUMNS, num_warps=WARPS,
+        COLUMNS=COLUMNS, STEPS=STEPS, num_warps=WARPS,
     )  # fmt: skip
 
 
