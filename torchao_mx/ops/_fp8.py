@@ -26,7 +26,7 @@ from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.ops._add import finish
 from torchao_mx.ops._fp8_kernels import quantize_rows, recompute_flagged
 from torchao_mx.ops._fp8_weight import column_flags, flags_of, fp8_columns, fp8_rows, row_flags
-from torchao_mx.ops._launch import LINE_BYTES, capability, round_up
+from torchao_mx.ops._launch import capability
 from torchao_mx.reference import fp8 as definition
 
 MAX_SCRATCH_BYTES = 256 * 2**20
@@ -161,10 +161,9 @@ def _product_on_gpu(
     if offs is None:
         qdata, scale = qdata[None], scale[None]
         up, bias = (None if t is None else t[None] for t in (up, bias))
-    x8, x_scale = quantize_rows(x, order, top_k, n_rows, dtype, lines=offs is not None)
+    x8, x_scale = quantize_rows(x, order, top_k, n_rows, dtype)
     flags = row_flags(qdata) if transpose_weight else column_flags(scale)
-    pitch = round_up(x.shape[1], LINE_BYTES)
-    width = columns_at_a_time(qdata.shape[0], columns, pitch, max_scratch_bytes)
+    width = columns_at_a_time(qdata.shape[0], columns, x.shape[1], max_scratch_bytes)
     y = None if width == columns else x.new_empty((n_rows, columns))
     for first in range(0, columns, width):
         part = slice(first, min(first + width, columns))

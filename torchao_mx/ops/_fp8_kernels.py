@@ -9,7 +9,7 @@ import triton.language as tl
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._fp8_weight import load_values, words_of
-from torchao_mx.ops._launch import bytes_of, empty_lines, launched, multiprocessors, on_device_of
+from torchao_mx.ops._launch import bytes_of, launched, multiprocessors, on_device_of
 from torchao_mx.reference import fp8 as definition
 
 QUANTIZE_TILE = 4096
@@ -32,7 +32,7 @@ _ENCODE_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
 
 @launched
 @triton.jit
-def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, q_row, E4M3: tl.constexpr,
+def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, E4M3: tl.constexpr,
                           PTX: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr):  # fmt: skip
     """Rows of x to fp8 bytes; SPAN covers a row."""
     FP8_MAX: tl.constexpr = 448.0 if E4M3 else 57344.0
@@ -53,7 +53,7 @@ def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, q_row, E4M3
         code = tl.inline_asm_elementwise(
             asm, "=r,f,f,f,f", [y], dtype=tl.uint8, is_pure=True, pack=4
         )
-    q_ptrs = q_ptr + row.to(tl.int64)[:, None] * q_row + column[None, :]
+    q_ptrs = q_ptr + row.to(tl.int64)[:, None] * C + column[None, :]
     tl.store(q_ptrs, code, mask=inside)
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), mask=row < n_rows)
 
@@ -61,16 +61,15 @@ def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, q_row, E4M3
 @launched
 @triton.jit
 def _gather_rows_kernel(q_ptr, scale_ptr, order_ptr, q_out_ptr, scale_out_ptr, n_rows, n_tokens, words, top_k,
-                        q_row, q_out_row, ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+                        ROWS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """Rows of int32 words, and a scale a row, in the order of the groups."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     real = row < n_rows
     token = _groups.token_of(order_ptr, row, real, top_k, n_tokens, True)
     inside = real[:, None] & (word < words)[None, :]
-    q = tl.load(q_ptr + token[:, None] * q_row + word[None, :], mask=inside, other=0)
-    q_out_ptrs = q_out_ptr + row.to(tl.int64)[:, None] * q_out_row + word[None, :]
-    tl.store(q_out_ptrs, q, mask=inside)
+    q = tl.load(q_ptr + token[:, None] * words + word[None, :], mask=inside, other=0)
+    tl.store(q_out_ptr + row.to(tl.int64)[:, None] * words + word[None, :], q, mask=inside)
     if tl.program_id(1) == 0:
         scale = tl.load(scale_ptr + token, mask=real, other=0.0)
         tl.store(scale_out_ptr + row, scale, mask=real)
@@ -173,37 +172,30 @@ def _flagged_columns_kernel(x_ptr, order_ptr, q_ptr, s_ptr, flag_ptr, offs_ptr, 
 
 
 def quantize_rows(
-    x: torch.Tensor,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
-    dtype: torch.dtype,
-    lines: bool = False,
+    x: torch.Tensor, order: torch.Tensor | None, top_k: int, n_rows: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``reference.fp8.quantize_rows`` of ``x[order // top_k]``: (``[n_rows, C]``, fp32 ``[n_rows]``).
 
-    C is a multiple of 4. A token is rounded once, and its bytes are gathered. ``lines``: the result's rows
-    are at a pitch of whole L2 lines, as the grouped GEMM may have them.
+    C is a multiple of 4. A token is rounded once, and its bytes are gathered.
     """
     tokens, columns = x.shape
-    empty = empty_lines if lines else torch.empty
-    q = empty((tokens, columns), dtype=dtype, device=x.device)
+    q = torch.empty((tokens, columns), dtype=dtype, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     span = triton.next_power_of_2(columns)
     rows = max(1, QUANTIZE_TILE // span)
     with on_device_of(x):
         _quantize_rows_kernel[(triton.cdiv(tokens, rows),)](
-            x, bytes_of(q), scale, tokens, columns, x.stride(0), q.stride(0), E4M3=dtype == torch.float8_e4m3fn,
+            x, bytes_of(q), scale, tokens, columns, x.stride(0), E4M3=dtype == torch.float8_e4m3fn,
             PTX=x.is_cuda, ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
         )  # fmt: skip
         if order is None:
             return q, scale
-        q_rows = empty((n_rows, columns), dtype=dtype, device=x.device)
+        q_rows = torch.empty((n_rows, columns), dtype=dtype, device=x.device)
         scale_rows = torch.empty(n_rows, dtype=torch.float32, device=x.device)
         words = columns // 4
         _gather_rows_kernel[(triton.cdiv(n_rows, GATHER_ROWS), triton.cdiv(words, GATHER_WORDS))](
             q.view(torch.int32), scale, order, q_rows.view(torch.int32), scale_rows, n_rows, tokens, words,
-            top_k, q.stride(0) // 4, q_rows.stride(0) // 4, ROWS=GATHER_ROWS, WORDS=GATHER_WORDS, num_warps=4,
+            top_k, ROWS=GATHER_ROWS, WORDS=GATHER_WORDS, num_warps=4,
         )  # fmt: skip
     return q_rows, scale_rows
 

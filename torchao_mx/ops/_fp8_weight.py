@@ -20,7 +20,7 @@ import triton.language as tl
 
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _groups, _tile
-from torchao_mx.ops._launch import bytes_of, empty_lines, launched, on_device_of
+from torchao_mx.ops._launch import bytes_of, launched, on_device_of
 from torchao_mx.reference import fp8 as definition
 
 BLOCK = MXFP4.block_size
@@ -115,7 +115,7 @@ def _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS: tl.conste
 @launched
 @triton.jit
 def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_rows, rows_per_expert,
-                 n_blocks, q_expert, q_row, s_expert, s_row, out_row, flag_expert, SELECTIVE: tl.constexpr,
+                 n_blocks, q_expert, q_row, s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr,
                  DECODE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
                  WORDS: tl.constexpr):  # fmt: skip
     """int32 words of eight e2m1 codes, WORDS a block, to words of four e4m3 codes; BLOCKS covers a row.
@@ -149,7 +149,7 @@ def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_row
         pairs = tl.join(first, second).reshape(ROWS, 2 * BLOCKS * WORDS)
         index = tl.arange(0, 2 * BLOCKS * WORDS)
         width = 2 * n_blocks * WORDS
-        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * out_row + index[None, :]
+        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + index[None, :]
         tl.store(out_ptrs, pairs, mask=real[:, None] & (index < width)[None, :])
         tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=real)
 
@@ -228,11 +228,10 @@ def _store_columns(out_ptrs, stride, a, b, c, d, mask):
 @launched
 @triton.jit
 def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n_blocks, q_expert, q_row,
-                    s_expert, s_row, out_row, flag_expert, SELECTIVE: tl.constexpr, DECODE: tl.constexpr,
+                    s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr, DECODE: tl.constexpr,
                     PTX: tl.constexpr,
                     TILE_N: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
-    """``[E, N, K / 8]`` words of e2m1, WORDS a block, to ``[E, K, N / 4]`` words of e4m3, rows at
-    a pitch of ``out_row``; N a multiple of 4.
+    """``[E, N, K / 8]`` words of e2m1, WORDS a block, to ``[E, K, N / 4]`` words of e4m3; N a multiple of 4.
 
     A thread holds four neighbouring rows of a word, so that it can transpose their bytes 4 x 4.
     """
@@ -262,7 +261,7 @@ def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n
     mask = (lossy > 0) & (block < n_blocks)
     tl.atomic_max(flag_ptr + expert * flag_expert + block, lossy, mask=mask)
     if DECODE:
-        stride = tl.cast(out_row, tl.int64)
+        stride = (N // 4).to(tl.int64)
         word = (expert * n_blocks + block[:, None]) * WORDS + tl.arange(0, WORDS)[None, :]
         out_ptrs = out_ptr + (word * 8 * stride)[:, :, None] + quad[None, None, :]
         inside = (block < n_blocks)[:, None, None] & (quad < N // 4)[None, None, :]
@@ -312,9 +311,8 @@ def _rows(
     with on_device_of(words):
         _rows_kernel[(triton.cdiv(experts * rows, tile_rows),)](
             words, scale, fp8, row_scale, flag, offs, experts * rows, rows, blocks, words.stride(0),
-            words.stride(1), scale.stride(0), scale.stride(1), fp8.stride(-2), flag.stride(0),
-            SELECTIVE=offs is not None, DECODE=out is not None, PTX=words.is_cuda, ROWS=tile_rows,
-            BLOCKS=span, WORDS=WORDS,
+            words.stride(1), scale.stride(0), scale.stride(1), flag.stride(0),
+            SELECTIVE=offs is not None, DECODE=out is not None, PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
             num_warps=4 if span * WORDS <= ROWS_TILE else 8,
         )  # fmt: skip
 
@@ -344,8 +342,8 @@ def _columns(
         )  # fmt: skip
         _columns_kernel[(experts * tiles,)](
             words, scale, fp8, largest, flag, offs, rows, blocks, words.stride(0), words.stride(1),
-            scale.stride(0), scale.stride(1), fp8.stride(-2), flag.stride(0),
-            SELECTIVE=offs is not None, DECODE=out is not None, PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
+            scale.stride(0), scale.stride(1), flag.stride(0), SELECTIVE=offs is not None, DECODE=out is not None,
+            PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
             num_warps=4,
         )  # fmt: skip
 
@@ -363,7 +361,7 @@ def fp8_rows(
     the others' flags are 0.
     """
     *lead, row_bytes = qdata.shape
-    fp8 = _empty((*lead, 2 * row_bytes), qdata, offs)
+    fp8 = torch.empty((*lead, 2 * row_bytes), dtype=torch.float8_e4m3fn, device=qdata.device)
     row_scale = torch.empty(lead, dtype=torch.float32, device=qdata.device)
     flag = row_flags(qdata) if flag is None else flag
     _rows(qdata, scale, flag, (fp8, row_scale), offs)
@@ -383,18 +381,11 @@ def fp8_columns(
     multiple of 4. The rest as in :func:`fp8_rows`.
     """
     *lead, n, row_bytes = qdata.shape
-    fp8 = _empty((*lead, 2 * row_bytes, n), qdata, offs)
+    fp8 = torch.empty((*lead, 2 * row_bytes, n), dtype=torch.float8_e4m3fn, device=qdata.device)
     column_scale = torch.empty((*lead, 2 * row_bytes), dtype=torch.float32, device=qdata.device)
     flag = column_flags(scale) if flag is None else flag
     _columns(qdata, scale, flag, (fp8, column_scale), offs)
     return fp8, column_scale, flag
-
-
-def _empty(shape: tuple[int, ...], qdata: torch.Tensor, offs: torch.Tensor | None) -> torch.Tensor:
-    """For e4m3; only the grouped GEMM reads rows at any pitch."""
-    if offs is None:
-        return torch.empty(shape, dtype=torch.float8_e4m3fn, device=qdata.device)
-    return empty_lines(shape, torch.float8_e4m3fn, qdata.device)
 
 
 def row_flags(qdata: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,6 @@ import threading
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 
 from torchao_mx.formats import BlockFormat
@@ -135,20 +134,6 @@ DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.floa
 def bytes_of(t: torch.Tensor) -> torch.Tensor:
     """A one-byte dtype viewed as uint8, which every kernel accepts."""
     return t if t.dtype == torch.uint8 else t.view(torch.uint8)
-
-
-LINE_BYTES = 128  # of L2
-
-
-def round_up(size: int, multiple: int) -> int:
-    return triton.cdiv(size, multiple) * multiple
-
-
-def empty_lines(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """An empty tensor, its rows at a pitch of whole L2 lines: the GEMMs' boxes of 128 bytes then meet one each."""
-    *lead, columns = shape
-    pitch = round_up(columns, LINE_BYTES // dtype.itemsize)
-    return torch.empty((*lead, pitch), dtype=dtype, device=device)[..., :columns]
 
 
 def format_constants(fmt: BlockFormat, device: torch.device) -> dict[str, object]:

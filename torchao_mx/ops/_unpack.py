@@ -28,15 +28,7 @@ from torchao_mx.formats import BlockFormat
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._add import finish
 from torchao_mx.ops._gather import inverse, sum_rows, with_unit_rows
-from torchao_mx.ops._launch import (
-    LINE_BYTES,
-    bytes_of,
-    empty_lines,
-    format_constants,
-    launched,
-    on_device_of,
-    round_up,
-)
+from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.quantize import per_tensor_kind
 
@@ -121,7 +113,7 @@ def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, offs_ptr, out_ptr, n_words, words
 
 @launched
 @triton.jit
-def _wide_rows_kernel(x_ptr, order_ptr, h_ptr, out_ptr, n_rows, n_tokens, top_k, x_row, out_row, columns,
+def _wide_rows_kernel(x_ptr, order_ptr, h_ptr, out_ptr, n_rows, n_tokens, top_k, x_row, columns,
                       rank, depth, HAS_ORDER: tl.constexpr, HAS_H: tl.constexpr, ONE: tl.constexpr,
                       ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -137,7 +129,7 @@ def _wide_rows_kernel(x_ptr, order_ptr, h_ptr, out_ptr, n_rows, n_tokens, top_k,
         value = tl.where(in_h[None, :], h, value)
     if ONE:
         value = tl.where((column == columns + rank)[None, :], 1.0, value)
-    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * out_row + column[None, :]
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * depth + column[None, :]
     value = value.to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, value, mask=is_row & (column < depth)[None, :])
 
@@ -192,6 +184,10 @@ def slices(
         width = min(most, round_up(triton.cdiv(columns, triton.cdiv(columns, most)), step))
     for first in range(0, columns, width):
         yield first, min(first + width, columns)
+
+
+def round_up(size: int, multiple: int) -> int:
+    return triton.cdiv(size, multiple) * multiple
 
 
 def dense_product(
@@ -305,13 +301,12 @@ def _products(
     rows = _wide_rows(x, order, top_k, h, bias is not None, depth)
     unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
     experts = w.qdata.shape[0]
-    bytes_per_column = experts * round_up(depth * x.itemsize, LINE_BYTES)
     scratch = None
-    for first, end in slices(columns, bytes_per_column, unit, max_scratch_bytes):
+    for first, end in slices(columns, experts * depth * x.itemsize, unit, max_scratch_bytes):
         width = round_up(end - first, ROW_MULTIPLE)
         if scratch is None:
             shape = (width, depth) if transpose_weight else (depth, width)
-            scratch = empty_lines((experts, *shape), x.dtype, x.device)
+            scratch = x.new_empty((experts, *shape))
         if transpose_weight:
             w_EDC, part = scratch[:, :width], w.slice_n(first, end)
             w_ECD = w_EDC.mT
@@ -381,13 +376,13 @@ def _wide_rows_triton(
     depth: int,
 ) -> torch.Tensor:
     x = with_unit_rows(x)
-    rows = empty_lines((n_rows, depth), x.dtype, x.device)
+    rows = x.new_empty((n_rows, depth))
     rank = 0 if h is None else h.shape[1]
     grid = (triton.cdiv(n_rows, WIDE_ROWS), triton.cdiv(depth, WIDE_COLUMNS))
     with on_device_of(x):
         _wide_rows_kernel[grid](
             x, x if order is None else order, x if h is None else h.contiguous(), rows, n_rows,
-            x.shape[0], top_k, x.stride(0), rows.stride(0), x.shape[1], rank, depth, HAS_ORDER=order is not None,
+            x.shape[0], top_k, x.stride(0), x.shape[1], rank, depth, HAS_ORDER=order is not None,
             HAS_H=h is not None, ONE=one, ROWS=WIDE_ROWS, COLUMNS=WIDE_COLUMNS,
         )  # fmt: skip
     return rows

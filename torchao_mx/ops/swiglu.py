@@ -32,9 +32,10 @@ from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._launch import launched, on_device_of
 from torchao_mx.ops._library import define_op
 
-# Rows at once, each with 8 columns a thread, and how often a program does so: it finds its expert and loads the
-# bias once.
-ROWS, COLUMNS, WARPS, STEPS = 8, 256, 8, 4
+# A program finds its expert and loads the bias once for ROWS * STEPS rows. Of 65,536 rows of 2 x 2,880 columns, gpt-oss's
+# form with biases reaches 93 / 95 % of the copy bandwidth so (interleaved 83 / 94 %), with one step of 8 rows of 256
+# columns 73 / 84 % (68 / 83 %).
+ROWS, COLUMNS, WARPS, STEPS = 4, 128, 2, 4
 
 
 @triton.jit
