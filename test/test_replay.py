@@ -1,5 +1,6 @@
 """Recorded launches: the third call of a kind repeats the second one's kernels, on whatever data it is given."""
 
+import ctypes
 import importlib
 import pkgutil
 import weakref
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, ops
 from torchao_mx.ops import _replay, mm
-from torchao_mx.ops._launch import launched
+from torchao_mx.ops._launch import launched, launches
 
 on_gpu = pytest.mark.gpu
 E, N, K, RANK, TOP_K = 6, 96, 128, 8, 2
@@ -171,18 +172,53 @@ def test_calls_of_torch_are_replayed(op, replays, kernel_device):
     assert len(replays) == 3
 
 
-def test_what_is_allocated_is_dropped_after_its_last_use():
+class AddOne:
+    """A compiled kernel as far as a recording knows it: int64 ``target = source + 1``, by address, here on the CPU."""
+
+    function = packed_metadata = None
+
+    def run(self, *arguments):
+        grid, source, target, n = arguments[:3], *arguments[9:]
+        assert grid == (1, 1, 1)
+        numbers = ctypes.c_int64 * n
+        values = [value + 1 for value in numbers.from_address(source)]
+        numbers.from_address(target)[:] = values
+
+    def launch(self, source, target):
+        n = source.numel()
+        self.run(1, 1, 1, *[None] * 6, source.data_ptr(), target.data_ptr(), n)
+        if launches.recording is not None:
+            launches.recording.append((self, (1,), [source, target, n]))
+
+
+def of_launches(x):
+    """Two scratches at most are there at a time, at addresses that come up again."""
+    for _ in range(6):
+        y = torch.empty_like(x)
+        AddOne().launch(x, y)
+        x = y
+    return (x,)
+
+
+def of_calls(x):
+    y = x + 1
+    for _ in range(5):
+        y = y + 1
+    return (y,)
+
+
+def test_launches_are_replayed(replays):
+    call, held = _replay.replayed(of_launches), []
+    for seed in range(5):
+        held.append(torch.arange(3) + seed)
+        assert_equal(call(held[-1]), (held[-1] + 6,))
+    assert len(replays) == 3
+
+
+@pytest.mark.parametrize("op", [of_launches, of_calls], ids=lambda op: op.__name__)
+def test_what_is_allocated_is_dropped_after_its_last_use(op):
+    """As in the op, also while it is recorded, in the second call."""
     tracked = []
-
-    def op(x):
-        y = x + 1
-        for _ in range(4):
-            y = y * 2
-        return (y,)
-
-    call = _replay.replayed(op)
-    x = torch.ones(3)
-    call(x), call(x)
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -191,11 +227,25 @@ def test_what_is_allocated_is_dropped_after_its_last_use():
             alive.append(sum(ref() is not None for ref in tracked))
             return result
 
-    alive = []
-    with Watch():
-        (y,) = call(x)
-    assert torch.equal(y, torch.full((3,), 32.0))
-    assert max(alive) <= 2
+    call, x = _replay.replayed(op), torch.arange(3)
+    for _ in range(4):
+        alive = []
+        with Watch():
+            (y,) = call(x)
+        assert torch.equal(y, x + 6)
+        assert len(alive) == 6
+        assert max(alive) == 2
+        tracked.clear()
+
+
+def test_a_tensor_from_outside_is_not_replayed(replays):
+    """It is an input that no replay would be given anew."""
+    outside = torch.ones(4)
+    call = _replay.replayed(lambda x: (x + outside,))
+    for value in range(4):
+        outside = torch.full((4,), float(value))
+        assert_equal(call(torch.ones(4)), (torch.full((4,), value + 1.0),))
+    assert not replays
 
 
 @pytest.mark.parametrize(

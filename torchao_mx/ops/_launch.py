@@ -49,7 +49,7 @@ Launch = tuple[Any, tuple[int, ...], list[Any]]  # compiled kernel, grid, all ar
 class _Launches(threading.local):
     """Where ``launched`` kernels of this thread are recorded, if anywhere; None stands for one that cannot be."""
 
-    recording: list[Launch | None] | None = None
+    recording: Any = None  # has append(Launch | None)
 
 
 launches = _Launches()

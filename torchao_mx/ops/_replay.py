@@ -1,13 +1,16 @@
 """Repeats a call's work on the device without the Python that planned it.
 
 An op that is a handful of small kernels spends more time in Python (tiles, grids, strides, checks) than the GPU
-spends in the kernels: 300 us for the two ops of an expert layer's step, against 240 (replayed: 130; 256 tokens
-to 128 experts, H200). All of that follows from the arguments' shapes, strides, dtypes and alignment. So a call
+spends in the kernels. All of that follows from the arguments' shapes, strides, dtypes and alignment. So a call
 of a kind met before is recorded: the launches of ``launched`` kernels and the calls of torch's ops, in turn,
 each tensor as a place in "input 3", "output 0" or "scratch 1". The next ones allocate each scratch when it is
 first needed, launch, call, and drop it after its last use, as the op itself did. Nothing depends on values: those
 stay on the device, and a call that brings one to the host is not recorded. It is no CUDA graph: streams,
-allocator and capture work as they do for single launches.
+allocator and capture work as they do for single launches. Triton's launch hooks (Proton's) do not see replayed
+launches; CUPTI's users, torch.profiler among them, do.
+
+A recording keeps no tensor alive, so that the call that is recorded needs no more memory than any other: an
+address that the allocator gives out again is another buffer from then on.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -31,65 +35,16 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
+_STREAM = 3  # its position among a compiled kernel's arguments
 
 
-class _Call(NamedTuple):
-    """A torch op, its arguments and what it returned."""
+class _Buffer(NamedTuple):
+    """The tensor that a storage was allocated as; ``address`` is its first element's, while recording."""
 
-    func: Any
-    args: Any
-    kwargs: Any
-    result: Any
-
-
-def _tensors(tree: Any) -> Iterator[torch.Tensor]:
-    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
-
-
-class _Recorder(TorchDispatchMode):
-    """Keeps launches and calls, and with them every tensor that they touch, so that no address comes up twice."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()
-        self.device = device
-        self.events: list[Launch | _Call | None] = []  # None: what cannot be repeated
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        launches.recording = None  # an op of ours is one call, its launches its own
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            launches.recording = self.events
-        call = _Call(func, args, kwargs, result)
-        touches = (
-            func not in _ALLOCATIONS and not func.is_view and next(_tensors(call), None) is not None
-        )
-        if touches:
-            self.events.append(call if self._repeats(call) else None)
-        return result
-
-    def _repeats(self, call: _Call) -> bool:
-        results = list(tree_iter(call.result))
-        return (
-            all(isinstance(result, torch.Tensor) for result in results)
-            and torch.Tag.dynamic_output_shape not in call.func.tags
-            and all(t.device == self.device and t.numel() for t in _tensors(call))
-        )
-
-    def __enter__(self) -> _Recorder:
-        launches.recording = self.events
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        launches.recording = None
-        super().__exit__(*exception)
+    address: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
 
 
 class _Place(NamedTuple):
@@ -114,112 +69,46 @@ class _Place(NamedTuple):
 class _Step(NamedTuple):
     """A launch or a call, what is allocated for it, and what is dropped behind it."""
 
-    allocate: list[tuple[int, torch.Size, tuple[int, ...], torch.dtype]]
-    launch: (
-        tuple[Any, list[Any], list[tuple[int, int, int]]] | None
-    )  # arguments; position, buffer, offset
+    allocate: list[tuple[int, _Buffer]]
+    launch: tuple[Any, list[Any], list[tuple[int, int, int]]] | None  # position, buffer, offset
     call: tuple[Any, Any, Any, list[tuple[int, int]]] | None  # which of the results is which buffer
     drop: list[int]
+
+
+class _Unrepeatable(Exception):
+    """The call does what a recording cannot repeat."""
 
 
 class _Recording:
     """Buffers are inputs, then what is allocated or returned on the way, in the order of their first use."""
 
     def __init__(
-        self,
-        events: list[Launch | _Call],
-        inputs: list[torch.Tensor],
-        outputs: tuple[torch.Tensor, ...],
+        self, n_inputs: int, n_buffers: int, steps: list[_Step], outputs: list[Any]
     ) -> None:
-        self.n_inputs = len(inputs)
-        self.bases = list(inputs)  # the buffers' tensors, while this is set up
-        self.known = {_storage(t): i for i, t in enumerate(inputs) if t.numel()}
-        self.owners = {_storage(t): t for t in outputs if t.numel()}
-        self.steps: list[_Step] = []
-        uses: list[set[int]] = []
-        for event in events:
-            step, used = self._call(event) if isinstance(event, _Call) else self._launch(event)
-            self.steps.append(step)
-            uses.append(used)
-        self.outputs = [self._output(t) for t in outputs]
-        last = {buffer: i for i, used in enumerate(uses) for buffer in used}
-        kept = {place.buffer for place in self.outputs if isinstance(place, _Place)}
-        for buffer, i in last.items():
-            if buffer >= self.n_inputs and buffer not in kept:
-                self.steps[i].drop.append(buffer)
-        self.n_buffers = len(self.bases)
-        del self.bases, self.known, self.owners
-
-    def _new_buffer(self, base: torch.Tensor) -> int:
-        self.known[_storage(base)] = len(self.bases)
-        self.bases.append(base)
-        return len(self.bases) - 1
-
-    def _place(self, t: torch.Tensor, allocate: list[Any] | None) -> _Place:
-        buffer = self.known.get(_storage(t))
-        if buffer is None:
-            base = self.owners.get(_storage(t))
-            if base is None:  # scratch: its whole storage
-                storage = t.untyped_storage()
-                base = torch.empty(0, dtype=torch.uint8, device=t.device).set_(storage)
-            buffer = self._new_buffer(base)
-            allocate.append((buffer, base.shape, base.stride(), base.dtype))
-        base = self.bases[buffer]
-        offset = t.data_ptr() - base.data_ptr()
-        layout = (t.shape, t.stride(), t.dtype)
-        whole = offset == 0 and layout == (base.shape, base.stride(), base.dtype)
-        return _Place(buffer, offset, *layout, whole)
-
-    def _launch(self, launch: Launch) -> tuple[_Step, set[int]]:
-        compiled, grid, arguments = launch
-        allocate, patches, template = [], [], list(arguments)
-        for position, argument in enumerate(arguments):
-            if isinstance(argument, torch.Tensor):
-                template[position] = None  # keeps no tensor alive
-                if argument.numel():
-                    place = self._place(argument, allocate)
-                    patches.append((position, place.buffer, place.offset))
-                else:
-                    template[position] = 0
-        run = compiled[(*grid, 1, 1)]
-        return _Step(allocate, (run, template, patches), None, []), {b for _, b, _ in patches}
-
-    def _call(self, call: _Call) -> tuple[_Step, set[int]]:
-        allocate = []
-
-        def placed(leaf: Any) -> Any:
-            return self._place(leaf, allocate) if isinstance(leaf, torch.Tensor) else leaf
-
-        args, kwargs = tree_map(placed, call.args), tree_map(placed, call.kwargs)
-        used = {leaf.buffer for leaf in _places((args, kwargs))}
-        results = []
-        for i, t in enumerate(tree_iter(call.result)):
-            if _storage(t) not in self.known:
-                results.append((i, self._new_buffer(t)))
-        used |= {buffer for _, buffer in results}
-        return _Step(allocate, None, (call.func, args, kwargs, results), []), used
-
-    def _output(self, t: torch.Tensor) -> Any:
-        if t.numel() and _storage(t) in self.known:
-            return self._place(t, None)
-        return t.shape, t.stride(), t.dtype  # nothing was written to it
+        self.n_inputs = n_inputs
+        self.n_buffers = n_buffers
+        self.steps = steps
+        self.outputs = outputs  # a _Place, or a _Buffer that nothing was written to
 
     def replay(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         device = inputs[0].device
         buffers = [*inputs, *[None] * (self.n_buffers - self.n_inputs)]
         first = [0 if t is None else t.data_ptr() for t in buffers]
         with on_device_of(inputs[0]):
-            stream = torch.cuda.current_stream().cuda_stream if device.type == "cuda" else None
+            stream = None
+            if device.type == "cuda":
+                stream = triton.runtime.driver.active.get_current_stream(device.index)
             for allocate, launch, call, drop in self.steps:
-                for buffer, size, stride, dtype in allocate:
+                for buffer, (_, size, stride, dtype) in allocate:
                     t = torch.empty_strided(size, stride, dtype=dtype, device=device)
                     buffers[buffer], first[buffer] = t, t.data_ptr()
                 if launch is not None:
                     run, template, patches = launch
                     arguments = template.copy()
+                    arguments[_STREAM] = stream
                     for position, buffer, offset in patches:
                         arguments[position] = first[buffer] + offset
-                    run(*arguments, stream=stream)
+                    run(*arguments)
                 else:
                     func, args, kwargs, results = call
                     args, kwargs = _filled(args, buffers), _filled(kwargs, buffers)
@@ -232,13 +121,156 @@ class _Recording:
         return tuple(
             output.of(buffers)
             if isinstance(output, _Place)
-            else torch.empty_strided(*output[:2], dtype=output[2], device=device)
+            else torch.empty_strided(*output[1:3], dtype=output.dtype, device=device)
             for output in self.outputs
         )
 
 
+class _Recorder(TorchDispatchMode):
+    """Turns the launches and calls under it into steps, as they happen."""
+
+    def __init__(self, inputs: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.device = inputs[0].device
+        self.n_inputs = len(inputs)
+        self.buffers = [_buffer(t) for t in inputs]
+        self.known = {_storage(t): i for i, t in enumerate(inputs) if t.numel()}
+        self.allocated: dict[int, _Buffer] = {}  # and not used yet
+        self.steps: list[_Step] = []
+        self.last: dict[int, int] = {}  # step in which a buffer is used last
+        self.repeats = True
+
+    def __enter__(self) -> _Recorder:
+        launches.recording = self
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        launches.recording = None
+        super().__exit__(*exception)
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        launches.recording = None  # an op of ours is one call, its launches its own
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            launches.recording = self
+        if func in _ALLOCATIONS:
+            if result.numel():
+                self.known.pop(_storage(result), None)
+                self.allocated[_storage(result)] = _buffer(result)
+        elif not func.is_view and next(_tensors((args, kwargs, result)), None) is not None:
+            self._add(self._call, func, args, kwargs, result)
+        return result
+
+    def append(self, launch: Launch | None) -> None:
+        """A launch of a ``launched`` kernel, or None for one that cannot be repeated."""
+        self._add(self._launch, launch)
+
+    def recording(self, outputs: tuple[torch.Tensor, ...]) -> _Recording | None:
+        """Of a call that returned ``outputs``; None where it cannot be repeated."""
+        if not self.repeats or not all(map(_owns_its_storage, outputs)):
+            return None
+        results = [
+            self._place(t, []) if t.numel() and _storage(t) in self.known else _buffer(t)
+            for t in outputs
+        ]
+        kept = {place.buffer for place in results if isinstance(place, _Place)}
+        for buffer, step in self.last.items():
+            if buffer >= self.n_inputs and buffer not in kept:
+                self.steps[step].drop.append(buffer)
+        return _Recording(self.n_inputs, len(self.buffers), self.steps, results)
+
+    def _add(self, make: Callable[..., tuple[_Step, set[int]]], *what: Any) -> None:
+        if not self.repeats:
+            return
+        try:
+            step, used = make(*what)
+        except _Unrepeatable:
+            self.repeats = False
+            return
+        self.last |= dict.fromkeys(used, len(self.steps))
+        self.steps.append(step)
+
+    def _new_buffer(self, storage: int, buffer: _Buffer) -> int:
+        self.known[storage] = len(self.buffers)
+        self.buffers.append(buffer)
+        return len(self.buffers) - 1
+
+    def _place(self, t: torch.Tensor, allocate: list[tuple[int, _Buffer]]) -> _Place:
+        storage = _storage(t)
+        index = self.known.get(storage)
+        if index is None:
+            buffer = self.allocated.pop(storage, None)
+            if buffer is None:  # a tensor from outside of the call
+                raise _Unrepeatable
+            index = self._new_buffer(storage, buffer)
+            allocate.append((index, buffer))
+        layout = _buffer(t)
+        offset = layout.address - self.buffers[index].address
+        return _Place(index, offset, *layout[1:], whole=layout == self.buffers[index])
+
+    def _launch(self, launch: Launch | None) -> tuple[_Step, set[int]]:
+        if launch is None:
+            raise _Unrepeatable
+        compiled, grid, arguments = launch
+        # As Triton calls a compiled kernel: grid, stream, function, metadata; those of launch hooks, none; arguments.
+        template = [*(*grid, 1, 1)[:3], None, compiled.function, compiled.packed_metadata]
+        template += [None, None, None]
+        allocate, patches = [], []
+        for argument in arguments:
+            if isinstance(argument, torch.Tensor):
+                if argument.numel():
+                    place = self._place(argument, allocate)
+                    patches.append((len(template), place.buffer, place.offset))
+                argument = 0
+            template.append(argument)
+        step = _Step(allocate, (compiled.run, template, patches), None, [])
+        return step, {buffer for _, buffer, _ in patches}
+
+    def _call(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[_Step, set[int]]:
+        results = list(tree_iter(result))
+        repeats = (
+            all(isinstance(t, torch.Tensor) for t in results)
+            and torch.Tag.dynamic_output_shape not in func.tags
+            and all(t.device == self.device and t.numel() for t in _tensors((args, kwargs, result)))
+        )
+        if not repeats:
+            raise _Unrepeatable
+        allocate = []
+
+        def placed(leaf: Any) -> Any:
+            return self._place(leaf, allocate) if isinstance(leaf, torch.Tensor) else leaf
+
+        given = {_storage(t) for t in _tensors((args, kwargs))}
+        args, kwargs = tree_map(placed, args), tree_map(placed, kwargs)
+        used = {leaf.buffer for leaf in _places((args, kwargs))}
+        buffers = []
+        for i, t in enumerate(results):
+            if _storage(t) not in given:
+                if not _owns_its_storage(t):
+                    raise _Unrepeatable
+                buffers.append((i, self._new_buffer(_storage(t), _buffer(t))))
+        used |= {buffer for _, buffer in buffers}
+        return _Step(allocate, None, (func, args, kwargs, buffers), []), used
+
+
+def _buffer(t: torch.Tensor) -> _Buffer:
+    return _Buffer(t.data_ptr(), t.shape, t.stride(), t.dtype)
+
+
 def _storage(t: torch.Tensor) -> int:
     return t.untyped_storage().data_ptr()
+
+
+def _tensors(tree: Any) -> Iterator[torch.Tensor]:
+    return (leaf for leaf in tree_iter(tree) if isinstance(leaf, torch.Tensor))
 
 
 def _is_place(leaf: Any) -> bool:
@@ -296,14 +328,10 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
                 recordings.popitem(last=False)
         if not recording or launches.recording is not None:
             return op(*args)
-        with _Recorder(inputs[0].device) as recorder:
+        with _Recorder(inputs) as recorder:
             outputs = op(*args)
-        replays = (
-            None not in recorder.events
-            and _distinct([*inputs, *outputs])
-            and all(map(_owns_its_storage, outputs))
-        )
-        recordings[key] = _Recording(recorder.events, inputs, outputs) if replays else False
+        recorded = recorder.recording(outputs) if _distinct([*inputs, *outputs]) else None
+        recordings[key] = recorded or False
         return outputs
 
     return call
