@@ -28,7 +28,7 @@ help:
 	@echo 'make demo    train a small transformer on real text, quantize it after and during training, compare'
 	@echo 'make test    the tests and the doctests; on a GPU machine the GPU tests too'
 	@echo 'make lint    ruff'
-	@echo 'make bench   the benchmarks; they need a GPU (bench_moe_layer.py, not among them, the hf extra too)'
+	@echo 'make bench   the benchmarks; they need a GPU (bench_moe_layer.py and bench_gpt_oss.py, not among them, the hf extra too)'
 	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
 
 demo: $(installed)

@@ -95,19 +95,28 @@ def build(size: str, packed: bool, attention: str) -> nn.Module:
 def with_adapters(model: nn.Module, variant: str) -> nn.Module:
     import peft
 
-    options: dict[str, Any] = dict(r=RANK, lora_alpha=ALPHA, target_modules=ATTENTION)
-    if variant in (PEFT_PACKED, PEFT_BF16):
-        options["target_parameters"] = EXPERTS
-    else:
-        compute_dtype = torch.float8_e4m3fn if variant == FP8 else None
-        config = MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA, compute_dtype=compute_dtype)
-        quantize_(model, config, filter_fn=is_experts)
+    by_peft = variant in (PEFT_PACKED, PEFT_BF16)
     if variant == PEFT_PACKED:
         import torchao_mx.hf  # noqa: F401  registers the experts implementation
 
         model.set_experts_implementation("torchao_mx")
-    config = peft.LoraConfig(**options)
-    return peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    options: dict[str, Any] = dict(r=RANK, lora_alpha=ALPHA, target_modules=ATTENTION)
+    config = peft.LoraConfig(**options, target_parameters=EXPERTS if by_peft else None)
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    if not by_peft:  # behind PEFT, which freezes whatever is not its own
+        compute_dtype = torch.float8_e4m3fn if variant == FP8 else None
+        ours = MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA, compute_dtype=compute_dtype)
+        quantize_(model, ours, filter_fn=is_experts)
+    return model
+
+
+def adapter_elements(config: Any) -> int:
+    """Of all adapters, by the model's sizes."""
+    h, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    q, kv = heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    attention = 2 * (h + q) + 2 * (h + kv)
+    experts = config.num_local_experts * ((h + 2 * inner) + (inner + h))
+    return config.num_hidden_layers * RANK * (attention + experts)
 
 
 def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module) -> torch.Tensor:
@@ -143,6 +152,9 @@ def trainer(model: nn.Module, ids: torch.Tensor, whole: bool) -> Callable[[], to
 
 def check(model: nn.Module, ids: torch.Tensor, whole: bool, name: str) -> None:
     """Every adapter gets a gradient; called after a step, when no factor is zero any more."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    wanted = adapter_elements(model.get_base_model().config)
+    harness.gate(f"{name}: {trained} trained elements, not {wanted}", trained == wanted)
     loss_of(model, ids, whole).backward()
     for key, p in model.named_parameters():
         if p.requires_grad:
@@ -181,8 +193,7 @@ def bench(size: str, variant: str, args: argparse.Namespace) -> harness.Row:
     return dict(
         model=size, variant=variant, tokens=ids.numel(), ms=ms, tokens_per_s=ids.numel() / ms * 1e3,
         peak_gb=torch.cuda.max_memory_allocated() / 1e9, weights_gb=weights_gb, first_s=first_s,
-        first_loss=first, last_loss=last,
-        adapter_elements=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        first_loss=first, last_loss=last, adapter_elements=adapter_elements(model.get_base_model().config),
     )  # fmt: skip
 
 

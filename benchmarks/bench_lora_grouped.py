@@ -320,10 +320,8 @@ def main() -> None:
         return
     results = report.Results()
     if args.first_step is not None:
-        report.add_first_steps(results, __file__, args.first_step or FIRST_STEPS)
-        results.report(
-            "lora_grouped_first_step", {}, report.FIRST_STEP_HEAD, report.FIRST_STEP_COLUMNS
-        )
+        points = args.first_step or FIRST_STEPS
+        results.first_steps("lora_grouped_first_step", __file__, points)
         raise SystemExit(bool(results.failures))
     if args.quick:
         args.shapes = [name for name in args.shapes if name != "deepseek"]

@@ -231,10 +231,7 @@ def main() -> None:
         return
     results = report.Results()
     if args.first_step is not None:
-        report.add_first_steps(results, __file__, args.first_step or FIRST_STEPS)
-        results.report(
-            "lora_linear_first_step", {}, report.FIRST_STEP_HEAD, report.FIRST_STEP_COLUMNS
-        )
+        results.first_steps("lora_linear_first_step", __file__, args.first_step or FIRST_STEPS)
         raise SystemExit(bool(results.failures))
     whole = vars(args) == vars(parser.parse_args([]))
     rows = args.rows or ((1, 16, 64, 4096, 16384) if args.quick else ROWS)

@@ -136,6 +136,18 @@ def matmul_tflops(size: int = 8192) -> float:
     return 2 * size**3 / graph_ms(lambda _: torch.mm(a, b), 1) / 1e9
 
 
+def host_us(calls: int = 2000) -> float:
+    """Microseconds of the host for a torch op of one kernel, on which eager steps of small kernels depend."""
+    x = torch.zeros(8, device="cuda")
+    for _ in range(2):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(calls):
+            x.add_(1)
+        seconds = time.perf_counter() - start
+    return seconds / calls * 1e6
+
+
 def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:
     """Write ``results/<name>-<gpu>.json`` and return the path of the PNG that belongs beside it."""
     RESULTS.mkdir(exist_ok=True)
@@ -145,6 +157,7 @@ def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "torchao": _torchao_version(),
+        "host_us": host_us(),
         **meta,
     }
     stem.with_suffix(".json").write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")

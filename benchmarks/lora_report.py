@@ -115,6 +115,31 @@ class Results:
         print(f"FAILED: {message}", flush=True)
         self.failures.append(message)
 
+    def first_steps(self, name: str, script: str, points: Sequence[str]) -> None:
+        """``script --first-step-of POINT`` in fresh processes, cold and warm; reports what it got to."""
+        try:
+            for point in points:
+                self._first_step(script, point)
+        finally:
+            self.report(name, {}, FIRST_STEP_HEAD, FIRST_STEP_COLUMNS)
+
+    def _first_step(self, script: str, point: str) -> None:
+        with tempfile.TemporaryDirectory() as cache:
+            try:
+                cold, warm = (_fresh_process(script, point, cache) for _ in range(2))
+            except (subprocess.SubprocessError, ValueError, LookupError) as error:
+                self.fail(f"first step of {point}: {error}")
+                return
+        row = dict(
+            point=point, cold_s=cold["first_s"], warm_s=warm["first_s"],
+            baseline_cold_s=cold["baseline_s"], baseline_warm_s=warm["baseline_s"],
+        )  # fmt: skip
+        self.rows.append(row | with_targets(row, FIRST_STEP_LIMITS))
+        print(
+            f"[{self.seconds:3.0f} s] {point}: {row['cold_s']:.2f} s, {row['warm_s']:.2f} s",
+            flush=True,
+        )
+
     def report(
         self,
         name: str,
@@ -252,23 +277,6 @@ def print_first_step(step: Callable[[int], None], baseline_step: Callable[[int],
     baseline_s = harness.first_call_s(functools.partial(baseline_step, 0))
     first_s = harness.first_call_s(functools.partial(step, 0))
     print(json.dumps(dict(first_s=first_s, baseline_s=baseline_s)))
-
-
-def add_first_steps(results: Results, script: str, points: Sequence[str]) -> None:
-    """``script --first-step-of POINT`` in fresh processes, cold and warm."""
-    for point in points:
-        with tempfile.TemporaryDirectory() as cache:
-            try:
-                cold, warm = (_fresh_process(script, point, cache) for _ in range(2))
-            except (subprocess.SubprocessError, ValueError, LookupError) as error:
-                results.fail(f"first step of {point}: {error}")
-                continue
-        row = dict(
-            point=point, cold_s=cold["first_s"], warm_s=warm["first_s"],
-            baseline_cold_s=cold["baseline_s"], baseline_warm_s=warm["baseline_s"],
-        )  # fmt: skip
-        results.rows.append(row | with_targets(row, FIRST_STEP_LIMITS))
-        print(f"[{results.seconds:3.0f} s] {point}: {row['cold_s']:.2f} s, {row['warm_s']:.2f} s")
 
 
 def _fresh_process(script: str, point: str, cache: str) -> dict[str, float]:
