@@ -382,9 +382,9 @@ ValueError: dtype and block_size make it mxfp8_e4m3 and compute_dtype=torch.floa
 ValueError: lora_dropout=0.1 with compute_dtype=torch.float8_e4m3fn; dropout leaves the fused product, the only one in 8 bits: set one of them to its default
 ValueError: grad_compute_dtype=torch.float16; it is None (x's dtype), torch.bfloat16, torch.float8_e4m3fn or torch.float8_e5m2
 ValueError: grad_compute_dtype=torch.float8_e5m2 without a compute_dtype; give compute_dtype=torch.float8_e4m3fn too
-ValueError: strategy='fast' is none of auto, fused, unpack, unpack8
-ValueError: strategy='unpack8' with compute_dtype=None; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
-ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fast' is none of auto, fused, unpack, fused8, unpack8
+ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: adapter_dtype=torch.float64; it is None (the weight's), torch.bfloat16, torch.float16 or torch.float32
 ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
 TypeError: max_scratch_bytes=1000000000.0; it must be an int""",

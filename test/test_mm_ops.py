@@ -300,8 +300,8 @@ ValueError: order has shape (11,) and there are 6 token(s); it is [T * k], the a
 ValueError: order has shape (0,) and there are 6 token(s); it is [T * k], the argsort of the flattened [T, k] expert ids
 ValueError: order has shape (1, 12) and there are 6 token(s); it is [T * k], the argsort of the flattened [T, k] expert ids
 ValueError: order is on meta and x on cpu; move one with .to(device)
-ValueError: strategy='fastest' is none of auto, fused, unpack, unpack8
-ValueError: strategy='unpack8' with compute_dtype=None; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fastest' is none of auto, fused, unpack, fused8, unpack8
+ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
 ValueError: strategy='unpack' with an activation; this product is computed in one way only: leave strategy out""",
     )
@@ -331,7 +331,7 @@ ValueError: bias is on meta and x on cpu; move one with .to(device)
 ValueError: qdata has shape (44, 32) and scale (44, 1); a weight of mxfp4 has [N, 16 B] and [N, B], or experts in front: pass the two results of one quantize
 ValueError: strategy='unpack' with an activation; these products are computed in one way only: leave strategy out
 ValueError: strategy='fused' with a batch of weights; these products are computed in one way only: leave strategy out
-ValueError: strategy=None is none of auto, fused, unpack, unpack8""",
+ValueError: strategy=None is none of auto, fused, unpack, fused8, unpack8""",
     )
 
 
@@ -402,8 +402,8 @@ ValueError: grad_compute_dtype=torch.float16; it is None (x's dtype), torch.bflo
 ValueError: grad_compute_dtype=torch.bfloat16 and x has dtype torch.float32; gradients have x's dtype: convert x, or leave grad_compute_dtype out
 ValueError: grad_compute_dtype=torch.float8_e5m2 without a compute_dtype; give compute_dtype=torch.float8_e4m3fn too
 TypeError: x has dtype torch.float32; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave compute_dtype out
-ValueError: strategy='unpack8' with compute_dtype=None; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
-ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; 'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: lora_a has shape (5, 64) and lora_b (44, 5); a weight [4, 44, 64] takes lora_a [4, r, 64] and lora_b [4, 44, r]
 ValueError: lora_a has shape (3, 5, 64) and lora_b (3, 44, 5); a weight [4, 44, 64] takes lora_a [4, r, 64] and lora_b [4, 44, r]
 NotImplementedError: grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 alone: use torch.float8_e4m3fn, or leave grad_compute_dtype out

@@ -6,7 +6,7 @@ import torch
 
 from torchao_mx.checks import HIGH_PRECISION_DTYPES, check_high_precision
 from torchao_mx.formats import BlockFormat, QuantizeSpec
-from torchao_mx.ops.mm import STRATEGIES
+from torchao_mx.ops.mm import STRATEGIES, STRATEGIES_OF_8_BITS
 from torchao_mx.ops.quantize import check_per_tensor_scale
 
 
@@ -131,10 +131,11 @@ def check_strategy(strategy: str, max_scratch_bytes: int | None, compute: str = 
     """Refuse a strategy that there is not, or not for this compute dtype."""
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is none of {', '.join(STRATEGIES)}")
-    if strategy != "auto" and (strategy == "unpack8") != bool(compute):
+    if strategy != "auto" and (strategy in STRATEGIES_OF_8_BITS) != bool(compute):
         raise ValueError(
             f"strategy={strategy!r} with compute_dtype={'torch.' + compute if compute else None}; "
-            f"'unpack8' is what computes in torch.float8_e4m3fn: leave strategy out, or give both"
+            f"{' and '.join(STRATEGIES_OF_8_BITS)} are what computes in torch.float8_e4m3fn: leave strategy "
+            f"out, or give both"
         )
     if max_scratch_bytes is not None and max_scratch_bytes <= 0:
         raise ValueError(

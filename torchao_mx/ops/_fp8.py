@@ -12,6 +12,9 @@ holds (twice the bf16 rate in 3, at the price of the passes around it)::
 
 5 returns at once where nothing is flagged, so that the host never waits for the flags.
 
+``fused`` (Hopper, reduced over K) has one GEMM in the place of 2, 3 and 4, which decodes the weight in registers
+and adds the low-rank term to the fp32 sums: no scratch, and nothing is gathered.
+
 ``kind`` names what the rows become. e5m2 spends on range what a scale a row already gives, so that e4m3 is the
 more accurate also for gradients; ``torch._scaled_grouped_mm`` takes nothing else.
 """
@@ -24,8 +27,16 @@ import triton.language as tl
 
 from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.ops._add import finish
-from torchao_mx.ops._fp8_kernels import quantize_rows, recompute_flagged
-from torchao_mx.ops._fp8_weight import column_flags, flags_of, fp8_columns, fp8_rows, row_flags
+from torchao_mx.ops._fp8_kernels import permuted_rows, quantize_rows, recompute_flagged
+from torchao_mx.ops._fp8_weight import (
+    column_flags,
+    flags_of,
+    fp8_columns,
+    fp8_rows,
+    lowered_rows,
+    row_flags,
+)
+from torchao_mx.ops._hopper import hopper_fp8_product, takes_hopper_fp8
 from torchao_mx.ops._launch import capability
 from torchao_mx.reference import fp8 as definition
 
@@ -84,6 +95,7 @@ def fp8_product(
     kind: str = "float8_e4m3fn",
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
     fits: torch.Tensor | bool | None = None,
+    fused: bool = False,
 ) -> torch.Tensor:
     """``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x's rows rounded to ``kind``.
 
@@ -111,12 +123,15 @@ def fp8_product(
         max_scratch_bytes: bound of the decoded weight, unless 32 columns of each expert need more.
         fits: what :func:`fits_fp8` returned for this weight and ``transpose_weight``, True where it is known to
             be True throughout, None to find out on the way.
+        fused: decode in the GEMM's registers; columns whose scales spread over more than 11 powers of two then
+            take x unrounded, as do those that do not fit.
 
     Returns:
         ``[n_rows, C]`` in x's dtype; zeros behind ``offs[-1]``.
 
     Raises:
-        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``.
+        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``; ``fused`` where
+            it is not for.
         TypeError: x's dtype.
         ValueError: an unknown kind; N not a multiple of 16.
     """
@@ -129,6 +144,22 @@ def fp8_product(
             x, qdata, scale, fmt, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias,
             dtype, known,
         )  # fmt: skip
+    if fused:
+        return _fused_on_gpu(
+            x,
+            qdata,
+            scale,
+            offs,
+            order,
+            top_k,
+            n_rows,
+            transpose_weight,
+            h,
+            up,
+            scaling,
+            bias,
+            dtype,
+        )
     return _product_on_gpu(
         x, qdata, scale, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias, dtype,
         max_scratch_bytes, fits,
@@ -181,6 +212,42 @@ def _product_on_gpu(
             y, x, qdata, scale, *found, offs, order, top_k, transpose_weight, h, up, scaling, bias,
             dot_dtype,
         )  # fmt: skip
+    return y
+
+
+def _fused_on_gpu(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    transpose_weight: bool,
+    h: torch.Tensor | None,
+    up: torch.Tensor | None,
+    scaling: float,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if dtype != torch.float8_e4m3fn or not takes_hopper_fp8(x, qdata, transpose_weight):
+        raise NotImplementedError(
+            "strategy='fused8' is for products reduced over the packed axis, rows of torch.float8_e4m3fn and "
+            "GPUs of compute capability 9.0: leave strategy out, or use 'unpack8'"
+        )
+    if n_rows == 0:
+        return x.new_empty((0, qdata.shape[-2]))
+    x, h, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, h, bias))
+    lowered, w_scale, flags = lowered_rows(qdata, scale, offs)
+    y = hopper_fp8_product(
+        *permuted_rows(x), qdata, lowered, w_scale, offs, order, top_k, n_rows, h, up, scaling, bias
+    )
+    if offs is None:
+        qdata, scale, flags = qdata[None], scale[None], flags[None]
+        up, bias = (None if t is None else t[None] for t in (up, bias))
+    recompute_flagged(
+        y, x, qdata, scale, flags, 1, offs, order, top_k, transpose_weight, h, up, scaling, bias
+    )
     return y
 
 

@@ -30,6 +30,8 @@ COLUMNS_TILE_N, COLUMNS_TILE_BLOCKS = 128, 8
 SCALES_TILE = 32768  # bytes of a tile
 _MAX_SPREAD = tl.constexpr(definition.MAX_SPREAD)
 _MIN_BYTE, _MAX_BYTE = tl.constexpr(definition.MIN_BYTE), tl.constexpr(definition.MAX_BYTE)
+# With which e4m3 has all eight magnitudes as normal numbers.
+_MAX_NORMAL_SPREAD = tl.constexpr(11)
 _EVEN_BYTES, _ODD_BYTES = tl.constexpr(0x00FF00FF), tl.constexpr(0xFF00FF00 - 2**32)
 _LOW_HALF, _HIGH_HALF = tl.constexpr(0x0000FFFF), tl.constexpr(0xFFFF0000 - 2**32)
 
@@ -152,6 +154,43 @@ def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_row
         out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + index[None, :]
         tl.store(out_ptrs, pairs, mask=real[:, None] & (index < width)[None, :])
         tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=real)
+
+
+@launched
+@triton.jit
+def _lowered_kernel(q_ptr, s_ptr, lowered_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_rows, rows_per_expert,
+                    n_blocks, pitch, q_expert, q_row, s_expert, s_row, SELECTIVE: tl.constexpr,
+                    ROWS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+    """The scales alone of :func:`_rows_kernel`: 8 times each block's spread, a byte, up to 11 powers of two.
+
+    Of the words those are read that decide whether more would lose something.
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    expert = (row // rows_per_expert).to(tl.int64)
+    real = row < n_rows
+    if SELECTIVE:
+        real = real & _groups.has_rows(offs_ptr, expert, real)
+    local = (row % rows_per_expert).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    inside = real[:, None] & (block < n_blocks)[None, :]
+    s_ptrs = s_ptr + expert * s_expert + local * s_row
+    byte = tl.load(s_ptrs[:, None] + block[None, :], mask=inside, other=0).to(tl.int32)
+    largest = tl.max(byte, axis=1)
+    spread = largest[:, None] - byte
+    extreme = (largest < _MIN_BYTE) | (largest > _MAX_BYTE)
+    doubtful = inside & ((spread > _MAX_NORMAL_SPREAD) | extreme[:, None])
+    q_ptrs = q_ptr + expert * q_expert + local * q_row
+    index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    word = tl.load(q_ptrs[:, None, None] + index[None, :, :], mask=doubtful[:, :, None], other=0)
+    nonzero = tl.max(word & 0x77777777, axis=2) != 0
+    flag = tl.max(nonzero.to(tl.int32), axis=1) | (largest == 255).to(tl.int32)
+    tl.store(flag_ptr + row, flag.to(flag_ptr.dtype.element_ty), mask=row < n_rows)
+    lowered = tl.where(inside, tl.minimum(spread, _MAX_NORMAL_SPREAD) * 8, 0)
+    lowered_ptrs = lowered_ptr + row.to(tl.int64)[:, None] * pitch + block[None, :]
+    mask = real[:, None] & (block < pitch)[None, :]
+    tl.store(lowered_ptrs, lowered.to(lowered_ptr.dtype.element_ty), mask=mask)
+    exponent = tl.where(extreme, 127, largest - 6)
+    tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=real)
 
 
 @launched
@@ -386,6 +425,33 @@ def fp8_columns(
     flag = column_flags(scale) if flag is None else flag
     _columns(qdata, scale, flag, (fp8, column_scale), offs)
     return fp8, column_scale, flag
+
+
+def lowered_rows(
+    qdata: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a kernel needs to decode MXFP4 ``[..., N, K / 2]`` to e4m3 on the way, and cannot see a block at a time.
+
+    Returns:
+        ``(lowered [..., N, C], row_scale [..., N], flag [..., N])``: uint8, 8 times the powers of two that a
+        block's scale is below the row's largest, C the blocks of a row up to the next multiple of four, filled
+        with zeros; fp32 and int8 as of :func:`fp8_rows`, but a spread of more than 11 is flagged.
+    """
+    words, scale = words_of(qdata, scale)
+    experts, rows, blocks = scale.shape
+    pitch = triton.cdiv(blocks, 4) * 4
+    lowered = words.new_empty((experts, rows, pitch), dtype=torch.uint8)
+    row_scale = words.new_empty((experts, rows), dtype=torch.float32)
+    flag = words.new_empty((experts, rows), dtype=torch.int8)
+    span = triton.next_power_of_2(pitch)
+    tile_rows = max(1, ROWS_TILE // (span * WORDS))
+    with on_device_of(words):
+        _lowered_kernel[(triton.cdiv(experts * rows, tile_rows),)](
+            words, scale, lowered, row_scale, flag, offs, experts * rows, rows, blocks, pitch,
+            *words.stride()[:2], *scale.stride()[:2], SELECTIVE=offs is not None, ROWS=tile_rows, BLOCKS=span,
+            WORDS=WORDS, num_warps=4 if span * WORDS <= ROWS_TILE else 8,
+        )  # fmt: skip
+    return tuple(t[0] if qdata.dim() == 2 else t for t in (lowered, row_scale, flag))
 
 
 def row_flags(qdata: torch.Tensor) -> torch.Tensor:

@@ -73,7 +73,7 @@ def lora_matmul(
         grad_compute_dtype: None for x's (``torch.bfloat16`` says so for a bfloat16 x), or, with a
             ``compute_dtype``, ``torch.float8_e5m2`` or ``torch.float8_e4m3fn``: the incoming gradient is
             rounded likewise for the product that gives x's gradient.
-        strategy: ``"auto"``, ``"fused"``, ``"unpack"``, or ``"unpack8"`` with a ``compute_dtype``; see
+        strategy: ``"auto"``, ``"fused"``, ``"unpack"``, or ``"unpack8"`` or ``"fused8"`` with a ``compute_dtype``; see
             :func:`torchao_mx.ops.mm.choose_strategy`.
         max_scratch_bytes: as in :func:`torchao_mx.ops.matmul`.
 

@@ -30,7 +30,8 @@ from torchao_mx.ops._replay import replayed
 from torchao_mx.ops._unpack import Packed
 
 DEFAULT_SCRATCH = 256 * 2**20  # bytes; or as many as the rows of x and y take, where that is more
-STRATEGIES = ("auto", "fused", "unpack", "unpack8")
+STRATEGIES = ("auto", "fused", "unpack", "fused8", "unpack8")
+STRATEGIES_OF_8_BITS = ("fused8", "unpack8")
 
 
 class Crossover(NamedTuple):
@@ -64,13 +65,15 @@ def choose_strategy(
     - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows.
     - ``"unpack"``: decode into a scratch, then the vendor's GEMM; for many rows.
     - ``"unpack8"``: the same in 8 bits, where ``compute`` names an 8-bit dtype.
+    - ``"fused8"``: likewise, decoded in the registers; Hopper, MXFP4, reduced over the packed axis. Only where
+      it is asked for: not measured yet.
     - ``"reference"``: on the CPU, unless ``"unpack"`` is asked for.
 
     Raises:
         ValueError: ``"unpack"`` of groups on a GPU in a dtype other than bfloat16.
     """
     if compute:
-        return "unpack8"
+        return "fused8" if strategy == "fused8" else "unpack8"
     if device.type != "cuda":
         return "unpack" if strategy == "unpack" else "reference"
     if n_groups is not None and dtype != torch.bfloat16:
@@ -161,7 +164,8 @@ def _product(
         )  # fmt: skip
     args = (*w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias)
     if compute:
-        y = _fp8.fp8_product(x, *args, compute, max_scratch_bytes)
+        fused = strategy == "fused8"
+        y = _fp8.fp8_product(x, *args, compute, max_scratch_bytes, fused=fused)
     else:
         y = _fused_product(x, *args)
     return y if token_sum is None else rows_functions(y).sum_rows(y, *token_sum, None)
@@ -293,7 +297,7 @@ def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
     )  # fmt: skip
     ctx.n_tokens = x.shape[0]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    strategy = "auto" if strategy == "unpack8" else strategy
+    strategy = "auto" if strategy in STRATEGIES_OF_8_BITS else strategy
     ctx.options = (scaling, fmt, transpose_weight, strategy, grad_compute, max_scratch_bytes)
 
 
