@@ -70,16 +70,20 @@ def test_quantized_rows(kernel_device, columns, dtype):
     assert torch.equal(gathered[1].cpu().nan_to_num(), scale[order.long() // 3].nan_to_num())
 
 
+@pytest.mark.parametrize("order", ["halves", "pairs"])
 @pytest.mark.parametrize("columns", [32, 96, 128, 576])
-def test_rows_in_the_order_of_the_fused_kernel(kernel_device, columns):
-    """Word t of four holds eight columns: 4 t .. 4 t + 3 of the first 16 are its first half."""
+def test_rows_in_the_order_of_a_fused_kernel(kernel_device, columns, order):
+    """Where column c is, by what a thread of wgmma reads: 4 t .. 4 t + 3 of 16."""
     x = special_rows(columns)
     x = x.bfloat16() if kernel_device == "cuda" else x
-    got, got_scale = (t.cpu() for t in _fp8_kernels.permuted_rows(x.to(kernel_device)))
+    got, got_scale = (t.cpu() for t in _fp8_kernels.permuted_rows(x.to(kernel_device), order))
     want, scale = _fp8_kernels.quantize_rows(x.to(kernel_device), None, 1, 40, E4M3)
     assert_same_bytes(got_scale, scale.cpu())
     assert got.shape == (40, -(-columns // 128) * 128)
-    place = [32 * (c // 32) + 16 * (c // 4 % 2) + 4 * (c // 8 % 4) + c % 4 for c in range(columns)]
+    if order == "halves":  # c = 8 t + 4 half + i
+        place = [c // 32 * 32 + c // 4 % 2 * 16 + c // 8 % 4 * 4 + c % 4 for c in range(columns)]
+    else:  # c = 8 j + 2 t + b
+        place = [c // 16 * 16 + c // 2 % 4 * 4 + c // 8 % 2 * 2 + c % 2 for c in range(columns)]
     assert_same_bytes(got[:, place], want.cpu())
     assert got.view(torch.uint8)[got_scale.isfinite(), columns:].eq(0).all()
 
@@ -145,26 +149,40 @@ def test_decoded_weight(kernel_device, shape, powers, transpose_weight):
     assert (fp8.float().isfinite()).all() and factor.isfinite().all()
 
 
+@each_direction
 @pytest.mark.parametrize("powers", [0, 11, 20])
 @pytest.mark.parametrize("shape", [(48, 64), (3, 52, 96), (2, 132, 288)], ids=str)
-def test_lowered_blocks(kernel_device, monkeypatch, shape, powers):
-    """The rows that fit are the elements, with the table of e4m3's magnitudes lowered, times the row's scale."""
-    qdata, scale = corners(*shape, powers=powers, transpose_weight=True)
+def test_lowered_blocks(kernel_device, monkeypatch, shape, powers, transpose_weight):
+    """What fits is the elements, from the table of e4m3's magnitudes lowered by the block, times the scale."""
+    qdata, scale = corners(*shape, powers=powers, transpose_weight=transpose_weight)
     monkeypatch.setattr(definition, "MAX_SPREAD", 11)
-    values, fits = exact(qdata, scale), definition.fits_fp8(qdata, scale)
-    assert fits.any() and (powers == 20) == (fits.sum() < 0.8 * fits.numel())
+    values, fits = exact(qdata, scale), definition.fits_fp8(qdata, scale, transpose_weight)
     operands = [t.to(kernel_device) for t in (qdata, scale)]
-    lowered, factor, flag = (t.cpu() for t in _fp8_weight.lowered_rows(*operands))
+    *lead, n, blocks = scale.shape
+    if transpose_weight:
+        lowered, factor, flag = (t.cpu() for t in _fp8_weight.lowered_rows(*operands))
+        assert lowered.shape == (*lead, n, -(-blocks // 4) * 4)
+        assert lowered[..., blocks:].eq(0).all()
+        lowered = lowered[..., :blocks]
+    else:
+        lowered, factor, flag = (t.cpu() for t in _fp8_weight.lowered_columns(*operands))
+        assert lowered.shape == (*lead, blocks, -(-n // 128), 128)
+        row = torch.arange(128)  # 32 step + 8 j + 2 t + b
+        place = row // 2 % 4 * 32 + row // 32 * 8 + row // 8 % 4 * 2 + row % 2
+        lowered = lowered[..., place].flatten(-2)
+        assert lowered[..., n:].eq(0).all()
+        lowered = lowered[..., :n].mT
     assert torch.equal(flag == 0, fits)
-    blocks = shape[-1] // 32
-    assert lowered.shape == (*shape[:-1], -(-blocks // 4) * 4)
-    assert lowered[..., blocks:].eq(0).all()
     table = torch.tensor([0, 0x60, 0x68, 0x6C, 0x70, 0x74, 0x78, 0x7C])
     codes = torch.stack([qdata & 15, qdata >> 4], -1).flatten(-2).long()
-    bytes_ = table[codes & 7] - lowered[..., :blocks].long().repeat_interleave(32, -1)
-    e4m3 = torch.where(codes & 7 != 0, bytes_, 0) | (codes & 8) << 4
+    magnitude = table[codes & 7] - lowered.long().repeat_interleave(32, -1)
+    e4m3 = torch.where(codes & 7 != 0, magnitude, 0) | (codes & 8) << 4
+    factor = factor[..., None] if transpose_weight else factor[..., None, :]
+    fits = fits[..., None] if transpose_weight else fits.repeat_interleave(32, -1)[..., None, :]
+    fits = fits.expand(values.shape)
+    assert not fits.all() if powers == 20 else fits.any()
     assert e4m3[fits].ge(0).all()
-    got = e4m3.to(torch.uint8).view(E4M3).float() * factor[..., None]
+    got = e4m3.to(torch.uint8).view(E4M3).float() * factor
     assert torch.equal(got[fits], values[fits])
 
 

@@ -2,7 +2,19 @@
 
 import pytest
 import torch
-from _fp8_operands import E4M3, ENDS, ROWS, E, call, dense, expected, operands, packed, randn
+from _fp8_operands import (
+    E4M3,
+    ENDS,
+    ROWS,
+    E,
+    call,
+    dense,
+    each_direction,
+    expected,
+    operands,
+    packed,
+    randn,
+)
 from _grids import generator, relative_error
 
 from torchao_mx import MXFP4, ops
@@ -30,83 +42,93 @@ def on_gpu(args):
     return {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
 
 
-def product(args):
+def product(args, transpose_weight):
     rest = ("float8_e4m3fn", _fp8.MAX_SCRATCH_BYTES, None, True)
-    return call(_fp8.fp8_product, on_gpu(args), True, *rest, pts=True).cpu()
+    return call(_fp8.fp8_product, on_gpu(args), transpose_weight, *rest, pts=True).cpu()
 
 
-def kernel(args, tile):
+def kernel(args, transpose_weight, tile):
     """The fused kernel with a tile, and the flagged columns."""
     a = on_gpu(args)
-    lowered, w_scale, flags = _fp8_weight.lowered_rows(a["qdata"], a["scale"])
+    lower = _fp8_weight.lowered_rows if transpose_weight else _fp8_weight.lowered_columns
+    lowered, w_scale, flags = lower(a["qdata"], a["scale"])
+    x = _fp8_kernels.permuted_rows(a["x"], "halves" if transpose_weight else "pairs")
     y = _hopper.hopper_fp8_product(
-        *_fp8_kernels.permuted_rows(a["x"]), a["qdata"], lowered, w_scale, a["offs"], a["order"],
-        a["top_k"], a["n_rows"], a["h"], a["up"], a["scaling"], a["bias"], tile,
+        *x, a["qdata"], lowered, w_scale, a["offs"], a["order"], a["top_k"], a["n_rows"],
+        transpose_weight, a["h"], a["up"], a["scaling"], a["bias"], tile,
     )  # fmt: skip
     return y.cpu(), flags.cpu()
 
 
 @pytest.mark.parametrize("powers", [0, 11, 20])
 @pytest.mark.parametrize("top_k", [1, 4])
-def test_product(powers, top_k):
-    args = operands(True, dtype=BF16, powers=powers, top_k=top_k)
-    y = product(args)
-    assert relative_error(y, expected(args, True)) < 4e-3
+@each_direction
+def test_product(powers, top_k, transpose_weight):
+    args = operands(transpose_weight, dtype=BF16, powers=powers, top_k=top_k)
+    y = product(args, transpose_weight)
+    assert relative_error(y, expected(args, transpose_weight)) < 4e-3
     assert y[ENDS[-1] :].eq(0).all()
-    assert torch.equal(y, product(args))
+    assert torch.equal(y, product(args, transpose_weight))
 
 
 @pytest.mark.parametrize("terms", ["none", "lora", "bias"])
 @pytest.mark.parametrize("grouped", [True, False], ids=["grouped", "dense"])
-def test_without_some_terms(terms, grouped):
-    args = operands(True, dtype=BF16)
+@each_direction
+def test_without_some_terms(terms, grouped, transpose_weight):
+    args = operands(transpose_weight, dtype=BF16)
     args = args if grouped else dense(args)
     if terms != "lora":
         args.update(h=None, up=None)
     if terms != "bias":
         args.update(bias=None)
-    assert relative_error(product(args), expected(args, True)) < 4e-3
+    y = product(args, transpose_weight)
+    assert relative_error(y, expected(args, transpose_weight)) < 4e-3
 
 
 @pytest.mark.parametrize("tile", TILES, ids=str)
 @pytest.mark.parametrize("k", [32, 64, 96, 128, 160, 1024, 2880])
 @pytest.mark.parametrize("n", [16, 144, 256])
-def test_tiles_and_shapes(tile, k, n):
+@each_direction
+def test_tiles_and_shapes(tile, k, n, transpose_weight):
     """Rows of x, of W and of K that are no whole tiles; several tiles an expert."""
     sizes = torch.tensor([0, 1, 130, 17, 64])
     rows, rank = int(sizes.sum()) + 3, 20
+    reduced, columns = (k, n) if transpose_weight else (n, k)
     qdata, scale = packed(E, n, k, powers=3)
     args = dict(
-        x=randn(rows, k, dtype=BF16), qdata=qdata, scale=scale, offs=sizes.cumsum(0).int(), order=None,
-        top_k=1, n_rows=rows, h=randn(rows, rank, seed=3, dtype=BF16), up=randn(E, n, rank, seed=4),
-        scaling=0.5, bias=randn(E, n, seed=5),
+        x=randn(rows, reduced, dtype=BF16), qdata=qdata, scale=scale, offs=sizes.cumsum(0).int(), order=None,
+        top_k=1, n_rows=rows, h=randn(rows, rank, seed=3, dtype=BF16), up=randn(E, columns, rank, seed=4),
+        scaling=0.5, bias=randn(E, columns, seed=5),
     )  # fmt: skip
-    y, flags = kernel(args, tile)
+    y, flags = kernel(args, transpose_weight, tile)
     assert flags.eq(0).all()
-    assert relative_error(y, expected(args, True)) < 4e-3
+    assert relative_error(y, expected(args, transpose_weight)) < 4e-3
 
 
-def test_a_code_at_each_place():
-    """W one element of each code, x a single one: no element may be read for another."""
-    k, n = 256, 128
+@each_direction
+def test_a_code_at_each_place(transpose_weight):
+    """x is the identity: no element may be taken for another."""
+    n, k = 256, 384
     codes = torch.randint(0, 16, (1, n, k), dtype=torch.uint8, generator=generator(7))
     qdata = codes[..., ::2] | codes[..., 1::2] << 4
     scale = torch.randint(124, 131, (1, n, k // 32), dtype=torch.uint8, generator=generator(8))
     scale = scale.view(torch.float8_e8m0fnu)
-    x = torch.eye(k, dtype=BF16)
+    rows = k if transpose_weight else n
     args = dict(
-        x=x, qdata=qdata, scale=scale, offs=torch.tensor([k], dtype=torch.int32), order=None, top_k=1,
-        n_rows=k, h=None, up=None, scaling=1.0, bias=None,
+        x=torch.eye(rows, dtype=BF16), qdata=qdata, scale=scale, offs=torch.tensor([rows], dtype=torch.int32),
+        order=None, top_k=1, n_rows=rows, h=None, up=None, scaling=1.0, bias=None,
     )  # fmt: skip
-    want = ops.dequantize(qdata, scale, MXFP4, dtype=torch.float32)[0].T
+    want = ops.dequantize(qdata, scale, MXFP4, dtype=torch.float32)[0]
+    want = want.T if transpose_weight else want
     for tile in TILES:
-        y, flags = kernel(args, tile)
+        y, flags = kernel(args, transpose_weight, tile)
         assert flags.eq(0).all()
-        assert torch.equal(y.float(), want.bfloat16().float()), tile
+        assert torch.equal(y.float(), want), tile
 
 
-def test_through_the_verb():
-    """Forward fused8, backward the default: as unpack8, but for the order of sums."""
+@pytest.mark.parametrize("grad_compute_dtype", [None, E4M3], ids=str)
+def test_through_the_verb(grad_compute_dtype):
+    """As unpack8, but for the order of sums."""
     args = on_gpu(operands(True, dtype=BF16))
     a = torch.randn(E, 7, args["x"].shape[1], device="cuda", dtype=BF16)
     b = torch.randn(E, args["qdata"].shape[1], 7, device="cuda", dtype=BF16)
@@ -115,7 +137,7 @@ def test_through_the_verb():
         leaves = [t.detach().requires_grad_() for t in (args["x"], a, b)]
         y = ops.lora_grouped_mm(
             leaves[0], args["qdata"], args["scale"], MXFP4, args["offs"], *leaves[1:], 0.5,
-            compute_dtype=E4M3, strategy=strategy,
+            compute_dtype=E4M3, grad_compute_dtype=grad_compute_dtype, strategy=strategy,
         )  # fmt: skip
         y.sum().backward()
         results.append([y, *(t.grad for t in leaves)])
@@ -126,8 +148,7 @@ def test_through_the_verb():
 
 
 def test_where_it_is_not_for():
-    """Reduced over N, the other axis."""
-    args = on_gpu(operands(False, dtype=BF16))
-    rest = ("float8_e4m3fn", _fp8.MAX_SCRATCH_BYTES, None, True)
+    args = dense(on_gpu(operands(True, dtype=BF16)))
+    rest = ("float8_e5m2", _fp8.MAX_SCRATCH_BYTES, None, True)
     with pytest.raises(NotImplementedError, match="fused8"):
-        call(_fp8.fp8_product, args, False, *rest, pts=True)
+        call(_fp8.fp8_product, args, True, *rest, pts=True)

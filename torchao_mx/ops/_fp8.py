@@ -12,7 +12,7 @@ holds (twice the bf16 rate in 3, at the price of the passes around it)::
 
 5 returns at once where nothing is flagged, so that the host never waits for the flags.
 
-``fused`` (Hopper, reduced over K) has one GEMM in the place of 2, 3 and 4, which decodes the weight in registers
+``fused`` (Hopper) has one GEMM in the place of 2, 3 and 4, which decodes the weight in registers
 and adds the low-rank term to the fp32 sums: no scratch, and nothing is gathered.
 
 ``kind`` names what the rows become. e5m2 spends on range what a scale a row already gives, so that e4m3 is the
@@ -33,6 +33,7 @@ from torchao_mx.ops._fp8_weight import (
     flags_of,
     fp8_columns,
     fp8_rows,
+    lowered_columns,
     lowered_rows,
     row_flags,
 )
@@ -230,18 +231,22 @@ def _fused_on_gpu(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    if dtype != torch.float8_e4m3fn or not takes_hopper_fp8(x, qdata, transpose_weight):
+    if dtype != torch.float8_e4m3fn or not takes_hopper_fp8(x):
         raise NotImplementedError(
-            "strategy='fused8' is for products reduced over the packed axis, rows of torch.float8_e4m3fn and "
-            "GPUs of compute capability 9.0: leave strategy out, or use 'unpack8'"
+            "strategy='fused8' is for rows of torch.float8_e4m3fn and GPUs of compute capability 9.0: leave "
+            "strategy out, or use 'unpack8'"
         )
     if n_rows == 0:
-        return x.new_empty((0, qdata.shape[-2]))
+        return x.new_empty((0, qdata.shape[-2] if transpose_weight else 2 * qdata.shape[-1]))
     x, h, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, h, bias))
-    lowered, w_scale, flags = lowered_rows(qdata, scale, offs)
+    if transpose_weight:
+        lowered, w_scale, flags = lowered_rows(qdata, scale, offs)
+    else:
+        lowered, w_scale, flags = lowered_columns(qdata, scale, offs)
     y = hopper_fp8_product(
-        *permuted_rows(x), qdata, lowered, w_scale, offs, order, top_k, n_rows, h, up, scaling, bias
-    )
+        *permuted_rows(x, "halves" if transpose_weight else "pairs"), qdata, lowered, w_scale, offs,
+        order, top_k, n_rows, transpose_weight, h, up, scaling, bias,
+    )  # fmt: skip
     if offs is None:
         qdata, scale, flags = qdata[None], scale[None], flags[None]
         up, bias = (None if t is None else t[None] for t in (up, bias))

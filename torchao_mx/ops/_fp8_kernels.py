@@ -33,9 +33,9 @@ _ENCODE_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
 @launched
 @triton.jit
 def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, q_row, E4M3: tl.constexpr,
-                          PERMUTED: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr,
+                          ORDER: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr,
                           SPAN: tl.constexpr):  # fmt: skip
-    """Rows of x to fp8 bytes, zeros behind them; SPAN covers a row of q. PERMUTED: see ``permuted_rows``."""
+    """Rows of x to fp8 bytes, zeros behind them; SPAN covers a row of q. ORDER: see ``permuted_rows``."""
     FP8_MAX: tl.constexpr = 448.0 if E4M3 else 57344.0
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SPAN)
@@ -54,8 +54,10 @@ def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, q_row, E4M3
         code = tl.inline_asm_elementwise(
             asm, "=r,f,f,f,f", [y], dtype=tl.uint8, is_pure=True, pack=4
         )
-    if PERMUTED:
+    if ORDER == "halves":
         code = code.reshape(ROWS, SPAN // 32, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(ROWS, SPAN)
+    elif ORDER == "pairs":
+        code = code.reshape(ROWS, SPAN // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, SPAN)
     q_ptrs = q_ptr + row.to(tl.int64)[:, None] * q_row + column[None, :]
     tl.store(q_ptrs, code, mask=(row < n_rows)[:, None] & (column < q_row)[None, :])
     tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")), mask=row < n_rows)
@@ -182,7 +184,7 @@ def quantize_rows(
     C is a multiple of 4. A token is rounded once, and its bytes are gathered.
     """
     columns = x.shape[1]
-    q, scale = _quantized(x, dtype, columns, permuted=False)
+    q, scale = _quantized(x, dtype, columns, "natural")
     if order is None:
         return q, scale
     with on_device_of(x):
@@ -196,17 +198,18 @@ def quantize_rows(
     return q_rows, scale_rows
 
 
-def permuted_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize_rows`` to e4m3 as ``_hopper_fp8.py`` reads it: (``[T, C]``, fp32 ``[T]``).
+def permuted_rows(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """``quantize_rows`` to e4m3 as the fused kernels read it: (``[T, C]``, fp32 ``[T]``).
 
-    C is whole chunks of 128, behind x's columns zeros. Of 32 columns each the first halves of the four runs of
-    eight come first, then the second halves.
+    C is whole chunks of 128, behind x's columns zeros. In the order ``"halves"``, of the forward kernel, of 32
+    columns each the first halves of the four runs of eight come first, then the second halves; in ``"pairs"``, of
+    the backward kernel, the i-th pairs of the two runs of eight in 16 columns stand side by side.
     """
-    return _quantized(x, torch.float8_e4m3fn, triton.cdiv(x.shape[1], 128) * 128, permuted=True)
+    return _quantized(x, torch.float8_e4m3fn, triton.cdiv(x.shape[1], 128) * 128, order)
 
 
 def _quantized(
-    x: torch.Tensor, dtype: torch.dtype, pitch: int, permuted: bool
+    x: torch.Tensor, dtype: torch.dtype, pitch: int, order: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     tokens, columns = x.shape
     q = torch.empty((tokens, pitch), dtype=dtype, device=x.device)
@@ -216,7 +219,7 @@ def _quantized(
     with on_device_of(x):
         _quantize_rows_kernel[(triton.cdiv(tokens, rows),)](
             x, bytes_of(q), scale, tokens, columns, x.stride(0), pitch, E4M3=dtype == torch.float8_e4m3fn,
-            PERMUTED=permuted, PTX=x.is_cuda, ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
+            ORDER=order, PTX=x.is_cuda, ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
         )  # fmt: skip
     return q, scale
 

@@ -223,6 +223,45 @@ def _column_scales_kernel(s_ptr, largest_ptr, scale_ptr, flag_ptr, offs_ptr, N, 
     tl.store(scale_ptrs, scales, mask=tl.broadcast_to(inside[:, None], (BLOCKS, BLOCK_SIZE)))
 
 
+@launched
+@triton.jit
+def _lowered_columns_kernel(q_ptr, s_ptr, lowered_ptr, largest_ptr, flag_ptr, offs_ptr, N, n_blocks, q_expert,
+                            q_row, s_expert, s_row, SELECTIVE: tl.constexpr, BLOCKS: tl.constexpr,
+                            WORDS: tl.constexpr):  # fmt: skip
+    """As :func:`_lowered_kernel`, for blocks of columns: ``[E, n_blocks, chunks, 128]``, and flags to its zeros.
+
+    Of a chunk's 128 rows n those are neighbours that a thread of the backward kernel reads.
+    """
+    expert, chunk, tile = _tile.tile_of_program(N, 128, n_blocks, BLOCKS)
+    if SELECTIVE:
+        if not _groups.has_rows(offs_ptr, expert, True):
+            return
+    row = chunk * 128 + tl.arange(0, 128)
+    block = tile * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (row < N)[:, None] & (block < n_blocks)[None, :]
+    wide = row.to(tl.int64)
+    s_ptrs = s_ptr + expert * s_expert + wide[:, None] * s_row + block[None, :]
+    byte = tl.load(s_ptrs, mask=inside, other=0).to(tl.int32)
+    largest = tl.load(largest_ptr + expert * n_blocks + block, mask=block < n_blocks, other=127)
+    spread = largest[None, :] - byte
+    extreme = (largest < _MIN_BYTE) | (largest > _MAX_BYTE)
+    doubtful = inside & ((spread > _MAX_NORMAL_SPREAD) | extreme[None, :])
+    index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    q_ptrs = q_ptr + expert * q_expert + wide[:, None, None] * q_row + index[None, :, :]
+    word = tl.load(q_ptrs, mask=doubtful[:, :, None], other=0)
+    lost = (tl.max(word & 0x77777777, axis=2) != 0) | (inside & (byte == 255))
+    lost = tl.max(lost.to(tl.int32), axis=0)
+    tl.atomic_max(flag_ptr + expert * n_blocks + block, lost, mask=(lost > 0) & (block < n_blocks))
+    lowered = tl.where(inside, tl.minimum(spread, _MAX_NORMAL_SPREAD) * 8, 0)
+    # n = 32 step + 16 half + 8 j + 2 t + b to 32 t + 8 step + 4 half + 2 j + b
+    lowered = lowered.reshape(4, 2, 2, 4, 2, BLOCKS).permute(5, 3, 0, 1, 2, 4).reshape(BLOCKS, 128)
+    place = (expert * n_blocks + block)[:, None] * (tl.cdiv(N, 128) * 128) + chunk * 128
+    lowered_ptrs = lowered_ptr + place + tl.arange(0, 128)[None, :]
+    tl.store(
+        lowered_ptrs, lowered.to(lowered_ptr.dtype.element_ty), mask=(block < n_blocks)[:, None]
+    )
+
+
 @triton.jit
 def _transpose_4x4(a, b, c, d):
     """Words of bytes ``a[k], b[k], c[k], d[k]`` for k = 0 .. 3."""
@@ -366,25 +405,39 @@ def _columns(
     words, scale = words_of(qdata, scale)
     flag = flag[None] if flag.dim() == 1 else flag
     experts, rows, blocks = scale.shape
-    largest = words.new_empty((experts, blocks))
     if out is None:
-        fp8, column_scale = words, largest.new_empty(experts, blocks * BLOCK, dtype=torch.float32)
+        fp8 = words
+        column_scale = words.new_empty(experts, blocks * BLOCK, dtype=torch.float32)
     else:
         fp8, column_scale = out[0].view(torch.int32), out[1]
-    tile_blocks = min(32, triton.next_power_of_2(blocks))
-    tile_rows = min(SCALES_TILE // tile_blocks, triton.next_power_of_2(rows))
+    largest = _column_scales(scale, column_scale, flag, offs)
     tiles = triton.cdiv(rows, COLUMNS_TILE_N) * triton.cdiv(blocks, COLUMNS_TILE_BLOCKS)
     with on_device_of(words):
-        _column_scales_kernel[(experts * triton.cdiv(blocks, tile_blocks),)](
-            scale, largest, column_scale, flag, offs, rows, blocks, scale.stride(0), scale.stride(1),
-            flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=8,
-        )  # fmt: skip
         _columns_kernel[(experts * tiles,)](
             words, scale, fp8, largest, flag, offs, rows, blocks, words.stride(0), words.stride(1),
             scale.stride(0), scale.stride(1), flag.stride(0), SELECTIVE=offs is not None, DECODE=out is not None,
             PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
             num_warps=4,
         )  # fmt: skip
+
+
+def _column_scales(
+    scale: torch.Tensor,
+    column_scale: torch.Tensor,
+    flag: torch.Tensor,
+    offs: torch.Tensor | None,
+) -> torch.Tensor:
+    """The largest scale byte of each block of columns, int32 ``[E, K / 32]``; column_scale filled, flag zeroed."""
+    experts, rows, blocks = scale.shape
+    largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
+    tile_blocks = min(32, triton.next_power_of_2(blocks))
+    tile_rows = min(SCALES_TILE // tile_blocks, triton.next_power_of_2(rows))
+    with on_device_of(scale):
+        _column_scales_kernel[(experts * triton.cdiv(blocks, tile_blocks),)](
+            scale, largest, column_scale, flag, offs, rows, blocks, scale.stride(0), scale.stride(1),
+            flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=8,
+        )  # fmt: skip
+    return largest
 
 
 def fp8_rows(
@@ -452,6 +505,32 @@ def lowered_rows(
             WORDS=WORDS, num_warps=4 if span * WORDS <= ROWS_TILE else 8,
         )  # fmt: skip
     return tuple(t[0] if qdata.dim() == 2 else t for t in (lowered, row_scale, flag))
+
+
+def lowered_columns(
+    qdata: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """:func:`lowered_rows` of ``W^T``, for products reduced over N.
+
+    Returns:
+        ``(lowered [..., K / 32, C, 128], column_scale [..., K], flag [..., K / 32])``: for each block of columns the
+        rows n in chunks of 128, in the order of ``_hopper_fp8_backward.py``; fp32 and int32 as of
+        :func:`fp8_columns`, but a spread of more than 11 is flagged.
+    """
+    words, scale = words_of(qdata, scale)
+    experts, rows, blocks = scale.shape
+    chunks = triton.cdiv(rows, 128)
+    lowered = words.new_empty((experts, blocks, chunks, 128), dtype=torch.uint8)
+    column_scale = words.new_empty((experts, blocks * BLOCK), dtype=torch.float32)
+    flag = words.new_empty((experts, blocks))
+    largest = _column_scales(scale, column_scale, flag, offs)
+    tile_blocks = min(32, triton.next_power_of_2(blocks))
+    with on_device_of(words):
+        _lowered_columns_kernel[(experts * chunks * triton.cdiv(blocks, tile_blocks),)](
+            words, scale, lowered, largest, flag, offs, rows, blocks, *words.stride()[:2],
+            *scale.stride()[:2], SELECTIVE=offs is not None, BLOCKS=tile_blocks, WORDS=WORDS, num_warps=4,
+        )  # fmt: skip
+    return tuple(t[0] if qdata.dim() == 2 else t for t in (lowered, column_scale, flag))
 
 
 def row_flags(qdata: torch.Tensor) -> torch.Tensor:

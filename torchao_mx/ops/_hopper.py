@@ -171,11 +171,9 @@ def hopper_product(
     return y
 
 
-def takes_hopper_fp8(x: torch.Tensor, qdata: torch.Tensor, transpose_weight: bool) -> bool:
-    """Whether ``x W^T`` of an MXFP4 weight has the kernel of ``_hopper_fp8.py``."""
-    n, k = qdata.shape[-2], 2 * qdata.shape[-1]
-    fits = transpose_weight and k % 32 == 0 and n % 16 == 0
-    return fits and x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device.index)[0] == 9
+def takes_hopper_fp8(x: torch.Tensor) -> bool:
+    """Whether products of x with MXFP4 weights, N a multiple of 16, have the kernels of ``_hopper_fp8*.py``."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device.index)[0] == 9
 
 
 def _fp8_tile(n_rows: int, n_groups: int) -> tuple[int, int, int, int | None]:
@@ -200,40 +198,55 @@ def hopper_fp8_product(
     order: torch.Tensor | None,
     top_k: int,
     n_rows: int,
+    transpose_weight: bool,
     h: torch.Tensor | None,
     up: torch.Tensor | None,
     scaling: float,
     bias: torch.Tensor | None,
     tile: tuple[int, int, int, int | None] | None = None,
 ) -> torch.Tensor:
-    """``y [n_rows, N]`` bf16 of ``_fp8.fp8_product`` with ``transpose_weight``, flagged columns aside.
+    """``y [n_rows, N]`` (``[n_rows, K]``), bf16, of ``_fp8.fp8_product``, flagged columns aside.
 
     Args:
-        x8, x_scale: of :func:`torchao_mx.ops._fp8_kernels.permuted_rows`, a row a token.
+        x8, x_scale: of :func:`torchao_mx.ops._fp8_kernels.permuted_rows`, a row a token, in the order ``"halves"``
+            (``"pairs"`` without ``transpose_weight``).
         qdata: ``[E, N, K / 2]``, or ``[N, K / 2]`` dense.
-        lowered, w_scale: of :func:`torchao_mx.ops._fp8_weight.lowered_rows`.
+        lowered, w_scale: of :func:`torchao_mx.ops._fp8_weight.lowered_rows` (``lowered_columns``).
         tile: overrides the table.
     """
-    from torchao_mx.ops._hopper_fp8 import fp8_forward_kernel
+    from torchao_mx.ops import _hopper_fp8, _hopper_fp8_backward
 
     n, k = qdata.shape[-2], 2 * qdata.shape[-1]
-    y = torch.empty((n_rows, n), dtype=torch.bfloat16, device=x8.device)
+    columns = n if transpose_weight else k
+    y = torch.empty((n_rows, columns), dtype=torch.bfloat16, device=x8.device)
+    qdata = bytes_of(qdata.contiguous())
+    if transpose_weight:
+        kernel, lowered, options = (
+            _hopper_fp8.fp8_forward_kernel, lowered.view(torch.int32), {"TILE_N": 128}
+        )  # fmt: skip
+    else:
+        kernel, qdata, options = (
+            _hopper_fp8_backward.fp8_backward_kernel,
+            qdata.view(torch.int16),
+            {},
+        )
     n_groups = 0 if offs is None else offs.shape[0]
     tile_t, stages, operands, registers = tile or _fp8_tile(n_rows, n_groups)
     slots = n_groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
     up_strides = (0, 0, 0)
     if up is not None:
         up_strides = (up.stride(0) if up.dim() == 3 else 0, *up.stride()[-2:])
-    options = {} if registers is None else {"maxnreg": registers}
+    if registers is not None:
+        options["maxnreg"] = registers
     with on_device_of(x8):
-        fp8_forward_kernel[(slots * triton.cdiv(n, 128),)](
-            x8, x_scale, bytes_of(qdata.contiguous()), lowered.view(torch.int32), w_scale, y,
+        kernel[(slots * triton.cdiv(columns, 128),)](
+            x8, x_scale, qdata, lowered, w_scale, y,
             y if offs is None else offs, y if order is None else order,
             y if h is None else h.contiguous(), y if up is None else up, y if bias is None else bias,
             n_rows, max(1, n_groups), n, k, x8.stride(0), top_k, 0 if h is None else h.shape[1],
             *up_strides, bias.stride(0) if bias is not None and bias.dim() == 2 else 0, scaling,
             GROUPED=offs is not None, GATHER=order is not None, RANK=0 if h is None else 1,
-            HAS_BIAS=bias is not None, TILE_T=tile_t, TILE_N=128, STAGES=stages, OPERANDS=operands,
+            HAS_BIAS=bias is not None, TILE_T=tile_t, STAGES=stages, OPERANDS=operands,
             E_SPAN=triton.next_power_of_2(max(1, n_groups) + 1), num_warps=4, **options,
         )  # fmt: skip
     return y

@@ -65,8 +65,8 @@ def choose_strategy(
     - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows.
     - ``"unpack"``: decode into a scratch, then the vendor's GEMM; for many rows.
     - ``"unpack8"``: the same in 8 bits, where ``compute`` names an 8-bit dtype.
-    - ``"fused8"``: likewise, decoded in the registers; Hopper, MXFP4, reduced over the packed axis. Only where
-      it is asked for: not measured yet.
+    - ``"fused8"``: likewise, decoded in the registers; Hopper, MXFP4. Only where it is asked for: not
+      measured yet.
     - ``"reference"``: on the CPU, unless ``"unpack"`` is asked for.
 
     Raises:
@@ -297,7 +297,8 @@ def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
     )  # fmt: skip
     ctx.n_tokens = x.shape[0]
     ctx.bias_dtype = None if bias is None else bias.dtype
-    strategy = "auto" if strategy in STRATEGIES_OF_8_BITS else strategy
+    if strategy == "unpack8" or (strategy == "fused8" and grad_compute != "float8_e4m3fn"):
+        strategy = "auto"
     ctx.options = (scaling, fmt, transpose_weight, strategy, grad_compute, max_scratch_bytes)
 
 
