@@ -28,15 +28,15 @@ from torchao_mx.ops._launch import launched
 CHUNK = gl.constexpr(128)  # columns of K a step
 _BYTES = gl.constexpr(64)  # of a row of W
 # The magnitudes of e2m1 times 64, as bytes of e4m3; a binade less is 8 less in each, but for the zero.
-_LOW, _HIGH = gl.constexpr(0x6C686000), gl.constexpr(0x7C787470)
+LOW, HIGH = gl.constexpr(0x6C686000), gl.constexpr(0x7C787470)
 
 
 @gluon.jit
 def _block(packed, lowered, QUARTER: gl.constexpr, TILE_N: gl.constexpr):
     """Bytes ``[TILE_N, 16]`` of a block as e4m3 ``[TILE_N, 32]``; ``lowered [TILE_N]`` is 8 times the binades."""
     spread = gl.full([TILE_N, 16], 0, gl.int32, QUARTER)
-    low = spread + (_LOW - lowered * 0x01010100)[:, None]
-    high = spread + (_HIGH - lowered * 0x01010101)[:, None]
+    low = spread + (LOW - lowered * 0x01010100)[:, None]
+    high = spread + (HIGH - lowered * 0x01010101)[:, None]
     first, second = gl.inline_asm_elementwise(
         """
         {
@@ -88,6 +88,49 @@ def _copy(w_smem, x_smem, w_ptrs, byte, x_ptrs, chunk, chunks, row_bytes, STAGES
     )
     async_copy.async_copy_global_to_shared(x_smem.index(stage), x_ptrs + chunk * CHUNK, mask=there)
     async_copy.commit_group()
+
+
+@gluon.jit
+def finished(acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, expert, row0, end, column, column_up,
+             columns, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER: gl.constexpr,
+             RANK: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr, mma_16: gl.constexpr,
+             TILE_T: gl.constexpr):  # fmt: skip
+    """The sums ``[TILE, TILE_T]`` times both scales, plus the low-rank term, in bf16 products, and the bias.
+
+    ``column`` and ``column_up``: which of y's columns are the rows of acc, in the layouts of acc and of an operand.
+    """
+    m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(0, mma)), end - 1)
+    if GATHER:
+        m = gl.load(order_ptr + m) // top_k
+    scale_ptrs = w_scale_ptr + expert.to(gl.int64) * columns + column
+    w_scale = gl.load(scale_ptrs, mask=column < columns, other=0.0)
+    acc = acc * w_scale[:, None] * gl.load(x_scale_ptr + m)[None, :]
+    if RANK > 0:
+        LEFT: gl.constexpr = gl.DotOperandLayout(0, mma_16, 2)
+        COPY_H: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [gl.num_warps(), 1], [1, 0])
+        h_shared: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
+        h_smem = gl.allocate_shared_memory(gl.bfloat16, [TILE_T, 16], h_shared)
+        m_h = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_H)), end - 1)
+        j_h = gl.arange(0, 16, layout=gl.SliceLayout(0, COPY_H))
+        j_up = gl.arange(0, 16, layout=gl.SliceLayout(0, LEFT))
+        column_up = gl.minimum(column_up, columns - 1)
+        up_ptrs = up_ptr + expert.to(gl.int64) * up_e + (column_up * up_n)[:, None]
+        total = gl.convert_layout(acc, mma_16)
+        for j in range(0, r, 16):
+            h_ptrs = h_ptr + (m_h.to(gl.int64) * r)[:, None] + (j + j_h)[None, :]
+            h_smem.store(gl.load(h_ptrs, mask=(j + j_h < r)[None, :], other=0.0))
+            up = gl.load(
+                up_ptrs + ((j + j_up) * up_r)[None, :], mask=(j + j_up < r)[None, :], other=0.0
+            )
+            up = (up.to(gl.float32) * scaling).to(gl.bfloat16)
+            fence_async_shared()
+            total = warpgroup_mma(up, h_smem.permute((1, 0)), total, is_async=True)
+            total = warpgroup_mma_wait(0, deps=[total])
+        acc = gl.convert_layout(total, mma)
+    if HAS_BIAS:
+        bias = gl.load(bias_ptr + expert * bias_e + column, mask=column < columns, other=0.0)
+        acc += bias.to(gl.float32)[:, None]
+    return acc
 
 
 @launched
@@ -170,35 +213,10 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
     expert = opaque(expert)
     n0 = opaque(pid % tiles_n) * TILE_N
     row0 = opaque(row0)
-    n_acc = n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, mma))
-    m_acc = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(0, mma)), end - 1)
-    if GATHER:
-        m_acc = gl.load(order_ptr + m_acc) // top_k
-    w_scale = gl.load(w_scale_ptr + expert.to(gl.int64) * N + n_acc, mask=n_acc < N, other=0.0)
-    acc = acc * w_scale[:, None] * gl.load(x_scale_ptr + m_acc)[None, :]
-    if RANK > 0:
-        LEFT_16: gl.constexpr = gl.DotOperandLayout(0, mma_16, 2)
-        h_shared: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-        COPY_H: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
-        h_smem = gl.allocate_shared_memory(gl.bfloat16, [TILE_T, 16], h_shared)
-        m_h = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_H)), end - 1)
-        j_h = gl.arange(0, 16, layout=gl.SliceLayout(0, COPY_H))
-        n_up = gl.minimum(n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, LEFT_16)), N - 1)
-        j_up = gl.arange(0, 16, layout=gl.SliceLayout(0, LEFT_16))
-        up_ptrs = up_ptr + expert.to(gl.int64) * up_e + (n_up * up_n)[:, None]
-        total = gl.convert_layout(acc, mma_16)
-        for j in range(0, r, 16):
-            h_ptrs = h_ptr + (m_h.to(gl.int64) * r)[:, None] + (j + j_h)[None, :]
-            h_smem.store(gl.load(h_ptrs, mask=(j + j_h < r)[None, :], other=0.0))
-            up = gl.load(
-                up_ptrs + ((j + j_up) * up_r)[None, :], mask=(j + j_up < r)[None, :], other=0.0
-            )
-            up = (up.to(gl.float32) * scaling).to(gl.bfloat16)
-            fence_async_shared()
-            total = warpgroup_mma(up, h_smem.permute((1, 0)), total, is_async=True)
-            total = warpgroup_mma_wait(0, deps=[total])
-        acc = gl.convert_layout(total, mma)
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + expert * bias_e + n_acc, mask=n_acc < N, other=0.0)
-        acc += bias.to(gl.float32)[:, None]
+    acc = finished(
+        acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, expert, row0, end,
+        n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, mma)),
+        n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, gl.DotOperandLayout(0, mma_16, 2))),
+        N, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
+    )  # fmt: skip
     _store(y_ptr, acc, row0, end, n0, N, TILE_T, TILE_N)

@@ -16,20 +16,18 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
-    fence_async_shared,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from torchao_mx.ops._hopper_forward import _store
+from torchao_mx.ops._hopper_fp8 import HIGH, LOW, finished
 from torchao_mx.ops._hopper_tile import find_tile, opaque
 from torchao_mx.ops._launch import launched
 
 CHUNK = gl.constexpr(128)  # rows n of W a step
 TILE_K = gl.constexpr(128)  # columns k of W a program
-# The magnitudes of e2m1 times 64, as bytes of e4m3; a binade less is 8 less in each, but for the zero.
-_LOW, _HIGH = gl.constexpr(0x6C686000), gl.constexpr(0x7C787470)
 
 
 @gluon.jit
@@ -85,8 +83,8 @@ def _operand(w_smem, lowered, QUADS: gl.constexpr, SPREAD: gl.constexpr, LEFT: g
     spread = lowered.to(gl.int32).reshape([4, 4, 2, 2, 2, 4]).permute([1, 2, 3, 0, 4, 5])
     spread = gl.convert_layout(spread.reshape([CHUNK, 4]), gl.SliceLayout(2, SPREAD))
     zero = gl.full([CHUNK, 4, 8], 0, gl.int32, SPREAD)
-    low = (zero + (_LOW - spread * 0x01010100)[:, :, None]).reshape([CHUNK, 32])
-    high = (zero + (_HIGH - spread * 0x01010101)[:, :, None]).reshape([CHUNK, 32])
+    low = (zero + (LOW - spread * 0x01010100)[:, :, None]).reshape([CHUNK, 32])
+    high = (zero + (HIGH - spread * 0x01010101)[:, :, None]).reshape([CHUNK, 32])
     low = gl.convert_layout(low, QUADS)
     high = gl.convert_layout(high, QUADS)
     k0, k1, k2, k3 = _decode_quads(codes, low, high)
@@ -199,38 +197,13 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
     expert = opaque(expert)
     k0 = opaque(pid % tiles_k) * TILE_K
     row0 = opaque(row0)
-    column = _column(k0, gl.arange(0, TILE_K, layout=gl.SliceLayout(1, mma)))
-    m_acc = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(0, mma)), end - 1)
-    if GATHER:
-        m_acc = gl.load(order_ptr + m_acc) // top_k
-    w_scale = gl.load(w_scale_ptr + expert.to(gl.int64) * K + column, mask=column < K, other=0.0)
-    acc = acc * w_scale[:, None] * gl.load(x_scale_ptr + m_acc)[None, :]
-    if RANK > 0:
-        LEFT_16: gl.constexpr = gl.DotOperandLayout(0, mma_16, 2)
-        h_shared: gl.constexpr = gl.NVMMASharedLayout(32, 16, 2)
-        COPY_H: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [WARPS, 1], [1, 0])
-        h_smem = gl.allocate_shared_memory(gl.bfloat16, [TILE_T, 16], h_shared)
-        m_h = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_H)), end - 1)
-        j_h = gl.arange(0, 16, layout=gl.SliceLayout(0, COPY_H))
-        k_up = _column(k0, gl.arange(0, TILE_K, layout=gl.SliceLayout(1, LEFT_16)))
-        k_up = gl.minimum(k_up, K - 1)
-        j_up = gl.arange(0, 16, layout=gl.SliceLayout(0, LEFT_16))
-        up_ptrs = up_ptr + expert.to(gl.int64) * up_e + (k_up * up_n)[:, None]
-        total = gl.convert_layout(acc, mma_16)
-        for j in range(0, r, 16):
-            h_ptrs = h_ptr + (m_h.to(gl.int64) * r)[:, None] + (j + j_h)[None, :]
-            h_smem.store(gl.load(h_ptrs, mask=(j + j_h < r)[None, :], other=0.0))
-            up = gl.load(
-                up_ptrs + ((j + j_up) * up_r)[None, :], mask=(j + j_up < r)[None, :], other=0.0
-            )
-            up = (up.to(gl.float32) * scaling).to(gl.bfloat16)
-            fence_async_shared()
-            total = warpgroup_mma(up, h_smem.permute((1, 0)), total, is_async=True)
-            total = warpgroup_mma_wait(0, deps=[total])
-        acc = gl.convert_layout(total, mma)
-    if HAS_BIAS:
-        bias = gl.load(bias_ptr + expert * bias_e + column, mask=column < K, other=0.0)
-        acc += bias.to(gl.float32)[:, None]
+    row: gl.constexpr = gl.SliceLayout(1, mma)
+    row_up: gl.constexpr = gl.SliceLayout(1, gl.DotOperandLayout(0, mma_16, 2))
+    acc = finished(
+        acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, expert, row0, end,
+        _column(k0, gl.arange(0, TILE_K, layout=row)), _column(k0, gl.arange(0, TILE_K, layout=row_up)),
+        K, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
+    )  # fmt: skip
     # [u, quad / 8, v, quad % 8] to k = 4 quad + 2 u + v
     y = acc.reshape([2, 4, 2, 8, TILE_T]).permute([1, 3, 0, 2, 4]).reshape([TILE_K, TILE_T])
     _store(y_ptr, y, row0, end, k0, K, TILE_T, TILE_K)
