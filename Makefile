@@ -9,13 +9,15 @@ TRITON ?= triton==3.7.1
 RUFF ?= ruff==0.17.5
 # pytest's processes
 JOBS ?= 2
-# passed on: make demo ARGS="--format mxfp8", make test ARGS="-k qat"
+# passed on: make demo ARGS="--format mxfp8", make demo ARGS="--method lora", make test ARGS="-k qat"
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 py := $(VENV)/bin/python
 installed := $(VENV)/.installed-$(shell echo '$(TORCH) $(TRITON) $(RUFF)' | cksum | cut -d ' ' -f 1)
+hf_installed := $(VENV)/.installed-hf
+wants_hf := $(filter lora --method=lora,$(ARGS))
 check_python = import sys; v = sys.version_info; \
 	sys.exit(v < (3, 10) and f"torchao_mx needs Python 3.10 or newer and $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=...")
 has_torch = import sys, torch; sys.exit([int(n) for n in torch.__version__.split(".")[:2]] < [2, 11])
@@ -25,13 +27,14 @@ has_gpu = import sys, torch; sys.exit(not torch.cuda.is_available())
 .PHONY: help demo test lint bench
 
 help:
-	@echo 'make demo    train a small transformer on real text, quantize it after and during training, compare'
+	@echo 'make demo    train a small transformer on real text, quantize it after and during training, compare;'
+	@echo '             with ARGS="--method lora" train adapters on the packed experts of a tiny gpt-oss'
 	@echo 'make test    the tests and the doctests; on a GPU machine the GPU tests too'
 	@echo 'make lint    ruff'
 	@echo 'make bench   the benchmarks; they need a GPU (bench_moe_layer.py and bench_gpt_oss.py, not among them, the hf extra too)'
 	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
 
-demo: $(installed)
+demo: $(installed) $(if $(wants_hf),$(hf_installed))
 	$(py) -m torchao_mx.demo $(ARGS)
 
 # torchao_mx/hf needs transformers, which .ci/run installs in two versions.
@@ -65,4 +68,8 @@ $(installed): setup.py
 	@$(py) -c '$(has_torch)' 2>/dev/null || { set -x; $(py) -m pip install $(TORCH) $(TRITON); }
 	$(py) -m pip install --quiet --editable '.[demo,test]' $(RUFF)
 	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+$(hf_installed): $(installed)
+	$(py) -m pip install --quiet --editable '.[hf]'
 	@touch $@

@@ -39,7 +39,7 @@ setup(
         "hf": [  # torchao_mx.hf
             # the last of 4.x; 5.x from where experts implementations can be registered
             "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,!=5.6.*,!=5.7.*",
-            "peft>=0.20",  # not imported: target_parameters on packed experts, tested with it
+            "peft>=0.20",  # imported by the demo alone; target_parameters on packed experts, tested with it
             "safetensors",
             "tqdm",
         ],

@@ -31,11 +31,17 @@ def load(path: Path, what: str, names: frozenset[str]) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such checkpoint") from error
     except Exception as error:  # torch.load raises many types for a damaged file
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: damaged or not a checkpoint ({first_line})") from error
+        raise CheckpointError(
+            f"{path}: damaged or not a checkpoint ({first_line(error)})"
+        ) from error
     if not isinstance(record, dict) or set(record) != names:
         raise CheckpointError(f"{path}: a torch file, but not {what} of this demo")
     return record
+
+
+def first_line(error: Exception) -> str:
+    """Of its message, or the name of its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def save_json(path: Path, record: dict[str, Any]) -> None:

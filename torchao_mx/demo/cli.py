@@ -7,40 +7,64 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torchao_mx.demo import report
+from torchao_mx.demo import lora, qat
 from torchao_mx.demo.checkpoint import CheckpointError
 from torchao_mx.demo.device import resolve
-from torchao_mx.demo.model import build_model
 from torchao_mx.demo.quant import FORMATS
-from torchao_mx.demo.run import Run, VerificationError, clear, is_unfinished, verify
-from torchao_mx.demo.settings import DTYPES, QUICK, Settings, UsageError
+from torchao_mx.demo.run import (
+    Run,
+    VerificationError,
+    check_corpus,
+    clear,
+    is_unfinished,
+    load_checkpoint,
+)
+from torchao_mx.demo.settings import DTYPES, METHODS, QUICK, Settings, UsageError, flag, names_of
 from torchao_mx.demo.train import Diverged, Interrupted, OnStep
 
 _OK, _FAILED, _USAGE, _INTERRUPTED = 0, 1, 2, 130
 
-_DESCRIPTION = """\
-Quantization-aware training against post-training quantization, end to end.
+_RUNS: dict[str, type[Run]] = {"qat": qat.QATRun, "lora": lora.LoRARun}
+_NOT_TAKEN = {
+    "qat": "its model has no experts, and all of it is trained",
+    "lora": "gpt-oss's checkpoints hold experts in MXFP4",
+}
 
-Trains a small causal transformer on the bytes of real text, then goes on from the same weights,
-over new text, in three ways, and compares their loss on text that none has seen:
+_DESCRIPTION = """\
+Training for and on weights in microscaling formats, end to end, on the bytes of real text.
+
+--method qat (the default) sets quantization-aware training against post-training quantization. It
+trains a small causal transformer, then goes on from the same weights, over new text, in three ways,
+and compares their loss on text that none has seen:
 
   arm 0   fine-tune in high precision
   arm 1   the same, then quantize (PTQ)
   arm 2   fine-tune with fake quantization (QAT), then convert
 
-Arms 0 and 2 see the same batches in the same order. The defaults take about three minutes on two
-CPU cores. The converted checkpoint of arm 2 is loaded in
-a fresh process, and its held-out loss must be equal to the last bit."""
+Arms 0 and 2 see the same batches in the same order. The converted checkpoint of arm 2 is loaded in
+a fresh process, and its held-out loss must be equal to the last bit.
+
+--method lora trains adapters on frozen experts in MXFP4. It pretrains a tiny gpt-oss on program
+text, saves it as gpt-oss is published, and adapts it to prose; it needs the hf extra:
+
+  arm 0   the packed checkpoint as it is
+  arm 1   LoRA on its experts, which stay packed
+  arm 2   LoRA on the same experts dequantized, by PEFT
+
+Arms 1 and 2 start from the same adapters and see the same batches. Checkpoint and adapter of arm 1
+are loaded by stock transformers and PEFT in a fresh process, and their held-out loss must be equal
+but for rounding in fp32.
+
+The defaults of either take about three minutes on two CPU cores."""
 
 _EPILOG = """\
 examples:
   python -m torchao_mx.demo                                  MXFP4 weights and activations
   python -m torchao_mx.demo --format nvfp4 --seed 1          another format, another seed
+  python -m torchao_mx.demo --method lora                    LoRA on experts in MXFP4
   python -m torchao_mx.demo --data ~/texts --dim 256 --layers 6 --steps 1000
   python -m torchao_mx.demo --resume demo_runs/mxfp4-seed0   go on after Ctrl-C
   python -m torchao_mx.demo --verify demo_runs/mxfp4-seed0/converted.pt
@@ -57,7 +81,6 @@ def main(argv: Sequence[str] | None = None, on_step: OnStep | None = None) -> in
     except SystemExit as leave:  # argparse has printed the help or the error
         return leave.code if isinstance(leave.code, int) else _OK
     try:
-        _check_extras()
         if "verify" in given:
             return _verify(given)
         run = _resumed(given, on_step) if "resume" in given else _new(given, on_step)
@@ -75,12 +98,16 @@ def main(argv: Sequence[str] | None = None, on_step: OnStep | None = None) -> in
 
 def _new(given: dict[str, Any], on_step: OnStep | None) -> Run:
     """A run of the settings in ``given``, in an emptied folder."""
-    names = {field.name for field in fields(Settings)}
-    chosen = {name: value for name, value in given.items() if name in names}
-    settings = Settings(**{**(QUICK if "quick" in given else {}), **chosen})
+    name = given.get("method", Settings.method)
+    method, run_class = METHODS[name], _RUNS[name]
+    others = set().union(*map(names_of, METHODS.values())) - names_of(method)
+    _refuse([n for n in given if n in others], f"--method {name}", _NOT_TAKEN[name])
+    chosen = {name: value for name, value in given.items() if name in names_of(method)}
+    settings = method(**{**(QUICK if "quick" in given else {}), **chosen})
     settings.validate()
-    settings, note = resolve(settings)
-    out = given.get("out", Path("demo_runs", f"{settings.format}-seed{settings.seed}")).resolve()
+    run_class.check_installed()
+    settings, note = resolve(settings, run_class.build)
+    out = given.get("out", Path("demo_runs", f"{settings.name}-seed{settings.seed}")).resolve()
     if is_unfinished(out) and "overwrite" not in given:
         raise UsageError(
             f"--out {out}: holds an unfinished run; go on with --resume {out}, start again with "
@@ -91,9 +118,9 @@ def _new(given: dict[str, Any], on_step: OnStep | None) -> Run:
             f"--out {out}: lies in --data {settings.data}, so the run's own files would be read as "
             f"its text; choose another folder"
         )
-    run = Run(settings, out, on_step)
+    run = run_class(settings, out, on_step)
     try:
-        clear(out)
+        clear(out, run.files)
     except OSError as error:
         raise UsageError(f"--out {out}: cannot write there ({error.strerror})") from error
     print(f"device   {note}")
@@ -102,29 +129,32 @@ def _new(given: dict[str, Any], on_step: OnStep | None) -> Run:
 
 def _resumed(given: dict[str, Any], on_step: OnStep | None) -> Run:
     """The run in the folder that ``--resume`` names."""
-    _check_alone(given, "resume", "a run goes on with the settings it was started with")
+    _refuse_beside(given, "resume", "a run goes on with the settings it was started with")
     out = given["resume"].resolve()
     if not out.is_dir():
         raise UsageError(f"--resume {given['resume']}: no such folder")
-    run = Run.resume(out, on_step)
-    print(
-        f"device   {run.settings.device}, {run.settings.dtype} weights and compute, as the run began"
-    )
+    settings, record = load_checkpoint(out)
+    run_class = _RUNS[settings.method]
+    run_class.check_installed()
+    run = run_class(settings, out, on_step)
+    check_corpus(record, run.corpus, out)
+    run.restore(record)
+    print(f"device   {settings.device}, {settings.dtype} weights and compute, as the run began")
     return run
 
 
 def _verify(given: dict[str, Any]) -> int:
-    _check_alone(given, "verify", "the checkpoint knows its settings")
-    loss = verify(given["verify"])
-    print(f"held-out loss {loss!r}, equal to the recorded one")
+    _refuse_beside(given, "verify", "the checkpoint knows its settings")
+    path = given["verify"]
+    print(lora.verify(path) if path.is_dir() else qat.verify(path))
     return _OK
 
 
 def _execute(run: Run) -> int:
     start = time.perf_counter()
     print(f"data     {run.corpus.describe()}")
-    print(f"format   {run.settings.format}: {FORMATS[run.settings.format].what}")
-    print(f"model    {report.describe_model(build_model(run.settings), run.settings)}")
+    for word, text in run.describe().items():
+        print(f"{word:8} {text}")
     print(f"folder   {run.out}\n", flush=True)
     try:
         results = run.execute()
@@ -133,23 +163,24 @@ def _execute(run: Run) -> int:
         command = shlex.join(["python", "-m", "torchao_mx.demo", "--resume", str(run.out)])
         print(f"\nInterrupted{where}. To go on:\n  {command}", file=sys.stderr)
         return _INTERRUPTED
-    print(f"\n{report.format_table(results)}\n")
-    print(f"converted.pt, loaded in a fresh process: {results['verification']['message']}")
-    print(f"curves.png, results.json and converted.pt are in {run.out}")
+    print(f"\n{run.format_table(results)}\n")
+    *others, last = run.made
+    print(
+        f"{' and '.join(run.made)}, loaded in a fresh process: {results['verification']['message']}"
+    )
+    print(f"{', '.join(['curves.png', 'results.json', *others])} and {last} are in {run.out}")
     print(f"{time.perf_counter() - start:.0f} s in all")
     return _OK
 
 
-def _check_alone(given: dict[str, Any], flag: str, why: str) -> None:
-    others = [f"--{name.replace('_', '-')}" for name in given if name != flag]
-    if others:
-        raise UsageError(f"--{flag} takes no {', '.join(others)}: {why}")
+def _refuse_beside(given: dict[str, Any], name: str, why: str) -> None:
+    _refuse([other for other in given if other != name], flag(name), why)
 
 
-def _check_extras() -> None:
-    missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
+def _refuse(names: list[str], what: str, why: str) -> None:
+    """A usage error for the options ``names``, unless there are none."""
+    if names:
+        raise UsageError(f"{what} takes no {', '.join(map(flag, names))}: {why}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -163,21 +194,28 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
+        "--method",
+        choices=METHODS,
+        metavar="NAME",
+        help=f"{' or '.join(METHODS)}, as above (default {Settings.method})",
+    )
+    parser.add_argument(
         "--format",
         metavar="NAME",
-        help=f"what arms 1 and 2 end in: {', '.join(FORMATS)} (default {Settings.format})",
+        help=f"qat: what arms 1, 2 end in: {', '.join(FORMATS)} (default {Settings.format})",
     )
     parser.add_argument(
         "--data",
         type=_path,
         metavar="PATH",
-        help="a text file, or a folder of text; default: the source of Python's standard library",
+        help="a text file, or a folder of text; default: the source of Python's standard library. "
+        "lora adapts to it; default: the prose of Python's language reference",
     )
     parser.add_argument(
         "--out",
         type=Path,
         metavar="DIR",
-        help="where checkpoints, table and picture go (default demo_runs/FORMAT-seedSEED)",
+        help="where checkpoints, table and picture go (default demo_runs/FORMAT-seedSEED, or lora-seedSEED)",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="start again where --out holds an unfinished run"
@@ -204,6 +242,9 @@ def _parser() -> argparse.ArgumentParser:
     _add(model, "dim", int, "width; a multiple of 32")
     _add(model, "heads", int, "attention heads")
     _add(model, "seq", int, "bytes a window")
+    _add(model, "experts", int, "experts a layer")
+    _add(model, "top_k", int, "experts that a token goes to")
+    _add(model, "rank", int, "of the adapters")
 
     training = parser.add_argument_group("training")
     _add(training, "pretrain_steps", int, "steps that all arms share")
@@ -219,19 +260,26 @@ def _parser() -> argparse.ArgumentParser:
     other.add_argument(
         "--verify",
         type=Path,
-        metavar="FILE",
-        help="load a converted.pt and check that its held-out loss is the recorded one, exactly",
+        metavar="PATH",
+        help="load a converted.pt and check that its held-out loss is the recorded one, exactly; or, "
+        "given a folder, the model and adapter of a lora run, but for rounding",
     )
     return parser
 
 
 def _add(group: argparse._ActionsContainer, name: str, kind: type, text: str) -> None:
-    default = getattr(Settings, name)
+    defaults = {m: getattr(cls, name) for m, cls in METHODS.items() if name in names_of(cls)}
+    if len(set(defaults.values())) > 1:
+        shown = ", ".join(f"{method} {value:g}" for method, value in defaults.items())
+    else:
+        [value] = set(defaults.values())
+        text = text if len(defaults) == len(METHODS) else f"{next(iter(defaults))}: {text}"
+        shown = f"{value:g}"
     group.add_argument(
-        f"--{name.replace('_', '-')}",
+        flag(name),
         type=kind,
         metavar={int: "N", float: "X"}[kind],
-        help=f"{text} (default {default:g})",
+        help=f"{text} (default {shown})",
     )
 
 

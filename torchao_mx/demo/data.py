@@ -1,4 +1,4 @@
-"""The text: bytes of files in a fixed order, cut into three disjoint parts, and batches of it.
+"""The text: bytes of files in a fixed order, in three disjoint parts, and batches of it.
 
 The order follows a hash of each file's path, so it is the same on every machine and mixes the
 folders; the cuts fall between files where a file boundary is near. A batch is a function of
@@ -9,6 +9,7 @@ a resumed run goes on where it stopped without any state to save.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sysconfig
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ from torchao_mx.demo.settings import UsageError
 VOCAB = 256  # a token is a byte
 
 PRETRAIN_SHARE, FINETUNE_SHARE = 0.70, 0.20  # and the rest is held out
+ADAPT_SHARE = 0.80  # of text that is not pretrained on; the rest is held out
 MAX_BYTES = 64 << 20
 MIN_HELDOUT_WINDOWS = 16
+
+_STDLIB = "the Python standard library's source"
+_HELP = "the prose of Python's language reference"
 
 # Not prose or program text: installed packages, caches, test data, code pages, help topics.
 _STDLIB_SKIP = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
@@ -70,26 +75,75 @@ def load_corpus(data: str | None, seq: int) -> Corpus:
     Raises:
         UsageError: there is nothing to read, or too little for windows of ``seq + 1`` bytes.
     """
+    texts = _read(data)
+    pretrain, finetune, heldout = _split(texts, (PRETRAIN_SHARE, FINETUNE_SHARE), data, seq)
+    return Corpus(_name(data), len(texts), pretrain, finetune, heldout, _digest(texts))
+
+
+def load_adaptation_corpus(data: str | None, seq: int) -> Corpus:
+    """The standard library's source to pretrain on, and other text to adapt to and to hold out.
+
+    The other text is that at ``data``, read as :func:`load_corpus` does; None: the prose of Python's
+    language reference, which ``help()`` shows.
+
+    Raises:
+        UsageError: as :func:`load_corpus`.
+    """
+    code, texts = _read(None), _help_topics() if data is None else _read(data)
+    (pretrain,) = _split(code, (), None, seq)
+    finetune, heldout = _split(texts, (ADAPT_SHARE,), data, seq)
+    name = f"{_STDLIB}, then {_HELP if data is None else _name(data)}"
+    count, digest = len(code) + len(texts), _digest([*code, *texts])
+    return Corpus(name, count, pretrain, finetune, heldout, digest)
+
+
+def _name(data: str | None) -> str:
+    return _STDLIB if data is None else data
+
+
+def _flag(data: str | None) -> str:
+    """The name in an error message."""
+    return _STDLIB if data is None else f"--data {data}"
+
+
+def _digest(texts: list[bytes]) -> str:
+    return hashlib.sha256(b"".join(texts)).hexdigest()
+
+
+def _read(data: str | None) -> list[bytes]:
     root = Path(data) if data is not None else Path(sysconfig.get_path("stdlib"))
-    name = str(data) if data is not None else "the Python standard library's source"
-    flag = f"--data {data}" if data is not None else name
-    paths = _text_paths(root, stdlib=data is None)
-    texts = _read_texts(paths, root, flag)
+    texts = _read_texts(_text_paths(root, stdlib=data is None), root, _flag(data))
     if not texts:
-        raise UsageError(f"{flag}: no UTF-8 text found in {root}; give a text file or a folder")
+        raise UsageError(
+            f"{_flag(data)}: no UTF-8 text found in {root}; give a text file or a folder"
+        )
+    return texts
+
+
+def _help_topics() -> list[bytes]:
+    """In the order of a hash of their names."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise UsageError(
+            f"this Python comes without {_HELP} (pydoc_data); give text to adapt to with --data"
+        ) from error
+    return [topics[name].encode() for name in sorted(topics, key=lambda n: _hash(n.encode()))]
+
+
+def _split(
+    texts: list[bytes], shares: tuple[float, ...], data: str | None, seq: int
+) -> list[torch.Tensor]:
+    """The texts as parts that begin with ``shares`` of the bytes; the last part is the rest."""
     raw = b"".join(texts)
-    smallest = 1 - PRETRAIN_SHARE - FINETUNE_SHARE
-    needed = int(MIN_HELDOUT_WINDOWS * (seq + 1) / smallest) + 1
+    needed = int(MIN_HELDOUT_WINDOWS * (seq + 1) / (1 - sum(shares))) + 1
     if len(raw) < needed:
         raise UsageError(
-            f"{flag}: {len(raw):,} bytes of text are too few; windows of --seq {seq} need at least "
-            f"{needed:,}: give more text or a shorter --seq"
+            f"{_flag(data)}: {len(raw):,} bytes of text are too few; windows of --seq {seq} need at "
+            f"least {needed:,}: give more text or a shorter --seq"
         )
-    first, second = _cuts([len(t) for t in texts])
     tokens = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
-    digest = hashlib.sha256(raw).hexdigest()
-    parts = tokens[:first], tokens[first:second], tokens[second:]
-    return Corpus(name, len(texts), *parts, digest=digest)
+    return list(tokens.tensor_split(_cuts([len(t) for t in texts], shares)))
 
 
 def _text_paths(root: Path, stdlib: bool) -> list[Path]:
@@ -104,7 +158,7 @@ def _text_paths(root: Path, stdlib: bool) -> list[Path]:
         paths += [Path(folder, f) for f in names if not stdlib or f.endswith(".py")]
 
     def key(path: Path) -> bytes:
-        return hashlib.sha256(path.relative_to(root).as_posix().encode(errors="replace")).digest()
+        return _hash(path.relative_to(root).as_posix().encode(errors="replace"))
 
     return sorted((p for p in paths if p.is_file()), key=key)
 
@@ -119,7 +173,7 @@ def _read_texts(paths: list[Path], root: Path, flag: str) -> list[bytes]:
             if path == root:
                 raise UsageError(f"{flag}: {error.strerror}") from error
             continue
-        mark = hashlib.sha256(text).digest()
+        mark = _hash(text)
         if not text or mark in seen or not _is_text(text):
             continue
         seen.add(mark)
@@ -140,15 +194,18 @@ def _is_text(text: bytes) -> bool:
     return True
 
 
-def _cuts(sizes: list[int]) -> tuple[int, int]:
-    """Where pretraining text ends and held-out text begins; between files where that is near."""
-    total, ends = sum(sizes), [0]
-    for size in sizes:
-        ends.append(ends[-1] + size)
+def _cuts(sizes: list[int], shares: tuple[float, ...]) -> tuple[int, ...]:
+    """Where each part but the first begins; between files where that is near."""
+    ends = [0, *itertools.accumulate(sizes)]
+    total = ends[-1]
 
     def cut(share: float) -> int:
         exact = int(total * share)
         near = min(ends, key=lambda end: abs(end - exact))
         return near if abs(near - exact) < 0.02 * total else exact
 
-    return cut(PRETRAIN_SHARE), cut(PRETRAIN_SHARE + FINETUNE_SHARE)
+    return tuple(map(cut, itertools.accumulate(shares)))
+
+
+def _hash(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from time import perf_counter
 
 import torch
+from torch import nn
 
-from torchao_mx.demo.model import build_model, token_losses
-from torchao_mx.demo.settings import Settings, UsageError
+from torchao_mx.demo.model import token_losses
+from torchao_mx.demo.settings import CommonSettings, UsageError
+
+#: Makes the model that settings describe, freshly initialised.
+Build = Callable[[CommonSettings], nn.Module]
 
 # bf16 is what people train in, so it stands unless the CPU is this many times slower in it.
 _TOLERATED_SLOWDOWN = 1.5
@@ -21,7 +25,7 @@ _TOLERATED_SLOWDOWN = 1.5
 _ELEMENTS_A_THREAD = 2**17
 
 
-def resolve(settings: Settings) -> tuple[Settings, str]:
+def resolve(settings: CommonSettings, build: Build) -> tuple[CommonSettings, str]:
     """Settle device, threads and dtype; the second value says which were taken and why.
 
     Raises:
@@ -37,7 +41,7 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
     if device.type != "cpu":
         return replace(settings, dtype="bf16"), f"{name}; bf16 weights and compute"
     with reproducible(settings):
-        bf16, fp32 = _step_seconds(settings)
+        bf16, fp32 = _step_seconds(settings, build)
     chosen = "bf16" if bf16 < _TOLERATED_SLOWDOWN * fp32 else "fp32"
     measured = f"{1e3 * bf16:.0f} ms in bf16, {1e3 * fp32:.0f} ms in fp32"
     note = f"{name}; {chosen} weights and compute (a training step takes {measured})"
@@ -45,7 +49,7 @@ def resolve(settings: Settings) -> tuple[Settings, str]:
 
 
 @contextmanager
-def reproducible(settings: Settings) -> Iterator[None]:
+def reproducible(settings: CommonSettings) -> Iterator[None]:
     """Compute the same bits in every process: the run's threads, and CUDA's deterministic kernels."""
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -81,14 +85,14 @@ def _resolve_device(name: str) -> tuple[torch.device, str]:
     return device, torch.cuda.get_device_name(device)
 
 
-def _threads(settings: Settings) -> int:
+def _threads(settings: CommonSettings) -> int:
     worth = settings.batch * settings.seq * settings.dim // _ELEMENTS_A_THREAD
     return max(1, min(torch.get_num_threads(), worth))
 
 
-def _step_seconds(settings: Settings, repeats: int = 5) -> tuple[float, float]:
+def _step_seconds(settings: CommonSettings, build: Build, repeats: int = 5) -> tuple[float, float]:
     """Forward and backward of one batch in bf16 and fp32, in turns: the best of ``repeats``."""
-    models = [build_model(replace(settings, dtype=dtype)) for dtype in ("bf16", "fp32")]
+    models = [build(replace(settings, dtype=dtype)) for dtype in ("bf16", "fp32")]
     tokens = torch.zeros(settings.batch, settings.seq + 1, dtype=torch.int64)
     best = [math.inf, math.inf]
     for _ in range(repeats):

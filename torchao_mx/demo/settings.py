@@ -18,15 +18,14 @@ class UsageError(ValueError):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The settings of a run. The defaults take about three minutes on two CPU cores.
+class CommonSettings:
+    """What every method has; each gives the defaults of its own.
 
-    ``data`` is an absolute path, or None for the standard library's source; ``device`` and
-    ``dtype`` may be ``"auto"``, and ``threads`` 0, until :func:`torchao_mx.demo.device.resolve` has
-    chosen.
+    ``data`` is an absolute path, or None for text that comes with Python; ``device`` and ``dtype``
+    may be ``"auto"``, and ``threads`` 0, until :func:`torchao_mx.demo.device.resolve` has chosen.
     """
 
-    format: str = "mxfp4"
+    method: str
     data: str | None = None
     seed: int = 0
     device: str = "auto"
@@ -47,24 +46,10 @@ class Settings:
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
-    @classmethod
-    def from_dict(cls, values: dict[str, object]) -> Settings:
-        """The settings that a checkpoint recorded.
-
-        Raises:
-            ValueError: names are missing or unknown, that is, another version wrote them.
-        """
-        names = {f.name for f in fields(cls)}
-        if not isinstance(values, dict) or set(values) != names:
-            raise ValueError(
-                "its settings are not those of this version of the demo; start a new run"
-            )
-        return cls(**values)  # type: ignore[arg-type]
-
     @property
-    def hidden(self) -> int:
-        """Width of the gated MLP: 8/3 of ``dim``, up to the next multiple of 32."""
-        return -(-self.dim * 8 // 3 // 32) * 32
+    def name(self) -> str:
+        """What the run's folder is called by."""
+        return self.method
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -72,10 +57,6 @@ class Settings:
 
     def validate(self) -> None:
         """Raise UsageError, naming the flag, unless the settings describe a run."""
-        if self.format not in FORMATS:
-            raise UsageError(
-                f"--format {self.format}: unknown format; choose one of {', '.join(FORMATS)}"
-            )
         if self.dtype not in ("auto", *DTYPES):
             raise UsageError(f"--dtype {self.dtype}: choose one of auto, {', '.join(DTYPES)}")
         for name in ("layers", "dim", "heads", "seq", "pretrain_steps", "steps", "batch"):
@@ -85,7 +66,7 @@ class Settings:
         for name in ("lr", "pretrain_lr"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise UsageError(f"{_flag(name)} {value:g}: must be a positive number")
+                raise UsageError(f"{flag(name)} {value:g}: must be a positive number")
         if self.threads < 0:
             raise UsageError(f"--threads {self.threads}: must be at least 1")
         if not 0 <= self.seed < 2**31:
@@ -107,6 +88,61 @@ class Settings:
             raise UsageError(f"--data {self.data}: no such file or folder")
 
 
+@dataclass(frozen=True)
+class Settings(CommonSettings):
+    """Of ``--method qat``. The defaults take about three minutes on two CPU cores."""
+
+    method: str = "qat"
+    format: str = "mxfp4"
+
+    @property
+    def name(self) -> str:
+        return self.format
+
+    @property
+    def hidden(self) -> int:
+        """Width of the gated MLP: 8/3 of ``dim``, up to the next multiple of 32."""
+        return -(-self.dim * 8 // 3 // 32) * 32
+
+    def validate(self) -> None:
+        if self.format not in FORMATS:
+            raise UsageError(
+                f"--format {self.format}: unknown format; choose one of {', '.join(FORMATS)}"
+            )
+        super().validate()
+
+
+@dataclass(frozen=True)
+class LoRASettings(CommonSettings):
+    """Of ``--method lora``. The defaults take about three minutes on two CPU cores."""
+
+    method: str = "lora"
+    layers: int = 3
+    heads: int = 2
+    seq: int = 128
+    pretrain_steps: int = 600
+    steps: int = 200
+    batch: int = 16
+    lr: float = 5e-3
+    eval_every: int = 50
+    experts: int = 8
+    top_k: int = 2
+    rank: int = 4
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("experts", "top_k", "rank"):
+            _check_positive(name, getattr(self, name))
+        if self.top_k > self.experts:
+            raise UsageError(f"--top-k {self.top_k}: there are --experts {self.experts}")
+        if self.rank > self.dim:
+            raise UsageError(
+                f"--rank {self.rank}: more than the weights' smaller side, --dim {self.dim}"
+            )
+
+
+METHODS: dict[str, type[CommonSettings]] = {"qat": Settings, "lora": LoRASettings}
+
 #: What ``--quick`` puts in place of the defaults: a smoke test of a few seconds, no result.
 QUICK = {
     "layers": 2,
@@ -121,10 +157,27 @@ QUICK = {
 }
 
 
-def _flag(name: str) -> str:
+def names_of(method: type[CommonSettings]) -> set[str]:
+    return {field.name for field in fields(method)}
+
+
+def settings_from(values: dict[str, object]) -> CommonSettings:
+    """The settings that a checkpoint recorded.
+
+    Raises:
+        ValueError: names are missing or unknown, that is, another version wrote them.
+    """
+    method = METHODS.get(values.get("method")) if isinstance(values, dict) else None
+    if method is None or set(values) != names_of(method):
+        raise ValueError("its settings are not those of this version of the demo; start a new run")
+    return method(**values)  # type: ignore[arg-type]
+
+
+def flag(name: str) -> str:
+    """The option that sets ``name``."""
     return "--" + name.replace("_", "-")
 
 
 def _check_positive(name: str, value: int) -> None:
     if value < 1:
-        raise UsageError(f"{_flag(name)} {value}: must be at least 1")
+        raise UsageError(f"{flag(name)} {value}: must be at least 1")

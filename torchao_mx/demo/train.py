@@ -17,7 +17,7 @@ from torch import nn
 
 from torchao_mx.demo.data import Corpus
 from torchao_mx.demo.model import heldout_losses, token_losses
-from torchao_mx.demo.settings import Settings
+from torchao_mx.demo.settings import CommonSettings
 
 #: Called after every step with the phase's name and the steps done.
 OnStep = Callable[[str, int], None]
@@ -116,7 +116,7 @@ def train_phase(
     optimizer: MasterAdam,
     corpus: Corpus,
     heldout: torch.Tensor,
-    settings: Settings,
+    settings: CommonSettings,
     save: Callable[[], None],
     on_step: OnStep | None = None,
 ) -> None:
