@@ -1,26 +1,24 @@
-"""from_pretrained: a causal language model whose experts stay packed from the file on."""
+"""from_pretrained: a causal language model whose weights stay packed, or are packed as they are read."""
 
 from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from torchao_mx.checks import check_high_precision
-from torchao_mx.experts import is_experts
 from torchao_mx.hf._checkpoint import INDEX, SINGLE, check_checkpoint, quant_method, read_folder
 from torchao_mx.hf._layout import BLOCKS, SCALES, skeleton_of
 from torchao_mx.hf._quantizer import NAME
 from torchao_mx.hf._versions import is_v5
-from torchao_mx.ptq import check_model, is_linear
+from torchao_mx.hf._while_loading import PTQConfig, packs_while_loading, selection
+from torchao_mx.ptq import check_model
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _REFUSED = frozenset(
@@ -38,7 +36,6 @@ _REFUSED = frozenset(
         "variant",
     ]
 )
-_ROUTERS = ("gate", "router")  # where a model has an nn.Linear for it
 
 
 def from_pretrained(
@@ -57,9 +54,16 @@ def from_pretrained(
     trainable and in ``dtype``. Experts compute through :mod:`torchao_mx.moe`. The whole checkpoint is checked
     first.
 
-    A checkpoint in high precision is loaded, in ``dtype``, and then quantized with ``config``: every
-    ``nn.Linear`` but the output head and routers, and every module of experts that
-    :func:`torchao_mx.is_experts` knows.
+    A checkpoint in high precision is quantized with ``config``: every ``nn.Linear`` but the output head and
+    routers, and every module of experts that :func:`torchao_mx.is_experts` knows. With a config of weights,
+    ``MXWeightOnlyConfig`` or ``MXDynamicActivationMXWeightConfig``, each is packed as soon as it has been
+    read, in ``dtype``, so that beside the packed ones a few are in memory in high precision and not the
+    model. The result is that of loading the model in ``dtype`` and then calling ``quantize_``, which is what
+    is done with every other config: ``QATConfig`` trains the weights in high precision. For LoRA, load with
+    ``MXWeightOnlyConfig`` and give ``quantize_`` an ``MXWeightOnlyLoRAConfig``, which keeps packed weights.
+
+    ``model.save_pretrained`` of such a model saves adapters alone and otherwise raises, as transformers has
+    no layout for it; ``model.config`` names no quantization.
 
     Args:
         path: a folder, or a name on the Hub.
@@ -76,7 +80,8 @@ def from_pretrained(
         TypeError: ``config`` is no config of ``quantize_``, ``dtype`` no floating dtype, or ``kw`` has
             options that this function sets or does not take.
         ValueError: the checkpoint is damaged, or of another quantization, or has layers that ``config``
-            cannot quantize; the message names each.
+            cannot quantize, or lacks weights to be quantized or has them in other shapes; the message names
+            each.
         NotImplementedError: it is in MXFP4 and its experts are of no class known here.
 
     Example::
@@ -168,21 +173,15 @@ def _load_and_quantize(
             f"{folder}: config.json has no quantization_config, so the checkpoint is in high precision; say "
             f"how to quantize it, as with config=MXWeightOnlyConfig()"
         )
-    trust = {"trust_remote_code": options.get("trust_remote_code", False)}
-    build = functools.partial(AutoModelForCausalLM.from_config, **trust)
+    build = functools.partial(
+        AutoModelForCausalLM.from_config,
+        dtype=options["dtype"],
+        trust_remote_code=options.get("trust_remote_code", False),
+    )
     skeleton = skeleton_of(build, model_config)
-    check_model(skeleton, config, _quantized(skeleton))
+    check_model(skeleton, config, selection(skeleton))
+    if packs_while_loading(skeleton, config, options):
+        options = {"quantization_config": PTQConfig(config), **options}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    quantize_(model, config, filter_fn=_quantized(model))
+    quantize_(model, config, filter_fn=selection(model))
     return model
-
-
-def _quantized(model: PreTrainedModel) -> Callable[[nn.Module, str], bool]:
-    """A ``filter_fn`` for ``quantize_``: what :func:`from_pretrained` says."""
-    head = model.get_output_embeddings()
-
-    def selects(module: nn.Module, name: str) -> bool:
-        linear = is_linear(module, name) and name.rpartition(".")[2] not in _ROUTERS
-        return (linear and module is not head) or is_experts(module, name)
-
-    return selects

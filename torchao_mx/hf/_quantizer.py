@@ -56,7 +56,7 @@ class MXQuantizer(HfQuantizer):
         places = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
-                f"device_map places parts of the model on {', '.join(sorted(places))}; packed experts are "
+                f"device_map places parts of the model on {', '.join(sorted(places))}; packed weights are "
                 f"not offloaded: use more or larger GPUs, or device_map='cpu' for all of it"
             )
 

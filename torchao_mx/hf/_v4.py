@@ -18,6 +18,7 @@ from torchao_mx.experts import gpt_oss_gate
 from torchao_mx.hf._experts import compute
 from torchao_mx.hf._layout import BLOCKS, SCALES, WEIGHTS, assemble, block_shapes, packed_modules
 from torchao_mx.hf._quantizer import NAME, MXQuantizer
+from torchao_mx.hf._while_loading import PTQ_NAME, PTQQuantizer
 from torchao_mx.modules import twin_of
 
 
@@ -80,6 +81,43 @@ class MXQuantizerV4(MXQuantizer):
         return 2  # while loading, the declared tensors have the sizes of the files'
 
 
+class PTQQuantizerV4(PTQQuantizer):
+    """Is handed each tensor and puts it into the model itself."""
+
+    def create_quantized_param(
+        self,
+        model: PreTrainedModel,
+        param_value: torch.Tensor,
+        param_name: str,
+        target_device: Any,
+        **kwargs: Any,
+    ) -> None:
+        owner, _, weight = param_name.rpartition(".")
+        parameter = self.packed(model, param_name, param_value.to(target_device))
+        setattr(model.get_submodule(owner), weight, parameter)
+
+    def update_missing_keys(
+        self, model: PreTrainedModel, missing_keys: list[str], prefix: str
+    ) -> list[str]:
+        """Refuse before anything is read: transformers would have uninitialized weights packed."""
+        self.refuse(model, [n for n in missing_keys if self.param_needs_quantization(model, n)])
+        return missing_keys
+
+    def adjust_target_dtype(self, dtype: torch.dtype) -> Any:
+        """For device maps, a dtype as large as the elements; scales are in :meth:`adjust_max_memory`."""
+        from accelerate.utils import CustomDtype
+
+        return CustomDtype.INT4 if self.format.elem_bits == 4 else torch.int8
+
+    def get_special_dtypes_update(
+        self, model: PreTrainedModel, dtype: torch.dtype
+    ) -> dict[str, torch.dtype]:
+        """For device maps, the dtype of all that is not packed."""
+        names = (name for name, _ in model.named_parameters())
+        return {n: dtype for n in names if not self.param_needs_quantization(model, n)}
+
+
 def register() -> None:
-    """Add the quantizer to transformers' registry, once a process."""
+    """Add the quantizers to transformers' registry, once a process."""
     register_quantizer(NAME)(MXQuantizerV4)
+    register_quantizer(PTQ_NAME)(PTQQuantizerV4)

@@ -13,17 +13,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 
-from torchao_mx.formats import MXFP4
+from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.hf._experts import experts_forward
 from torchao_mx.hf._layout import BLOCKS, SCALES, WEIGHTS, assemble, is_packed_weight
 from torchao_mx.hf._quantizer import NAME, MXQuantizer
+from torchao_mx.hf._while_loading import PTQ_NAME, PTQQuantizer
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
 except ImportError:  # v4, where doctests are collected from this file too
     ConversionOps = object
 
-_BYTES_A_VALUE = 1 / MXFP4.elems_per_byte + 1 / MXFP4.block_size
+
+def _bytes_a_value(fmt: BlockFormat) -> float:
+    """From which device maps and reservations are made."""
+    return 1 / fmt.elems_per_byte + 1 / fmt.block_size
 
 
 class Assembly(ConversionOps):
@@ -64,8 +68,8 @@ class MXQuantizerV5(MXQuantizer):
     def param_element_size(
         self, model: PreTrainedModel, param_name: str, param: torch.Tensor
     ) -> float:
-        """Bytes a value, from which device maps and reservations are made."""
-        return _BYTES_A_VALUE if is_packed_weight(model, param_name) else param.element_size()
+        packed = is_packed_weight(model, param_name)
+        return _bytes_a_value(MXFP4) if packed else param.element_size()
 
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
@@ -79,9 +83,57 @@ class MXQuantizerV5(MXQuantizer):
         return model
 
 
+class Packing(ConversionOps):
+    """The last operation on what was read and merged for a weight to be quantized: to its parameter."""
+
+    def __init__(self, quantizer: PTQQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(
+        self, input_dict: dict[str, Any], *, model: PreTrainedModel, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        parameters = {}
+        for name, value in input_dict.items():
+            value = value[0] if isinstance(value, list) else value
+            if self.quantizer.param_needs_quantization(model, name):
+                try:
+                    value = self.quantizer.packed(model, name, value)
+                except ValueError as error:  # transformers would log it, and raise "see above"
+                    self.quantizer.problems[name] = str(error)
+                    continue
+                _mark_initialized(model, name)
+            parameters[name] = value
+        return parameters
+
+
+def _mark_initialized(model: PreTrainedModel, name: str) -> None:
+    """The owner of the weight ``name``, if it lacks nothing else: 5.8 would fill a copy of its weight."""
+    owner, _, weight = name.rpartition(".")
+    module = model.get_submodule(owner)
+    module._is_hf_initialized = all(
+        getattr(parameter, "_is_hf_initialized", False)
+        for other, parameter in module.named_parameters(recurse=False)
+        if other != weight
+    )
+
+
+class PTQQuantizerV5(PTQQuantizer):
+    """Gives transformers the operation that packs."""
+
+    def get_quantize_ops(self) -> Packing:
+        return Packing(self)
+
+    def param_element_size(
+        self, model: PreTrainedModel, param_name: str, param: torch.Tensor
+    ) -> float:
+        packed = self.param_needs_quantization(model, param_name)
+        return _bytes_a_value(self.format) if packed else param.element_size()
+
+
 def register() -> None:
-    """Add the quantizer and the experts implementation to transformers' registries, once a process."""
+    """Add the quantizers and the experts implementation to transformers' registries, once a process."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     register_quantizer(NAME)(MXQuantizerV5)
+    register_quantizer(PTQ_NAME)(PTQQuantizerV5)
     ALL_EXPERTS_FUNCTIONS.register(NAME, experts_forward)
