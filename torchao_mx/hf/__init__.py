@@ -1,5 +1,11 @@
 """Checkpoints of transformers: loaded packed, trained, and saved so that others load them.
 
+    from_pretrained, save_pretrained    a model with its experts in MXFP4, from the file on and back
+    load_adapter, save_adapter          the adapters beside them, in PEFT's format
+    merge_adapter                       adapters added to the packed weights, and what that costs (MergeError)
+
+On the command line ``torchao-mx`` (``cli.py``) inspects checkpoints, quantizes them and merges adapters.
+
 The only part of torchao_mx that imports transformers. Importing it adds to transformers' own registries: the
 quantizer "torchao_mx" and, under v5, the experts implementation "torchao_mx".
 """
@@ -15,6 +21,14 @@ _hooks.register()
 
 from torchao_mx.hf._adapter import load_adapter, save_adapter  # noqa: E402
 from torchao_mx.hf._load import from_pretrained  # noqa: E402  after the version is known to work
+from torchao_mx.hf._merge import MergeError, merge_adapter  # noqa: E402
 from torchao_mx.hf._save import save_pretrained  # noqa: E402
 
-__all__ = ["from_pretrained", "load_adapter", "save_adapter", "save_pretrained"]
+__all__ = [
+    "MergeError",
+    "from_pretrained",
+    "load_adapter",
+    "merge_adapter",
+    "save_adapter",
+    "save_pretrained",
+]

@@ -17,12 +17,12 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -31,9 +31,20 @@ from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
+_Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
 
-class _Adapter(NamedTuple):
-    """One weight's adapters: the parameters ``lora_A`` and ``lora_B``, and where PEFT has them."""
+# Options of PEFT under which the file's two matrices are not all of what was trained.
+_NO_COUNTERPART = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Initialisations that also change the weights beside which the adapters are then trained.
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Adapter(NamedTuple):
+    """One weight's adapters, or on ``meta`` the shapes that they must have, and where PEFT has them."""
 
     weight: str  # full name of the adapted parameter, or of the linear layer
     key: str  # in the file, in front of lora_A.weight
@@ -42,38 +53,39 @@ class _Adapter(NamedTuple):
     transposed: bool = False  # stored [E, in, out]
 
 
-def _adapters(model: nn.Module) -> Iterator[_Adapter]:
+def peft_keys(name: str, weights: list[str]) -> dict[str, str]:
+    """Where PEFT has the adapters of a module's ``weights``, which are in their registered order."""
+    return {
+        weight: f"{PREFIX}{name}{'.' * bool(name)}{'base_layer.' * (len(weights) - 1 - i)}"
+        for i, weight in enumerate(weights)
+    }
+
+
+def _adapters(model: nn.Module) -> Iterator[Adapter]:
     for name, module in model.named_modules():
         dot = f"{name}." if name else ""
         if isinstance(module, MXLoRALinear):
-            yield _Adapter(name, f"{PREFIX}{dot}", module.lora_A, module.lora_B)
+            yield Adapter(name, f"{PREFIX}{dot}", module.lora_A, module.lora_B)
         elif isinstance(module, MXLoRAExperts):
             weights = [n for n in module._parameters if n in module.layout.weights]
-            for i, weight in enumerate(weights):
+            for weight, key in peft_keys(name, weights).items():
                 a, b = (module._parameters[f"{weight}_lora_{s}"] for s in "AB")
-                key = f"{PREFIX}{dot}{'base_layer.' * (len(weights) - 1 - i)}"
-                yield _Adapter(f"{dot}{weight}", key, a, b, module.layout.transposed)
+                yield Adapter(f"{dot}{weight}", key, a, b, module.layout.transposed)
 
 
-def _to_peft(adapter: _Adapter) -> dict[str, torch.Tensor]:
+def _to_peft(adapter: Adapter) -> dict[str, torch.Tensor]:
     a, b = adapter.lora_a.detach(), adapter.lora_b.detach()
     if a.dim() == 3:
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
     return {f"{adapter.key}lora_A.weight": a, f"{adapter.key}lora_B.weight": b}
 
 
-def _from_peft(
-    adapter: _Adapter, a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    if adapter.lora_a.dim() == 2:
-        return a, b
+def _from_peft(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
     experts, r, k = adapter.lora_a.shape
     return a.view(experts, r, k), b.view(-1, r, experts).permute(2, 0, 1)
 
 
-def _from_peft_v4(
-    adapter: _Adapter, a: torch.Tensor, b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _from_peft_v4(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
     """Of PEFT under transformers 4, whose A holds what is B's here and the reverse."""
     experts, r, _ = adapter.lora_a.shape
     lora_a = b.view(-1, r, experts).permute(2, 1, 0)
@@ -155,34 +167,57 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
         ValueError: another kind, rank or scale of adapter; tensors missing, unknown, of other shapes or not
             floating. The message names each, and the model is as it was.
     """
-    folder = Path(path)
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    _check_config(config, _config_of(model))
-    with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
+    config, tensors = read_adapter(path)
+    check_config(config, _config_of(model))
     adapters = list(_adapters(model))
-    pairs = _checked_pairs(adapters, tensors)
-    convert = _conversion(adapters, pairs)
+    pairs = checked_pairs(adapters, tensors, "adapter")
     with torch.no_grad():
-        for adapter, (a, b) in zip(adapters, pairs, strict=True):
-            of = convert if adapter.lora_a.dim() == 3 else _from_peft
-            for parameter, value in zip(
-                (adapter.lora_a, adapter.lora_b), of(adapter, a, b), strict=True
-            ):
+        for adapter, pair in zip(adapters, pairs, strict=True):
+            for parameter, value in zip((adapter.lora_a, adapter.lora_b), pair, strict=True):
                 parameter.copy_(value)
 
 
-def _check_config(config: dict[str, Any], ours: dict[str, Any]) -> None:
+def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the tensors of the adapter in the folder ``path``, unchecked.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: one of them is damaged.
+    """
+    folder = Path(path)
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{folder}: cannot be read ({error}); save the adapter again") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{folder / CONFIG_FILE}: no JSON object; save the adapter again")
+    return config, tensors
+
+
+def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> None:
+    """Refuse an adapter of a kind that has no counterpart here; with ``ours``, of another rank or scale.
+
+    Raises:
+        ValueError: all that is wrong with it.
+    """
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded")
     problems = [
         f"{name}={config[name]!r}, which has no counterpart here"
-        for name in ("use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern")
+        for name in _NO_COUNTERPART
         if config.get(name)
     ]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_CHANGES_WEIGHTS):
+        problems.append(
+            f"init_lora_weights={init!r}, which changed the weights that it was trained beside: save it with "
+            f"PEFT's path_initial_model_for_weight_conversion"
+        )
     for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
-        if config.get(name, default) != ours[name]:
-            found = config.get(name, default)
+        found = config.get(name, default)
+        if ours is not None and found != ours[name]:
             problems.append(f"{name}={found!r} and the model's adapters have {ours[name]!r}")
     if config.get("bias", "none") != "none":
         problems.append(f"bias={config['bias']!r}; biases are frozen here")
@@ -190,10 +225,15 @@ def _check_config(config: dict[str, Any], ours: dict[str, Any]) -> None:
         raise ValueError(f"{CONFIG_FILE}: {'; '.join(problems)}")
 
 
-def _checked_pairs(
-    adapters: list[_Adapter], tensors: dict[str, torch.Tensor]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """``lora_A`` and ``lora_B`` of each, of a shape that one of the layouts has."""
+def checked_pairs(
+    adapters: list[Adapter], tensors: dict[str, torch.Tensor], place: str
+) -> list[_Pair]:
+    """``(lora_A, lora_B)`` of each of ``adapters`` out of the file's ``tensors``, in the layout here.
+
+    Raises:
+        ValueError: tensors missing, not floating, of a shape that neither of PEFT's layouts has; tensors for
+            which the model has no ``place``.
+    """
     problems, pairs, known = [], [], set()
     for adapter in adapters:
         keys = [f"{adapter.key}lora_{s}.weight" for s in "AB"]
@@ -215,13 +255,17 @@ def _checked_pairs(
             if not t.is_floating_point()
         ]
         pairs.append((a, b))
-    problems += [f"{key}: the model has no adapter there" for key in tensors if key not in known]
+    problems += [f"{key}: the model has no {place} there" for key in tensors if key not in known]
     if problems:
         raise ValueError(f"{WEIGHTS_FILE} does not fit the model:\n" + "\n".join(problems))
-    return pairs
+    convert = _conversion(adapters, pairs)
+    return [
+        pair if adapter.lora_a.dim() == 2 else convert(adapter, *pair)
+        for adapter, pair in zip(adapters, pairs, strict=True)
+    ]
 
 
-def _shapes(adapter: _Adapter) -> list[tuple[torch.Size, torch.Size]]:
+def _shapes(adapter: Adapter) -> list[tuple[torch.Size, torch.Size]]:
     """Of lora_A and lora_B in the file: under transformers 5, then 4."""
     if adapter.lora_a.dim() == 2:
         return [(adapter.lora_a.shape, adapter.lora_b.shape)]
@@ -231,7 +275,9 @@ def _shapes(adapter: _Adapter) -> list[tuple[torch.Size, torch.Size]]:
     return [(torch.Size((experts * r, i)), torch.Size((o, r * experts))) for i, o in sizes]
 
 
-def _conversion(adapters: list[_Adapter], pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+def _conversion(
+    adapters: list[Adapter], pairs: list[_Pair]
+) -> Callable[[Adapter, torch.Tensor, torch.Tensor], _Pair]:
     """Of experts' adapters, by those of weights that are not square; a file is of one transformers."""
     found = {
         (a.shape, b.shape) == shapes[0]
@@ -242,5 +288,12 @@ def _conversion(adapters: list[_Adapter], pairs: list[tuple[torch.Tensor, torch.
         raise ValueError(
             f"{WEIGHTS_FILE}: some adapters have the shapes that PEFT gives them under transformers 5 and "
             f"some those of transformers 4: save them all again under one"
+        )
+    transposed = [adapter.weight for adapter in adapters if adapter.transposed]
+    if transposed and not found:
+        raise ValueError(
+            f"{WEIGHTS_FILE}: {transposed[0]} is square, so that its adapters have the same shapes from PEFT "
+            f"under transformers 5 and 4, which mean different things: add adapters of the module's other "
+            f"weight, whose shapes tell (zeros will do)"
         )
     return _from_peft_v4 if found == {False} else _from_peft

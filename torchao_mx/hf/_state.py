@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from transformers import PreTrainedModel
 
 from torchao_mx.formats import MXFP4
 from torchao_mx.hf._checkpoint import raise_problems, value_problems
 from torchao_mx.hf._layout import BLOCKS, SCALES, packed_weights, skeleton_of, tied_names
+from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 from torchao_mx.tensor import MXTensor
 
 
 def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """The model's ``state_dict`` with blocks and scales, views, for each packed weight; tied tensors once.
+
+    Raises:
+        NotImplementedError, ValueError: as :func:`checked_state`.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, tensor in checked_state(model).items():
+        state |= stored(name, tensor)
+    return state
+
+
+def checked_state(model: PreTrainedModel, merged: Collection[str] = ()) -> dict[str, torch.Tensor]:
+    """The model's ``state_dict``, of tensors that the layout holds; tied tensors once.
+
+    Args:
+        model: all its experts' weights packed.
+        merged: names of weights into which adapters will be merged. The adapters are left out, and in the
+            place of a packed weight that the layout holds unpacked is an empty tensor on ``meta``.
 
     Raises:
         NotImplementedError: the model has no experts of a class known here.
@@ -31,13 +51,24 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
     tensors = model.state_dict()
     for name, tensor in tensors.items():
+        if merged and _is_adapter(model, name):
+            continue
         if name not in shapes or tensor.shape != shapes[name]:
             problems.append(
                 f"{name}: {type(model).__name__} has no such tensor of shape {tuple(tensor.shape)}; unload "
-                f"adapters, convert what quantization-aware training prepared"
+                f"adapters of PEFT, merge those that quantize_ made with merge_adapters=True or save them "
+                f"alone with save_adapter, convert what quantization-aware training prepared"
             )
         elif name in weights:
-            problems += _add_packed(state, name, tensor)
+            problems += _packed_problems(name, tensor)
+            state[name] = tensor
+        elif name in merged and name in tied:
+            problems.append(
+                f"{name}: has adapters, and model.config ties it to another tensor; set "
+                f"tie_word_embeddings=False there"
+            )
+        elif name in merged:
+            state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
         elif isinstance(tensor, MXTensor):
             problems.append(
                 f"{name}: {tensor} is packed, and this layout packs experts only; dequantize it, or leave "
@@ -51,8 +82,22 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return state
 
 
-def _add_packed(state: dict[str, torch.Tensor], name: str, weight: torch.Tensor) -> list[str]:
-    """Blocks and scales of ``weight [E, in, out]`` into ``state``, or what is wrong with it."""
+def stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a checkpoint has for a parameter: blocks and scales of a packed one, ``[E, in, out]``."""
+    if not isinstance(tensor, MXTensor):
+        return {name: tensor}
+    blocks, scales = tensor.mT.to_blocks()
+    return {name + BLOCKS: blocks, name + SCALES: scales}
+
+
+def _is_adapter(model: PreTrainedModel, name: str) -> bool:
+    owner = model.get_submodule(name.rpartition(".")[0])
+    ours = isinstance(owner, (MXLoRALinear, MXLoRAExperts))
+    return ours and name.endswith(("lora_A", "lora_B"))
+
+
+def _packed_problems(name: str, weight: torch.Tensor) -> list[str]:
+    """What is wrong with ``weight [E, in, out]``."""
     if not isinstance(weight, MXTensor) or weight.format != MXFP4 or weight.packed_axis != -2:
         what = weight if isinstance(weight, MXTensor) else f"a plain {weight.dtype} tensor"
         problem = (
@@ -60,6 +105,5 @@ def _add_packed(state: dict[str, torch.Tensor], name: str, weight: torch.Tensor)
             f"quantize experts with MXWeightOnlyConfig()"
         )
         return [problem]
-    blocks, scales = weight.mT.to_blocks()
-    state[name + BLOCKS], state[name + SCALES] = blocks, scales
+    blocks, scales = stored(name, weight).values()
     return value_problems(name, lambda: blocks, scales)

@@ -1,13 +1,25 @@
 """torchao-mx: checkpoints from the command line.
 
     torchao-mx inspect FOLDER [--compare FOLDER] [--json]
+    torchao-mx quantize IN OUT [--config mxfp4[:MODE]] [--max-shard-size 5GB] [--json]
+    torchao-mx merge BASE ADAPTER OUT [--config mxfp4[:MODE]] [--max-shard-size 5GB] [--json]
 
 ``inspect`` lists the packed weights of a checkpoint in gpt-oss's layout (``NAME_blocks``, ``NAME_scales``):
 shape, bytes, the range of their scales as powers of two, and how many rows are e4m3 numbers times one power
 of two, so that 8-bit tensor cores take them without loss. ``--compare`` adds the error of the packed values
 against the high-precision weights ``NAME`` of another checkpoint.
 
-Exit codes: 0; 1 where a checkpoint is damaged or does not fit the other; 2 for arguments that make no sense.
+``quantize`` packs the experts of a gpt-oss checkpoint in high precision, tensor by tensor, and lists the
+error of each.
+
+``merge`` adds an adapter, as ``save_adapter`` or PEFT saved it, to the weights of a packed checkpoint, and
+lists what is lost in quantizing them again: of a small update all of it may be.
+
+MODE says how a block's scale follows from its largest magnitude; for ``merge``, see ``merge_adapter``. OUT is
+written whole or stays as it was; files beside the weights, such as a tokenizer's, are copied into it.
+
+Exit codes: 0; 1 where a checkpoint or an adapter is damaged or does not fit; 2 for arguments that make no
+sense.
 """
 
 from __future__ import annotations
@@ -15,154 +27,185 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from tqdm import tqdm
+from transformers import AutoConfig
 
-from torchao_mx import MXTensor
-from torchao_mx.hf._checkpoint import NAN_SCALE, Entry, read_folder
-from torchao_mx.hf._layout import BLOCKS, SCALES
-from torchao_mx.reference.fp8 import fits_fp8
+from torchao_mx.checks import HIGH_PRECISION_DTYPES
+from torchao_mx.formats import MXFP4, ScaleCalculationMode
+from torchao_mx.hf._checkpoint import quant_method
+from torchao_mx.hf._inspect import Row, inspect
+from torchao_mx.hf._load import from_pretrained
+from torchao_mx.hf._merge import merge_adapter
+from torchao_mx.hf._quantize import quantize_checkpoint
+from torchao_mx.hf._save import bytes_of, check_target, save_model
 
-Row = dict[str, Any]
-_EXPONENT_BIAS = 127
-_COLUMNS = {
-    "name": "weight", "format": "format", "shape": "shape", "bytes": "bytes", "scales": "scales",
-    "lossless_rows": "rows lossless in e4m3", "error": "relative error",
-}  # fmt: skip
+_Columns = dict[str, Callable[[Row], str]]
+_Result = tuple[
+    list[Row], Row, _Columns, str
+]  # rows, totals; how a table shows them, its last line
+
+_NAME: _Columns = {"weight": lambda row: row["name"]}
+_SHAPE: _Columns = {"shape": lambda row: " x ".join(map(str, row["shape"]))}
+_ERROR: _Columns = {"relative error": lambda row: f"{row['error']:.4f}"}
 
 
-def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
-    """(a row for each packed weight, totals).
-
-    Args:
-        folder: a checkpoint with weights in blocks and scales.
-        compare: one with the same weights in high precision, ``[E, in, out]`` as transformers has gpt-oss's.
-
-    Raises:
-        ValueError: a checkpoint that cannot be read, has no packed weight, or lacks half of one; tensors of
-            ``compare`` that are missing or of another shape.
-    """
-    entries = read_folder(folder)
-    names = sorted(n.removesuffix(BLOCKS) for n in entries if n.endswith(BLOCKS))
-    halves = {n.removesuffix(SCALES) for n in entries if n.endswith(SCALES)} ^ set(names)
-    if halves:
-        raise ValueError(f"{min(halves)}: {folder} has its blocks or its scales, and not the other")
-    if not names:
-        raise ValueError(
-            f"{folder}: no weights in blocks and scales; there is nothing packed to inspect"
-        )
-    others = None if compare is None else read_folder(compare)
-    rows = []
-    for name in tqdm(names, desc="Inspecting", disable=None, file=sys.stderr):
-        blocks, scales = (_tensor(entries, name + suffix) for suffix in (BLOCKS, SCALES))
-        try:
-            weight = MXTensor.from_blocks(blocks, scales, torch.bfloat16)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
-        row = _row(name, weight)
-        if others is not None:
-            row["error"] = _error(name, weight, others, compare)
-        rows.append(row)
-    packed = {name + suffix for name in names for suffix in (BLOCKS, SCALES)}
-    total = {
-        "packed_weights": len(names),
-        "packed_bytes": sum(row["bytes"] for row in rows),
-        "other_tensors": len(entries) - len(packed),
-        "elements": sum(row["elements"] for row in rows),
+def _inspect(options: argparse.Namespace) -> _Result:
+    rows, total = inspect(options.folder, options.compare)
+    columns: _Columns = {
+        **_NAME,
+        "format": lambda row: row["format"],
+        **_SHAPE,
+        "bytes": lambda row: f"{row['bytes']:,}",
+        "scales": _scales,
+        "rows lossless in e4m3": lambda row: f"{row['lossless_rows']:,} of {row['rows']:,}",
+        **(_ERROR if options.compare else {}),
     }
-    return rows, total
-
-
-def _tensor(entries: dict[str, Entry], name: str) -> torch.Tensor:
-    with safe_open(entries[name].file, "pt") as file:
-        return file.get_tensor(name)
-
-
-def _row(name: str, weight: MXTensor) -> Row:
-    scale = weight.scale.view(torch.uint8)
-    finite = scale[scale != NAN_SCALE]
-    fits = fits_fp8(weight.qdata, weight.scale, True)
-    return {
-        "name": name,
-        "format": weight.format.name,
-        "shape": list(weight.shape),
-        "elements": weight.numel(),
-        "bytes": weight.qdata.nbytes + weight.scale.nbytes,
-        "min_exponent": int(finite.min()) - _EXPONENT_BIAS if finite.numel() else None,
-        "max_exponent": int(finite.max()) - _EXPONENT_BIAS if finite.numel() else None,
-        "nan_scales": scale.numel() - finite.numel(),
-        "rows": fits.numel(),
-        "lossless_rows": int(fits.sum()),
-    }
-
-
-def _error(name: str, weight: MXTensor, others: dict[str, Entry], folder: Path) -> float:
-    """``|packed - original| / |original|``, an expert at a time."""
-    if name not in others:
-        raise ValueError(f"{name}: {folder} has no such tensor to compare with")
-    original = _tensor(others, name)
-    if original.shape != weight.mT.shape:
-        raise ValueError(
-            f"{name}: has shape {tuple(original.shape)} in {folder}; the packed weight is "
-            f"{tuple(weight.mT.shape)} as transformers has it, [E, in, out]"
-        )
-    difference = norm = 0.0
-    for packed, wanted in zip(weight, original, strict=True):
-        wanted = wanted.double().mT
-        difference += (packed.dequantize(torch.float32).double() - wanted).square().sum().item()
-        norm += wanted.square().sum().item()
-    return (difference / norm) ** 0.5 if norm else float(difference > 0)
-
-
-def _table(rows: list[Row], total: Row) -> str:
-    cells = [list(_COLUMNS.values())]
-    for row in rows:
-        scales = f"2^{row['min_exponent']} .. 2^{row['max_exponent']}"
-        shown = row | {
-            "shape": " x ".join(map(str, row["shape"])),
-            "bytes": f"{row['bytes']:,}",
-            "scales": scales + (f", {row['nan_scales']:,} NaN" if row["nan_scales"] else ""),
-            "lossless_rows": f"{row['lossless_rows']:,} of {row['rows']:,}",
-            "error": f"{row['error']:.4f}" if "error" in row else None,
-        }
-        cells.append([shown[key] for key in _COLUMNS])
-    wanted = [i for i, key in enumerate(_COLUMNS) if any(line[i] is not None for line in cells[1:])]
-    widths = [max(len(line[i]) for line in cells) for i in wanted]
-    lines = [
-        "  ".join(line[i].ljust(width) for i, width in zip(wanted, widths, strict=True)).rstrip()
-        for line in cells
-    ]
     bits = 8 * total["packed_bytes"] / total["elements"]
-    lines.append(
+    summary = (
         f"{total['packed_weights']} packed weights, {total['packed_bytes']:,} bytes, {bits:.2f} bits an "
         f"element; {total['other_tensors']} other tensors"
+    )
+    return rows, total, columns, summary
+
+
+def _scales(row: Row) -> str:
+    nan = f", {row['nan_scales']:,} NaN" if row["nan_scales"] else ""
+    return f"2^{row['min_exponent']} .. 2^{row['max_exponent']}{nan}"
+
+
+def _quantize(options: argparse.Namespace) -> _Result:
+    rows, total = quantize_checkpoint(
+        options.source, options.target, options.config, options.max_shard_size
+    )
+    columns: _Columns = {
+        **_NAME,
+        **_SHAPE,
+        "bytes before": lambda row: f"{row['bytes_before']:,}",
+        "bytes after": lambda row: f"{row['bytes_after']:,}",
+        **_ERROR,
+    }
+    summary = (
+        f"{total['quantized_weights']} weights quantized, {total['bytes_before']:,} bytes to "
+        f"{total['bytes_after']:,}; {total['other_tensors']} other tensors as they were"
+    )
+    return rows, total, columns, summary
+
+
+def _merge(options: argparse.Namespace) -> _Result:
+    if not options.source.is_dir():
+        raise ValueError(f"{options.source}: no such folder; give that of a checkpoint")
+    config = AutoConfig.from_pretrained(options.source)
+    if quant_method(config) is None:
+        raise ValueError(
+            f"{options.source}: in high precision, where PEFT's merge_and_unload() merges; for a packed "
+            f"checkpoint of the result, torchao-mx quantize it then"
+        )
+    dtype = config.dtype if config.dtype in HIGH_PRECISION_DTYPES else torch.bfloat16
+    model = from_pretrained(options.source, dtype=dtype)
+    errors = merge_adapter(model, options.adapter, scaling_mode=options.config)
+    save_model(model, options.target, options.max_shard_size, {}, others=options.source)
+    rows = [{"name": name, **error._asdict()} for name, error in errors.items()]
+    worst = {key: max(row[key] for row in rows) for key in ("weight_error", "delta_error")}
+    columns: _Columns = {
+        **_NAME,
+        "error of the weight": lambda row: f"{row['weight_error']:.4f}",
+        "of the update": lambda row: f"{row['delta_error']:.4f}",
+    }
+    summary = (
+        f"{len(rows)} weights merged, with errors of up to {worst['weight_error']:.4f} of the weight and "
+        f"{worst['delta_error']:.4f} of the update, where 1 is what leaving it out would cost"
+    )
+    return rows, {"merged_weights": len(rows), **worst}, columns, summary
+
+
+def _table(columns: _Columns, rows: list[Row]) -> str:
+    cells = [list(columns), *([show(row) for show in columns.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in cells
     )
     return "\n".join(lines)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _scaling_mode(text: str) -> ScaleCalculationMode:
+    """The MODE of ``mxfp4[:MODE]``."""
+    modes = {f"{MXFP4.name}:{mode.value}": mode for mode in ScaleCalculationMode}
+    modes[MXFP4.name] = ScaleCalculationMode.RCEIL
+    if text not in modes:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(sorted(modes))}")
+    return modes[text]
+
+
+def _size(text: str) -> int:
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="torchao-mx", description="Checkpoints in microscaling formats."
     )
     commands = parser.add_subparsers(dest="command", required=True)
+
     command = commands.add_parser("inspect", help="what a packed checkpoint holds")
+    command.set_defaults(run=_inspect)
     command.add_argument("folder", type=Path)
     command.add_argument(
         "--compare", type=Path, metavar="FOLDER", help="the same weights in high precision"
     )
+    _add_options(command)
+
+    command = commands.add_parser("quantize", help="pack a gpt-oss checkpoint in high precision")
+    command.set_defaults(run=_quantize)
+    command.add_argument("source", type=Path, metavar="IN")
+    command.add_argument("target", type=Path, metavar="OUT")
+    _add_options(command, writes=True)
+
+    command = commands.add_parser("merge", help="add an adapter to a packed checkpoint's weights")
+    command.set_defaults(run=_merge)
+    command.add_argument("source", type=Path, metavar="BASE")
+    command.add_argument("adapter", type=Path, metavar="ADAPTER")
+    command.add_argument("target", type=Path, metavar="OUT")
+    _add_options(command, writes=True)
+    return parser
+
+
+def _add_options(command: argparse.ArgumentParser, writes: bool = False) -> None:
     command.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    if writes:
+        modes = ", ".join(mode.value for mode in ScaleCalculationMode)
+        command.add_argument(
+            "--config", type=_scaling_mode, default=MXFP4.name,
+            help=f"mxfp4[:MODE], MODE one of {modes}; default: rceil",
+        )  # fmt: skip
+        command.add_argument(
+            "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
     options = parser.parse_args(arguments)
+    writes = "target" in options
+    if writes and options.target.resolve() == options.source.resolve():
+        parser.error(f"OUT is {options.target}, the folder to read from; give another")
     try:
-        rows, total = inspect(options.folder, options.compare)
-    except (ValueError, OSError) as error:
+        if writes:
+            check_target(options.target, merged=options.run is _merge)  # before long work
+        rows, total, columns, summary = options.run(options)
+    except (NotImplementedError, OSError, ValueError) as error:
         print(f"torchao-mx: {error}", file=sys.stderr)
         return 1
-    print(json.dumps({"weights": rows, "total": total}) if options.json else _table(rows, total))
+    if options.json:
+        print(json.dumps({"weights": rows, "total": total}))
+    else:
+        print(_table(columns, rows), summary, sep="\n")
     return 0
 
 
