@@ -40,7 +40,7 @@ from torchao_mx import (
 from torchao_mx.hf import MergeError, from_pretrained, merge_adapter, save_adapter, save_pretrained
 
 R, SCALING = 4, 2.0  # lora_alpha 8
-RCEIL = ScaleCalculationMode.RCEIL
+EVEN, RCEIL = ScaleCalculationMode.EVEN, ScaleCalculationMode.RCEIL
 EXPERTS = [f"model.layers.{i}.mlp.experts.{w}" for i in range(2) for w in WEIGHTS]
 QUERIES = [f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)]
 TARGETS = [f"mlp.experts.{w}" for w in WEIGHTS]
@@ -116,7 +116,7 @@ def update_of(path, name, layout=5, key=None):
     return SCALING * torch.einsum("ore,eri->eio" if layout == 5 else "ore,eri->eoi", b, a)
 
 
-def quantized(total, mode=RCEIL):
+def quantized(total, mode=EVEN):
     """Blocks and scales of ``[E, in, out]``, an expert at a time."""
     packed = [ops.quantize(w.mT.float(), MXFP4, mode) for w in total]
     qdata, scale = (torch.stack(part) for part in zip(*packed, strict=True))
@@ -241,12 +241,12 @@ def test_an_update_below_half_a_step(model96, tmp_path):
     tensors = load_file(path / FILE)
     save_file({k: t / 1024 if "lora_B" in k else t for k, t in tensors.items()}, path / FILE)
     before = {n: model96.get_parameter(n).dequantize() for n in EXPERTS}
-    errors = merge_adapter(model96, path, scaling_mode=ScaleCalculationMode.EVEN)
+    errors = merge_adapter(model96, path)
     for name in EXPERTS:
         assert torch.equal(model96.get_parameter(name).dequantize(), before[name])
         assert errors[name].delta_error == pytest.approx(1, rel=1e-3)
         assert 0 < errors[name].weight_error < 1e-3
-    errors = merge_adapter(from_pretrained(tmp_path / "model"), path)
+    errors = merge_adapter(from_pretrained(tmp_path / "model"), path, scaling_mode=RCEIL)
     for name in EXPERTS:
         assert errors[name].delta_error > 100 and errors[name].weight_error > 0.02
 
@@ -317,7 +317,7 @@ def test_packed_linear_layers(config, tmp_path):
             continue
         total = old.dequantize(torch.float32).double()
         total += update_of(tmp_path / "adapter", name)
-        want = MXTensor.from_hp(total.float(), config.weight_spec.format)
+        want = MXTensor.from_hp(total.float(), config.weight_spec.format, EVEN)
         assert got.orig_dtype == torch.bfloat16 and got.activation == config.activation_spec
         assert torch.equal(got.qdata.view(torch.uint8), want.qdata.view(torch.uint8))
         assert torch.equal(got.scale.view(torch.uint8), want.scale.view(torch.uint8))

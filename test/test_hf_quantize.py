@@ -428,15 +428,10 @@ def test_a_state_dict_can_be_stored(tmp_path):
 
 
 def test_gpt_oss_is_saved_in_the_published_layout(tmp_path):
-    """With its attention in high precision again, which that layout does not pack."""
+    """With the values of its attention's packed weights unpacked, as that layout packs experts only."""
     model = from_pretrained(checkpoint(tmp_path / "model"), config=MXFP4)
-    with pytest.raises(
-        ValueError, match=r"q_proj\.weight: MXTensor.* this layout packs experts only"
-    ):
-        save_pretrained(model, tmp_path / "saved")
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor):
-            module.weight = nn.Parameter(module.weight.dequantize())
+    query = model.model.layers[1].self_attn.q_proj
+    assert isinstance(query.weight, MXTensor)
     save_pretrained(model, tmp_path / "saved")
     record = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert record["quantization_config"]["quant_method"] == "mxfp4"
@@ -448,7 +443,11 @@ def test_gpt_oss_is_saved_in_the_published_layout(tmp_path):
     assert all(map(torch.equal, weight.mT.to_blocks(), (blocks, scales)))
     again = from_pretrained(tmp_path / "saved")
     assert torch.equal(experts_of(again)[1].down_proj.qdata, weight.qdata)
-    assert torch.equal(stock(tmp_path / "saved").get_parameter(DOWN), weight.dequantize().float())
+    plain = stock(tmp_path / "saved")
+    assert torch.equal(plain.get_parameter(DOWN), weight.dequantize().float())
+    assert torch.equal(
+        plain.model.layers[1].self_attn.q_proj.weight, query.weight.dequantize().float()
+    )
     with torch.no_grad():
         assert torch.equal(again(inputs()).logits, model(inputs()).logits)
 

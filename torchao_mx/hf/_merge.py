@@ -32,6 +32,9 @@ from torchao_mx.hf._adapter import (
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.tensor import MXTensor
 
+# Of sums. In RCEIL a block whose largest element is the format's gets twice the scale, and half the
+# resolution, when that grows at all; in EVEN it stays as it is.
+SCALING_MODE = ScaleCalculationMode.EVEN
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_[AB]\.weight")
 
 
@@ -66,7 +69,7 @@ def merge_adapter(
     model: nn.Module,
     path: str | Path,
     *,
-    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL,
+    scaling_mode: ScaleCalculationMode = SCALING_MODE,
 ) -> dict[str, MergeError]:
     """Add an adapter, as :func:`save_adapter` or PEFT saved it, to the weights of a model without adapters.
 
@@ -79,11 +82,9 @@ def merge_adapter(
         path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. Experts' adapters may
             be in the layout of PEFT under transformers 5 or 4. Where they adapt some of a module's weights
             only, ``target_parameters`` in the config has to tell which.
-        scaling_mode: how a block's E8M0 scale follows from its largest magnitude. In RCEIL, a block whose
-            largest element is the format's gets twice the scale, and half the resolution, when that grows
-            at all; in EVEN it stays as it is. Measured of a Gaussian weight in MXFP4 (by RCEIL) and an update
-            of 1 % of its norm: a ``weight_error`` of 0.010 by EVEN, 0.045 by FLOOR, 0.049 by RCEIL, 0.107 by
-            CEIL.
+        scaling_mode: how a block's E8M0 scale follows from its largest magnitude. Measured of a Gaussian
+            weight in MXFP4 (by RCEIL) and an update of 1 % of its norm: a ``weight_error`` of 0.010 by EVEN,
+            0.045 by FLOOR, 0.049 by RCEIL, 0.107 by CEIL.
 
     Returns:
         What rounding cost, by the full name of each weight. **Small updates vanish in 4 bits**: see
@@ -135,9 +136,11 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
             adapters = module.lora_A, module.lora_B, module.config.scaling
             updates[f"{name}.weight"] = Update(weight, *adapters, None)
         elif isinstance(module, MXLoRAExperts):
-            mode, transposed = module.lora_config.scaling_mode, module.layout.transposed
+            transposed = module.layout.transposed
             for weight in module.layout.weights:
-                updates[f"{name}.{weight}"] = Update(*module.weight(weight), mode, transposed)
+                updates[f"{name}.{weight}"] = Update(
+                    *module.weight(weight), SCALING_MODE, transposed
+                )
     _check_size(updates)
     return updates
 

@@ -54,7 +54,8 @@ def save_pretrained(
     Stock transformers of both versions loads the folder, where it dequantizes to the values of
     ``MXTensor.dequantize()`` bit for bit; so does :func:`from_pretrained`, to the same bytes. Other files of
     an existing folder, such as a tokenizer's, stay. On any error the folder is as it was. How weights
-    quantize their activations (``MXTensor.activation``) is not part of the layout.
+    quantize their activations (``MXTensor.activation``) is not part of the layout, nor are packed linear
+    layers: their values are written unpacked.
 
     Args:
         model: every expert weight an MXFP4 :class:`MXTensor`, from :func:`from_pretrained` or converted after
@@ -62,8 +63,8 @@ def save_pretrained(
         path: the folder to write, new or existing.
         max_shard_size: of a file, in bytes, or as "5GB"; a tensor is never split.
         merge_adapters: add the adapters of :class:`MXLoRAExperts` and :class:`MXLoRALinear` to what is
-            written, as :func:`merge_adapter` does, one weight at a time. Experts are quantized again with
-            their config's ``scaling_mode``, linear layers are stored unpacked, in the weight's logical dtype.
+            written, as :func:`merge_adapter` does, one weight at a time; into linear layers unpacked, in the
+            weight's logical dtype.
             The model itself stays as it is.
 
     Returns:
@@ -108,6 +109,8 @@ def save_model(
         for name, tensor in state.items():
             if name in updates:
                 tensor, errors[name] = merge(updates[name])
+            elif tensor.is_meta:
+                tensor = model.get_parameter(name).dequantize()
             yield from stored(name, tensor).items()
 
     with replacing(path) as folder:

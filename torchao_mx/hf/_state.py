@@ -22,6 +22,8 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """
     state: dict[str, torch.Tensor] = {}
     for name, tensor in checked_state(model).items():
+        if tensor.is_meta:
+            tensor = model.get_parameter(name).dequantize()
         state |= stored(name, tensor)
     return state
 
@@ -30,9 +32,10 @@ def checked_state(model: PreTrainedModel, merged: Collection[str] = ()) -> dict[
     """The model's ``state_dict``, of tensors that the layout holds; tied tensors once.
 
     Args:
-        model: all its experts' weights packed.
-        merged: names of weights into which adapters will be merged. The adapters are left out, and in the
-            place of a packed weight that the layout holds unpacked is an empty tensor on ``meta``.
+        model: all its experts' weights packed. In the place of one that the layout holds unpacked, a linear
+            layer's, is an empty tensor on ``meta``, to be dequantized when it is written.
+        merged: names of weights into which adapters will be merged. The adapters are left out, and likewise
+            in the place of a linear layer's weight is an empty tensor.
 
     Raises:
         NotImplementedError: the model has no experts of a class known here.
@@ -67,13 +70,8 @@ def checked_state(model: PreTrainedModel, merged: Collection[str] = ()) -> dict[
                 f"{name}: has adapters, and model.config ties it to another tensor; set "
                 f"tie_word_embeddings=False there"
             )
-        elif name in merged:
+        elif name in merged or (isinstance(tensor, MXTensor) and name not in tied):
             state[name] = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
-        elif isinstance(tensor, MXTensor):
-            problems.append(
-                f"{name}: {tensor} is packed, and this layout packs experts only; dequantize it, or leave "
-                f"such layers out with quantize_'s filter_fn"
-            )
         elif name not in tied:
             state[name] = tensor
     problems += [f"{name}: missing from the model" for name in shapes.keys() - tensors.keys()]

@@ -38,7 +38,7 @@ from torchao_mx.formats import MXFP4, ScaleCalculationMode
 from torchao_mx.hf._checkpoint import quant_method
 from torchao_mx.hf._inspect import Row, inspect
 from torchao_mx.hf._load import from_pretrained
-from torchao_mx.hf._merge import merge_adapter
+from torchao_mx.hf._merge import SCALING_MODE, merge_adapter
 from torchao_mx.hf._quantize import quantize_checkpoint
 from torchao_mx.hf._save import bytes_of, check_target, save_model
 
@@ -78,7 +78,10 @@ def _scales(row: Row) -> str:
 
 def _quantize(options: argparse.Namespace) -> _Result:
     rows, total = quantize_checkpoint(
-        options.source, options.target, options.config, options.max_shard_size
+        options.source,
+        options.target,
+        options.config or ScaleCalculationMode.RCEIL,
+        options.max_shard_size,
     )
     columns: _Columns = {
         **_NAME,
@@ -105,7 +108,8 @@ def _merge(options: argparse.Namespace) -> _Result:
         )
     dtype = config.dtype if config.dtype in HIGH_PRECISION_DTYPES else torch.bfloat16
     model = from_pretrained(options.source, dtype=dtype)
-    errors = merge_adapter(model, options.adapter, scaling_mode=options.config)
+    mode = options.config or SCALING_MODE
+    errors = merge_adapter(model, options.adapter, scaling_mode=mode)
     save_model(model, options.target, options.max_shard_size, {}, others=options.source)
     rows = [{"name": name, **error._asdict()} for name, error in errors.items()]
     worst = {key: max(row[key] for row in rows) for key in ("weight_error", "delta_error")}
@@ -131,10 +135,10 @@ def _table(columns: _Columns, rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
-def _scaling_mode(text: str) -> ScaleCalculationMode:
-    """The MODE of ``mxfp4[:MODE]``."""
+def _scaling_mode(text: str) -> ScaleCalculationMode | None:
+    """The MODE of ``mxfp4:MODE``; None for ``mxfp4`` alone."""
     modes = {f"{MXFP4.name}:{mode.value}": mode for mode in ScaleCalculationMode}
-    modes[MXFP4.name] = ScaleCalculationMode.RCEIL
+    modes[MXFP4.name] = None
     if text not in modes:
         raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(sorted(modes))}")
     return modes[text]
@@ -182,7 +186,7 @@ def _add_options(command: argparse.ArgumentParser, writes: bool = False) -> None
         modes = ", ".join(mode.value for mode in ScaleCalculationMode)
         command.add_argument(
             "--config", type=_scaling_mode, default=MXFP4.name,
-            help=f"mxfp4[:MODE], MODE one of {modes}; default: rceil",
+            help=f"mxfp4[:MODE], MODE one of {modes}; default: rceil to quantize, even to merge",
         )  # fmt: skip
         command.add_argument(
             "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file"
