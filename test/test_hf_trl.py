@@ -9,8 +9,8 @@ from torchao.quantization import quantize_
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 peft = pytest.importorskip("peft")
+from safetensors.torch import load_file
 from test_hf_load import WEIGHTS, config_of, inputs, tensors_of, write
-from test_hf_readme import example
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainingArguments
 
@@ -113,34 +113,18 @@ def test_sft_with_pefts_adapters(folder, tmp_path):
     assert torch.equal(logits(resumed), logits(model))
 
 
-@pytest.fixture
-def trainer(folder, tmp_path):
-    """Of transformers, on a model with our adapters, saving every three steps."""
+def test_checkpoints_of_our_adapters_are_resumed_from(folder, tmp_path):
+    """transformers' Trainer saves every three steps; it warns of what is not in a checkpoint."""
 
-    def make(*callbacks):
+    def trainer():
         rows = [{"input_ids": row, "labels": row} for row in inputs()] * 8
         args = TrainingArguments(str(tmp_path / "run"), **OPTIONS)
-        return Trainer(
-            model=adapted(folder), args=args, train_dataset=rows, callbacks=list(callbacks)
-        )
+        return Trainer(model=adapted(folder), args=args, train_dataset=rows)
 
-    return make
-
-
-def test_checkpoints_with_our_adapters_are_refused(trainer, tmp_path):
-    """save_pretrained writes whole models; what is trained is still in the model."""
-    trainer = trainer()
-    with pytest.raises(ValueError, match=r"cannot be saved in gpt-oss's layout:\n.*lora_A"):
-        trainer.train()
-    assert trainer.state.global_step == 3
-    save_adapter(trainer.model, tmp_path / "adapter")
-
-
-def test_the_readmes_callback_saves_our_adapters(trainer, folder, tmp_path):
-    names = {}
-    exec(example("class SaveAdapter"), names)
-    model = train(trainer(names["SaveAdapter"]()))
-    assert {f.name for f in (tmp_path / "run").iterdir()} == {"adapter-3", "adapter-6"}
-    again = adapted(folder)
-    load_adapter(again, tmp_path / "run" / "adapter-6")
-    assert torch.equal(logits(again), logits(model))
+    with pytest.warns(UserWarning, match="saved as its adapters alone"):
+        model = train(trainer())
+    checkpoint = tmp_path / "run" / "checkpoint-3"
+    saved = load_file(checkpoint / "model.safetensors")
+    assert len(saved) == 8 and all("_lora_" in name for name in saved)
+    resumed = train(trainer(), resume_from_checkpoint=str(checkpoint))
+    assert torch.equal(logits(resumed), logits(model))

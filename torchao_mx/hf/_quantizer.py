@@ -5,6 +5,7 @@ Stored configs say "mxfp4", as the published ones do, so that any loader of gpt-
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchao_mx.hf._layout import UNPACKED_MODULES
-from torchao_mx.hf._state import packed_state_dict
+from torchao_mx.hf._state import adapters_in, packed_state_dict
 
 NAME = "torchao_mx"
 
@@ -66,9 +67,23 @@ class MXQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, torch.Tensor] | None, dict]:
-        """What transformers' own save_pretrained writes; None where it takes adapters alone."""
-        adapters = getattr(model, "_hf_peft_config_loaded", False)
-        return None if adapters else packed_state_dict(model), {}
+        """What transformers' own save_pretrained writes; None where it takes adapters alone.
+
+        Of a model with our adapters those alone, from which Trainer resumes: it saves in the midst of
+        training, where an error would lose the run.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        adapters = adapters_in(model)
+        if not adapters:
+            return packed_state_dict(model), {}
+        warnings.warn(
+            f"{type(model).__name__} is saved as its adapters alone, which is what Trainer resumes from; "
+            f"torchao_mx.hf.save_adapter saves them for others, torchao_mx.hf.save_pretrained with "
+            f"merge_adapters=True the whole",
+            stacklevel=2,
+        )
+        return adapters, {}
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         """Nothing; in v4 the base class imports accelerate to look for Llama 4."""

@@ -80,6 +80,11 @@ def checked_state(model: PreTrainedModel, merged: Collection[str] = ()) -> dict[
     return state
 
 
+def adapters_in(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Our adapters, by their names in the model."""
+    return {name: t for name, t in model.state_dict().items() if _is_adapter(model, name)}
+
+
 def stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     """What a checkpoint has for a parameter: blocks and scales of a packed one, ``[E, in, out]``."""
     if not isinstance(tensor, MXTensor):
