@@ -128,7 +128,7 @@ def check_checkpoint(entries: dict[str, Entry], skeleton: nn.Module, folder: Pat
             f"{type(skeleton).__name__} has no experts that are read from MXFP4 checkpoints; those of "
             f"gpt-oss are. For another architecture load a bf16 checkpoint with config=MXWeightOnlyConfig()"
         )
-    problems = _header_problems(entries, skeleton, weights)
+    problems = header_problems(entries, skeleton, weights)
     if not problems:
         for weight in tqdm(weights, desc="Checking scales", disable=None):
             problems += _data_problems(entries, weight)
@@ -142,7 +142,7 @@ def raise_problems(problems: list[str], what: str) -> None:
     raise ValueError("\n".join([f"{what}:", *problems[:_LINES], *more]))
 
 
-def _header_problems(
+def header_problems(
     entries: dict[str, Entry], skeleton: nn.Module, weights: list[str]
 ) -> list[str]:
     wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from torchao_mx.formats import MXFP4, ScaleCalculationMode
 from torchao_mx.hf._checkpoint import (
     Entry,
-    _header_problems,
+    header_problems,
     quant_method,
     raise_problems,
     read_folder,
@@ -104,7 +104,7 @@ def _checked(source: Path) -> tuple[dict[str, Entry], list[str], list[str]]:
             f"{source}: {type(skeleton).__name__} has no experts that MXFP4 checkpoints hold; those of "
             f"gpt-oss are held"
         )
-    problems = _header_problems(entries, skeleton, [])
+    problems = header_problems(entries, skeleton, [])
     if problems:
         raise_problems(problems, f"{source} cannot be quantized")
     tied = tied_names(skeleton)
