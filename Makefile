@@ -51,7 +51,9 @@ bench: $(installed)
 	@$(py) -c '$(has_gpu)' || { echo 'make bench needs a CUDA GPU, and torch sees none here' >&2; exit 1; }
 	$(py) benchmarks/ops/bench_quantize.py
 	$(py) benchmarks/ops/bench_swiglu.py
+	$(py) benchmarks/ops/bench_quantize_both.py
 	$(py) benchmarks/bench_qat_linear.py
+	$(py) benchmarks/bench_recipe_linear.py
 	$(py) benchmarks/fp8_accuracy.py
 	$(py) benchmarks/bench_lora_linear.py
 	$(py) benchmarks/bench_lora_linear.py --first-step

@@ -24,6 +24,11 @@ from torchao_mx.qat import (
     MXFakeQuantizedLinear,
     register_qat_handler,
 )
+from torchao_mx.recipes import (
+    NVFP4ForwardMXFP8BackwardConfig,
+    NVFP4MXFP8Experts,
+    NVFP4MXFP8Linear,
+)
 from torchao_mx.tensor import MXTensor
 
 __version__ = "0.1.0"
@@ -44,6 +49,9 @@ __all__ = [
     "MXTensor",
     "MXWeightOnlyConfig",
     "MXWeightOnlyLoRAConfig",
+    "NVFP4ForwardMXFP8BackwardConfig",
+    "NVFP4MXFP8Experts",
+    "NVFP4MXFP8Linear",
     "QuantizeSpec",
     "ScaleCalculationMode",
     "check_model",

@@ -142,8 +142,8 @@ def check_model(
 
     Args:
         model: what will be given to ``quantize_``.
-        config: ours, LoRA's included, or torchao's ``QATConfig`` with one of ours as ``base_config`` or
-            ``weight_config``.
+        config: ours, LoRA's and the recipe's included, or torchao's ``QATConfig`` with one of ours as
+            ``base_config`` or ``weight_config``.
         filter_fn: as for ``quantize_``.
 
     Raises:
@@ -184,9 +184,13 @@ def _check_of(config: Any) -> Callable[[nn.Module], None]:
     """What raises for a layer that ``quantize_`` would refuse; those that it leaves as they are pass."""
     from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
     from torchao_mx.lora.handler import check_lora_module
+    from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
+    from torchao_mx.recipes.handler import check_recipe_module
 
     if isinstance(config, MXWeightOnlyLoRAConfig):
         return lambda module: check_lora_module(module, config)
+    if isinstance(config, NVFP4ForwardMXFP8BackwardConfig):
+        return lambda module: check_recipe_module(module, config)
     weight, activation = _specs_of(config)
 
     def check(module: nn.Module) -> None:
@@ -208,7 +212,8 @@ def _specs_of(config: Any) -> tuple[QuantizeSpec, QuantizeSpec | None]:
     if not isinstance(weight, QuantizeSpec):
         raise TypeError(
             f"{type(config).__name__} holds no scheme of torchao_mx; give MXWeightOnlyConfig, "
-            f"MXDynamicActivationMXWeightConfig, a QATConfig of one, or MXWeightOnlyLoRAConfig"
+            f"MXDynamicActivationMXWeightConfig, a QATConfig of one, MXWeightOnlyLoRAConfig or "
+            f"NVFP4ForwardMXFP8BackwardConfig"
         )
     return weight, getattr(config.activation_config, "spec", None)
 

@@ -6,10 +6,12 @@ from torchao_mx.ops.fake_quantize import fake_quantize
 from torchao_mx.ops.linear import lora_grouped_mm, lora_matmul
 from torchao_mx.ops.matmul import grouped_mm, matmul
 from torchao_mx.ops.quantize import per_tensor_scale, quantize, quantize_with_values
+from torchao_mx.ops.quantize_both import BothDirections, quantize_both
 from torchao_mx.ops.routing import Routing, route
 from torchao_mx.ops.swiglu import swiglu
 
 __all__ = [
+    "BothDirections",
     "Routing",
     "combine",
     "dequantize",
@@ -20,6 +22,7 @@ __all__ = [
     "matmul",
     "per_tensor_scale",
     "quantize",
+    "quantize_both",
     "quantize_with_values",
     "route",
     "swiglu",

@@ -12,9 +12,17 @@ from torchao_mx.reference.mm import (
     sum_rows,
 )
 from torchao_mx.reference.quantize import dequantize, fake_quantize, per_tensor_scale, quantize
+from torchao_mx.reference.recipes import (
+    BothDirections,
+    quantize_both,
+    random_words,
+    recipe_products,
+    round_stochastically,
+)
 from torchao_mx.reference.swiglu import swiglu, swiglu_backward
 
 __all__ = [
+    "BothDirections",
     "add_low_rank",
     "combine_backward",
     "dequantize",
@@ -26,6 +34,10 @@ __all__ = [
     "per_tensor_scale",
     "product",
     "quantize",
+    "quantize_both",
+    "random_words",
+    "recipe_products",
+    "round_stochastically",
     "rows_per_token",
     "sum_rows",
     "swiglu",

@@ -1,0 +1,179 @@
+"""block_scaled_mm: the product of two operands quantized in blocks along the axis that it reduces.
+
+The seam between a recipe and the hardware::
+
+    a [R, C], b [S, C]  ->  a b^T [R, S]
+
+*Native*, on GPUs of compute capability 10.0 and newer (Blackwell): torch's scaled matmul on the packed
+operands, block scales and all. *Emulated*, everywhere else: the operands' values, in the product's dtype, and
+the vendor's GEMM. (8-bit tensor cores without block scales take one scale a row, in which neither format
+fits.) MXFP8 values are exact in bfloat16, 4 significant bits and a power of two, so that there the emulated
+product is that of the operands themselves, summed in fp32; NVFP4 values are rounded to the product's dtype, as
+in quantization-aware training. A caller asks :func:`takes_block_scaled_mm` and quantizes into the one form or
+the other.
+
+The native product has run on no GPU yet: its dispatch and the layout that it hands over are tested on the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torchao.prototype.mx_formats.utils import to_blocked
+
+from torchao_mx.formats import BlockFormat, format_by_name
+from torchao_mx.ops._launch import bytes_of, capability
+from torchao_mx.ops._library import define_op
+from torchao_mx.ops.dequantize import dequantize_op
+from torchao_mx.ops.matmul import product
+
+MIN_CAPABILITY = (10, 0)
+ROW_BYTES = 16  # what rows of packed elements are a multiple of, for the vendor's GEMM
+
+
+class Operand(NamedTuple):
+    """A matrix ``[R, C]`` in blocks along C: ``packed``, or as ``values [R, C]``.
+
+    ``packed`` is ``(qdata, scale)`` of C up to whole blocks; what is added there is zeros.
+    """
+
+    format: BlockFormat
+    packed: tuple[torch.Tensor, torch.Tensor] | None = None
+    per_tensor_scale: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+
+    def decoded(self, dtype: torch.dtype, columns: int) -> torch.Tensor:
+        """The values ``[R, columns]``; those of packed ones as the transpose of a contiguous matrix.
+
+        That is how a plain layer's GEMM for the weight's gradient has its operands.
+        """
+        if self.values is not None:
+            return self.values
+        name, pts = self.format.name, self.per_tensor_scale
+        return dequantize_op(*self.packed, name, dtype, -2, pts)[:columns].mT
+
+
+@torch.compiler.assume_constant_result
+def has_block_scaled_gemms(device: torch.device) -> bool:
+    """Whether the GPU multiplies block-scaled operands itself."""
+    return device.type == "cuda" and capability(device.index) >= MIN_CAPABILITY
+
+
+def takes_block_scaled_mm(
+    x: torch.Tensor, columns: int, formats: tuple[BlockFormat, BlockFormat]
+) -> bool:
+    """Whether products in x's dtype that reduce ``columns`` elements, of these formats, run natively.
+
+    torch's scaled matmul gives bfloat16 here, and multiplies no two E5M2 operands.
+    """
+    return (
+        has_block_scaled_gemms(x.device)
+        and x.dtype == torch.bfloat16
+        and all(columns % (ROW_BYTES * fmt.elems_per_byte) == 0 for fmt in formats)
+        and any(fmt.elem_dtype != torch.float8_e5m2 for fmt in formats)
+    )
+
+
+def _native(
+    a_qdata: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_per_tensor: torch.Tensor | None,
+    b_qdata: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_per_tensor: torch.Tensor | None,
+    a_format: str,
+    b_format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    a, b = format_by_name(a_format), format_by_name(b_format)
+    scales_a, recipes_a, swizzles_a = _scaling(a, a_scale, a_per_tensor)
+    scales_b, recipes_b, swizzles_b = _scaling(b, b_scale, b_per_tensor)
+    return F.scaled_mm(
+        a_qdata.view(a.elem_dtype), b_qdata.view(b.elem_dtype).t(), scales_a, recipes_a, scales_b,
+        recipes_b, swizzles_a, swizzles_b, output_dtype=dtype,
+    )  # fmt: skip
+
+
+def _scaling(
+    fmt: BlockFormat, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None
+) -> tuple[list[torch.Tensor], list[F.ScalingType], list[F.SwizzleType]]:
+    """Scales as ``F.scaled_mm`` takes them: of blocks in tiles of 128 x 4, then the per-tensor one.
+
+    The tiles are cuBLAS's "1D block scaling factors layout", which torchao's ``to_blocked`` makes.
+    """
+    by_block = F.ScalingType.BlockWise1x16 if fmt.block_size == 16 else F.ScalingType.BlockWise1x32
+    scales = [to_blocked(bytes_of(scale)).view(fmt.scale_dtype)]
+    recipes, swizzles = [by_block], [F.SwizzleType.SWIZZLE_32_4_4]
+    if per_tensor_scale is not None:
+        scales.append(per_tensor_scale.reshape(1))
+        recipes.append(F.ScalingType.TensorWise)
+        swizzles.append(F.SwizzleType.NO_SWIZZLE)
+    return scales, recipes, swizzles
+
+
+def _decoded(
+    a_qdata: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_per_tensor: torch.Tensor | None,
+    b_qdata: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_per_tensor: torch.Tensor | None,
+    a_format: str,
+    b_format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    a = dequantize_op(a_qdata, a_scale, a_format, dtype, -1, a_per_tensor)
+    b = dequantize_op(b_qdata, b_scale, b_format, dtype, -1, b_per_tensor)
+    return a @ b.mT
+
+
+def _fake(
+    a_qdata: torch.Tensor,
+    a_scale: torch.Tensor,
+    a_per_tensor: torch.Tensor | None,
+    b_qdata: torch.Tensor,
+    b_scale: torch.Tensor,
+    b_per_tensor: torch.Tensor | None,
+    a_format: str,
+    b_format: str,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return a_qdata.new_empty((a_qdata.shape[0], b_qdata.shape[0]), dtype=dtype)
+
+
+def _cuda(a_qdata: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return (_native if has_block_scaled_gemms(a_qdata.device) else _decoded)(a_qdata, *rest)
+
+
+# An op, so that torch.compile does not look into it: inductor's lowering of scaled_mm refuses swizzled scales.
+block_scaled_mm_op = define_op(
+    "block_scaled_mm",
+    "(Tensor a_qdata, Tensor a_scale, Tensor? a_per_tensor, Tensor b_qdata, Tensor b_scale,"
+    " Tensor? b_per_tensor, str a_format, str b_format, ScalarType dtype) -> Tensor",
+    cpu=_decoded,
+    cuda=_cuda,
+    fake=_fake,
+)
+
+
+def block_scaled_mm(
+    a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``a b^T + bias``, ``[R, S]`` in ``dtype``; natively where both operands are packed and the GPU can.
+
+    Args:
+        a: ``[R, C]``.
+        b: ``[S, C]``.
+        dtype: of the product, and of the operands' values.
+        bias: ``[S]``, in ``dtype``.
+    """
+    if a.values is None and b.values is None:
+        y = block_scaled_mm_op(
+            *a.packed, a.per_tensor_scale, *b.packed, b.per_tensor_scale, a.format.name,
+            b.format.name, dtype,
+        )  # fmt: skip
+        return y if bias is None else y + bias
+    columns = (b if a.values is None else a).values.shape[1]
+    return product(a.decoded(dtype, columns), b.decoded(dtype, columns), bias)

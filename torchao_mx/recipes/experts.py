@@ -1,0 +1,222 @@
+"""NVFP4MXFP8Experts: 3-D expert weights trained with NVFP4 products in forward and MXFP8 ones in backward.
+
+For the rows of expert e, as in ``recipes/linear.py``::
+
+    Y = Q4(X) Q4(W_e)^T + bias_e    dX = Q8(dY) Q8(W_e)    dW_e = Q8(dY)^T Q8(X)    dbias_e = sum of dY's rows
+
+Forward is the converted module's: the same op on equal operands. dW_e reduces the tokens of e, so blocks
+along the tokens begin anew with each expert: ``quantize_both`` gathers its rows by an index in which every
+group is completed to whole blocks, and no padded copy of X or dY is made. The index is made on the device; no
+row count comes to the host.
+
+The products are emulated on every GPU. X is kept for backward by reference, ungathered, and W too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+from torchao_mx import ops
+from torchao_mx.checks import check_blocks
+from torchao_mx.experts import MXExperts, check_experts, is_experts, layout_of
+from torchao_mx.ops._arguments import operands
+from torchao_mx.ops.combine import combine_op
+from torchao_mx.ops.fake_quantize import fake_quantize_op
+from torchao_mx.ops.group_sum import group_sum_op
+from torchao_mx.ops.matmul import spec_strings
+from torchao_mx.ops.quantize_both import quantize_both_op, unflattened
+from torchao_mx.qat.experts import MXFakeQuantizedExperts
+from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
+from torchao_mx.recipes.linear import check_config, random_seed
+
+
+def padded_groups(
+    offs: torch.Tensor, n_rows: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in groups of whole blocks: ``(index [P], ends [E])``, both int32.
+
+    ``index[i]`` is the row that comes i-th, or -1 in the places that complete a group's last block and behind
+    the last group; ``ends`` are the groups' end offsets in ``index``. P depends on the shapes alone.
+
+    Args:
+        offs: int32 ``[E]`` end offsets of the groups among ``n_rows`` rows.
+    """
+    n_groups = offs.shape[0]
+    starts = F.pad(offs[:-1], (1, 0))
+    lengths = (offs - starts + block_size - 1) // block_size * block_size
+    ends = lengths.cumsum(0, dtype=torch.int32)
+    n_places = (n_rows + n_groups * (block_size - 1)) // block_size * block_size
+    place = torch.arange(n_places, dtype=torch.int32, device=offs.device)
+    group = torch.searchsorted(ends, place, right=True)
+    is_owned, group = group < n_groups, group.clamp(max=n_groups - 1)
+    row = place - (ends - lengths)[group] + starts[group]
+    return row.where(is_owned & (row < offs[group]), -1), ends
+
+
+class _RecipeGroupedLinear(torch.autograd.Function):
+    """x [T, K] in the compute dtype, weight [E, N, K] and bias [E, N] in their own, w_scale [E, 1, 1]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        w_scale: torch.Tensor,
+        offs: torch.Tensor,
+        order: torch.Tensor | None,
+        config: NVFP4ForwardMXFP8BackwardConfig,
+    ) -> torch.Tensor:
+        spec = config.forward_spec
+        qdata, scale = ops.quantize(
+            weight.contiguous(), spec.format, spec.scaling_mode, per_tensor_scale=w_scale
+        )
+        y = ops.grouped_mm(
+            x, qdata, scale, spec.format, offs, order=order, bias=bias, per_tensor_scale=w_scale,
+            activation=spec,
+        )  # fmt: skip
+        ctx.save_for_backward(x, weight, offs, None if order is None else order.int())
+        ctx.config, ctx.bias_dtype = config, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_RN: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TK, w_ENK, offs, order = ctx.saved_tensors
+        needs_dx, needs_dw, needs_dbias, *_ = ctx.needs_input_grad
+        dx = dw = dbias = None
+        if dy_RN.shape[0] == 0:
+            dx = torch.zeros_like(x_TK) if needs_dx else None
+            dw = torch.zeros_like(w_ENK) if needs_dw else None
+        elif needs_dx or needs_dw:
+            dx, dw = _gradients(ctx.config, dy_RN, x_TK, w_ENK, offs, order, needs_dx, needs_dw)
+        if needs_dbias:
+            dbias = group_sum_op(dy_RN, offs, ctx.bias_dtype)
+        # x, weight, bias, w_scale, offs, order, config
+        return dx, dw, dbias, None, None, None, None
+
+
+def _gradients(
+    config: NVFP4ForwardMXFP8BackwardConfig,
+    dy_RN: torch.Tensor,
+    x_TK: torch.Tensor,
+    w_ENK: torch.Tensor,
+    offs: torch.Tensor,
+    order: torch.Tensor | None,
+    needs_dx: bool,
+    needs_dw: bool,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """dX ``[T, K]`` and dW ``[E, N, K]``."""
+    n_rows, dtype = dy_RN.shape[0], dy_RN.dtype
+    grad, backward = spec_strings(config.grad_spec), spec_strings(config.backward_spec)
+    index, ends = padded_groups(offs, n_rows, config.grad_spec.format.block_size)
+    wanted = {"row_values": needs_dx, "column_values": needs_dw}
+    forms = [name for name, is_wanted in wanted.items() if is_wanted]
+    dy = unflattened(
+        quantize_both_op(
+            dy_RN, *grad, *grad, forms, dtype, None, None, random_seed(config, dy_RN), index
+        ),
+        forms,
+    )
+    dx = dw = None
+    if needs_dx:
+        wq_ENK = fake_quantize_op(w_ENK, *backward, -2, None).to(dtype)
+        dx_RK = torch._grouped_mm(dy.row_values, wq_ENK, offs=offs)
+        # torch leaves the rows behind the last group as it found them.
+        is_owned = torch.arange(n_rows, device=offs.device) < offs[-1]
+        dx = dx_RK.where(is_owned[:, None], 0)
+        if order is not None:
+            ones = dx.new_ones((x_TK.shape[0], n_rows // x_TK.shape[0]))
+            dx = combine_op(dx, ones, order)
+    if needs_dw:
+        if order is not None:
+            token = order[index.clamp(min=0)] // (n_rows // x_TK.shape[0])
+            index = token.where(index >= 0, -1)
+        (x_PK,) = quantize_both_op(
+            x_TK, "", "", *backward, ["column_values"], dtype, None, None, None, index
+        )
+        dw = torch._grouped_mm(dy.column_values.mT, x_PK, offs=ends).to(w_ENK.dtype)
+    return dx, dw
+
+
+class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
+    """A module of experts that multiplies in NVFP4 forward and in MXFP8 backward.
+
+    It is called as its source is and shares its parameters, in high precision. Made by ``quantize_`` with an
+    :class:`NVFP4ForwardMXFP8BackwardConfig` and ``filter_fn=is_experts``; ``step="convert"`` makes an
+    :class:`MXExperts` of it, whose forward is the same.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao_mx import NVFP4ForwardMXFP8BackwardConfig, is_experts
+        >>> experts = torch.nn.Module()  # as torchtitan has it
+        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
+        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
+        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> quantize_(model, NVFP4ForwardMXFP8BackwardConfig(), filter_fn=is_experts)
+        >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
+        >>> model["experts"].w1.grad.shape
+        torch.Size([4, 64, 32])
+    """
+
+    recipe: NVFP4ForwardMXFP8BackwardConfig
+
+    @classmethod
+    def from_experts(
+        cls, module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig | None = None
+    ) -> NVFP4MXFP8Experts:
+        """The twin of ``module`` under the recipe; ``module`` is unchanged and shares its parameters.
+
+        Raises:
+            TypeError: a module that :func:`torchao_mx.is_experts` does not know; a config of another type.
+            ValueError: weights that are not whole blocks.
+        """
+        config = NVFP4ForwardMXFP8BackwardConfig() if config is None else config
+        check_recipe_experts(module, config)
+        twin = super().from_experts(module, config.forward_config, config.forward_config)
+        twin.recipe = config
+        return twin
+
+    def _product(
+        self,
+        name: str,
+        x: torch.Tensor,
+        offs: torch.Tensor,
+        order: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        x, _ = operands(x, None)
+        weight = self.base(name)
+        w_scale = ops.per_tensor_scale(weight, self.recipe.forward_spec.format, True)
+        return _RecipeGroupedLinear.apply(x, weight, bias, w_scale, offs, order, self.recipe)
+
+    def to_packed(self) -> MXExperts:
+        """The frozen module on NVFP4 weights, that computes what this one does."""
+        packed = super().to_packed()
+        del packed.recipe
+        return packed
+
+    def extra_repr(self) -> str:
+        return f"{self.shapes_repr()}, {self.recipe}"
+
+
+def check_recipe_experts(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
+    """Refuse a module that cannot become an :class:`NVFP4MXFP8Experts`; nothing is changed."""
+    check_config(config)
+    kind = type(module).__name__
+    if not is_experts(module):
+        raise TypeError(
+            f"{kind} is no module of experts that is known; select them with "
+            f"quantize_(..., filter_fn=torchao_mx.is_experts)"
+        )
+    check_experts(module, config.forward_spec, config.forward_spec)
+    layout = layout_of(module)
+    for name in layout.weights:
+        n = module._parameters[name].shape[-1 if layout.transposed else -2]
+        check_blocks((n,), config.grad_spec.format, -1, f"{kind}.{name}: its output")

@@ -1,0 +1,53 @@
+"""What torchao's ``quantize_`` does with the recipe's config."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+from torchao.quantization.transform_module import register_quantize_module_handler
+
+from torchao_mx.experts import is_experts
+from torchao_mx.ptq import quantize_linear
+from torchao_mx.qat.experts import MXFakeQuantizedExperts
+from torchao_mx.qat.linear import MXFakeQuantizedLinear
+from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
+from torchao_mx.recipes.experts import NVFP4MXFP8Experts, check_recipe_experts
+from torchao_mx.recipes.linear import NVFP4MXFP8Linear, check_recipe_linear
+
+_OURS = (NVFP4MXFP8Linear, NVFP4MXFP8Experts)
+
+
+@register_quantize_module_handler(NVFP4ForwardMXFP8BackwardConfig)
+def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> nn.Module:
+    """Prepare: the twin under the recipe; twice is once, with a warning. Convert: other modules stay."""
+    if config.step == "convert":
+        return _convert(module)
+    if isinstance(module, _OURS):
+        warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
+        return module
+    check_recipe_module(module, config)
+    if is_experts(module):
+        return NVFP4MXFP8Experts.from_experts(module, config)
+    return NVFP4MXFP8Linear.from_linear(module, config)
+
+
+def _convert(module: nn.Module) -> nn.Module:
+    if isinstance(module, NVFP4MXFP8Experts):
+        return module.to_packed()
+    if isinstance(module, NVFP4MXFP8Linear):
+        spec = module.recipe.forward_spec
+        return quantize_linear(module.to_linear(), spec, spec)
+    return module
+
+
+def check_recipe_module(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
+    """Refuse what the handler would refuse; nothing is changed."""
+    if isinstance(module, _OURS) or config.step == "convert":
+        return
+    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+        raise TypeError(
+            f"{module} is in quantization-aware training; convert it first, with quantize_(model, "
+            f"QATConfig(step='convert')), or leave it out with filter_fn"
+        )
+    (check_recipe_experts if is_experts(module) else check_recipe_linear)(module, config)

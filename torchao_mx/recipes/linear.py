@@ -1,0 +1,247 @@
+"""NVFP4MXFP8Linear: a linear layer trained with NVFP4 products in forward and MXFP8 products in backward.
+
+::
+
+    Y  = Q4(X) Q4(W)^T + bias    reduces K: both operands in blocks of 16 along K
+    dX = Q8(dY) Q8(W)            reduces N: both in blocks of 32 along N
+    dW = Q8(dY)^T Q8(X)          reduces the tokens: both in blocks of 32 along M, completed by zeros
+
+The forward pass is that of quantization-aware training in NVFP4 (``qat/linear.py``), and converts as that
+does; the backward pass is what differs. X and dY are each read once for both of their directions
+(``ops/quantize_both.py``; X once more before, for NVFP4's per-tensor scale). Kept for backward are the packed
+columns of X (8.25 bits an element) and W by reference; W is quantized along N when backward needs it.
+
+``reference.recipe_products`` defines the operands; how they are multiplied is ``ops/block_scaled_mm.py``'s.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
+
+from torchao_mx.checks import check_blocks
+from torchao_mx.formats import QuantizeSpec
+from torchao_mx.ops._arguments import check_product, operands
+from torchao_mx.ops.block_scaled_mm import Operand, block_scaled_mm, takes_block_scaled_mm
+from torchao_mx.ops.matmul import spec_strings
+from torchao_mx.ops.quantize import per_tensor_scale
+from torchao_mx.ops.quantize_both import quantize_both_op, unflattened
+from torchao_mx.ptq import check_linear
+from torchao_mx.qat.linear import MXFakeQuantizedLinear
+from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
+
+
+def _quantized(
+    x: torch.Tensor,
+    row: QuantizeSpec | None,
+    column: QuantizeSpec | None,
+    dtype: torch.dtype,
+    *,
+    packed_rows: bool,
+    packed_columns: bool,
+    row_scale: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+) -> tuple[Operand | None, Operand | None]:
+    """``x [R, C]`` as an operand ``[R, C]`` in blocks along C, and as one ``[C, R]`` in blocks along R."""
+    forms = []
+    if row is not None:
+        forms.append("rows" if packed_rows else "row_values")
+    if column is not None:
+        forms.append("columns" if packed_columns else "column_values")
+    if not forms:
+        return None, None
+    tensors = quantize_both_op(
+        x, *spec_strings(row), *spec_strings(column), forms, dtype, row_scale, None, seed, None
+    )
+    both = unflattened(tensors, forms)
+    rows = columns = None
+    if row is not None:
+        rows = Operand(row.format, both.rows, row_scale, both.row_values)
+    if column is not None:
+        values = None if both.column_values is None else both.column_values.mT
+        columns = Operand(column.format, both.columns, None, values)
+    return rows, columns
+
+
+def random_seed(config: NVFP4ForwardMXFP8BackwardConfig, dy: torch.Tensor) -> torch.Tensor | None:
+    """A fresh seed of dY's rounding, on its device; None where it is rounded to nearest."""
+    if not config.stochastic_rounding:
+        return None
+    return torch.randint(2**63 - 1, (), device=dy.device)
+
+
+class _RecipeLinear(torch.autograd.Function):
+    """x [M, K] in the compute dtype, weight [N, K] and bias [N] in their own; per-tensor scales 0-d, fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        x_scale: torch.Tensor | None,
+        w_scale: torch.Tensor | None,
+        config: NVFP4ForwardMXFP8BackwardConfig,
+        native: bool,
+        has_backward: bool,
+    ) -> torch.Tensor:
+        needs_dx, needs_dw = (has_backward and needed for needed in ctx.needs_input_grad[:2])
+        forward = config.forward_spec
+        x_rows, x_columns = _quantized(
+            x, forward, config.backward_spec if needs_dw else None, x.dtype, packed_rows=native,
+            packed_columns=True, row_scale=x_scale,
+        )  # fmt: skip
+        w_rows, _ = _quantized(
+            weight, forward, None, x.dtype, packed_rows=native, packed_columns=native,
+            row_scale=w_scale,
+        )  # fmt: skip
+        y = block_scaled_mm(x_rows, w_rows, x.dtype, None if bias is None else bias.to(x.dtype))
+        kept = x_columns.packed if needs_dw else (None, None)
+        ctx.save_for_backward(weight if needs_dx else None, *kept)
+        ctx.config, ctx.native = config, native
+        ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        weight, *x_packed = ctx.saved_tensors  # once: under checkpointing each look unpacks again
+        needs_dx, needs_dw, needs_dbias, *_ = ctx.needs_input_grad
+        config, options = ctx.config, {"packed_rows": ctx.native, "packed_columns": ctx.native}
+        grad, backward = config.grad_spec, config.backward_spec
+        dx = dw = dbias = None
+        dy_rows, dy_columns = _quantized(
+            dy, grad if needs_dx else None, grad if needs_dw else None, dy.dtype,
+            seed=random_seed(config, dy), **options,
+        )  # fmt: skip
+        if needs_dx:
+            _, w_columns = _quantized(weight, None, backward, dy.dtype, **options)
+            dx = block_scaled_mm(dy_rows, w_columns, dy.dtype)
+        if needs_dw:
+            x_columns = Operand(backward.format, tuple(x_packed))
+            dw = block_scaled_mm(dy_columns, x_columns, dy.dtype).to(ctx.weight_dtype)
+        if needs_dbias:
+            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        # x, weight, bias, x_scale, w_scale, config, native, has_backward
+        return dx, dw, dbias, None, None, None, None, None
+
+
+class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
+    """An ``nn.Linear`` that multiplies in NVFP4 forward and in MXFP8 backward, on a high-precision weight.
+
+    Its parameters are those of the linear layer it came from (any of bfloat16, float16 and float32; x's
+    dtype may differ). Under autocast x is cast and the weight is quantized from its own dtype, as conversion
+    will quantize it. x may have any number of rows, none included. A NaN or an Inf in x makes all of Y NaN,
+    by the per-tensor scale; in backward a NaN spreads over its block alone.
+
+    Made by ``quantize_`` with an :class:`NVFP4ForwardMXFP8BackwardConfig`, or by :meth:`from_linear`.
+
+    Args:
+        in_features: K, a multiple of 16, NVFP4's block size.
+        out_features: N, a multiple of 32, MXFP8's.
+        bias: whether to add one.
+        config: the recipe; its defaults if None.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        TypeError: a config of another type; an unsupported dtype.
+        ValueError: ``in_features`` or ``out_features`` not whole blocks.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import NVFP4MXFP8Linear
+        >>> linear = NVFP4MXFP8Linear(64, 32)
+        >>> linear(torch.randn(2, 5, 64)).sum().backward()
+        >>> linear.weight.grad.shape
+        torch.Size([32, 64])
+    """
+
+    recipe: NVFP4ForwardMXFP8BackwardConfig
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: NVFP4ForwardMXFP8BackwardConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = NVFP4ForwardMXFP8BackwardConfig() if config is None else config
+        meta = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+        check_recipe_linear(meta, config)
+        forward = config.forward_config
+        super().__init__(in_features, out_features, bias, forward, forward, device, dtype)
+        self.recipe = config
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x, _ = operands(x, None)
+        check_product(x, self.weight, self.in_features, self.recipe.forward_spec)
+        rows = x.reshape(-1, self.in_features)
+        # Without gradients ctx.needs_input_grad says what they would be.
+        y = _RecipeLinear.apply(
+            rows, self.weight, self.bias, self._per_tensor_scale(rows),
+            self._per_tensor_scale(self.weight), self.recipe, _is_native(rows, self.recipe),
+            torch.is_grad_enabled(),
+        )  # fmt: skip
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _per_tensor_scale(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Of an operand in forward, where its format has one and there is something to scale."""
+        fmt = self.recipe.forward_spec.format
+        return per_tensor_scale(x, fmt) if fmt.has_per_tensor_scale and x.numel() else None
+
+    def extra_repr(self) -> str:
+        return f"{nn.Linear.extra_repr(self)}, {self.recipe}"
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, config: NVFP4ForwardMXFP8BackwardConfig | None = None
+    ) -> NVFP4MXFP8Linear:
+        """The twin of ``linear`` under the recipe: the same parameters (tied ones stay tied), hooks and mode.
+
+        Raises:
+            TypeError, ValueError: as the constructor, and for a forward of its own; ``linear`` is unchanged.
+        """
+        config = NVFP4ForwardMXFP8BackwardConfig() if config is None else config
+        check_recipe_linear(linear, config)
+        twin = super().from_linear(linear, config.forward_config, config.forward_config)
+        twin.recipe = config
+        return twin
+
+    def to_linear(self) -> nn.Linear:
+        """The plain ``nn.Linear`` on the same parameters."""
+        linear = super().to_linear()
+        del linear.recipe
+        return linear
+
+
+def _is_native(x: torch.Tensor, config: NVFP4ForwardMXFP8BackwardConfig) -> bool:
+    formats = (config.backward_spec.format, config.grad_spec.format)
+    forward = config.forward_spec.format
+    return (
+        config.kernel_preference == KernelPreference.AUTO
+        and takes_block_scaled_mm(x, x.shape[1], (forward, forward))
+        and takes_block_scaled_mm(x, config.grad_spec.format.block_size, formats)
+    )
+
+
+def check_recipe_linear(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
+    """Refuse a layer that cannot become an :class:`NVFP4MXFP8Linear`; nothing is changed."""
+    check_config(config)
+    check_linear(module, config.forward_spec, config.forward_spec)
+    name = f"{type(module).__name__}(in_features={module.in_features}, out_features={module.out_features})"
+    check_blocks((module.out_features,), config.grad_spec.format, -1, f"{name}: its output")
+
+
+def check_config(config: object) -> None:
+    """Raise TypeError unless ``config`` is the recipe's."""
+    if not isinstance(config, NVFP4ForwardMXFP8BackwardConfig):
+        raise TypeError(
+            f"config={config!r}; it must be a torchao_mx.NVFP4ForwardMXFP8BackwardConfig"
+        )

@@ -1,0 +1,201 @@
+"""Quantization in both directions, stochastic rounding, and what a recipe's three products multiply: defined.
+
+A linear layer ``Y = X W^T`` under a recipe, each operand quantized along the axis that its product reduces::
+
+    Y  = Qf(X) Qf(W)^T      reduces K: X and W in rows
+    dX = Qg(dY) Qb(W)       reduces N: dY in rows, W in columns
+    dW = Qg(dY)^T Qb(X)     reduces M: dY and X in columns
+
+with Qf NVFP4, Qb and Qg MXFP8 (arXiv:2509.25149 trains in NVFP4 both ways; arXiv:2506.08027 in MXFP8). The
+token axis M need not be whole blocks: zeros behind the last token complete its block, and change no block's
+largest magnitude and no product.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from torchao_mx.formats import BlockFormat, QuantizeSpec
+from torchao_mx.reference.quantize import _e8m0_scale, dequantize, per_tensor_scale, quantize
+
+_FP32_MANTISSA_BITS = 23
+_RANDOM_BITS = 16
+_WORD = (1 << 32) - 1
+# Philox4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2 and section 3.3.
+_PHILOX_ROUNDS = 10
+_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
+
+Packed = tuple[torch.Tensor, torch.Tensor]  # qdata, scale
+
+
+class BothDirections(NamedTuple):
+    """Forms of ``x [M, K]``; None for those that were not asked for. ``M'`` is M up to whole blocks.
+
+    Attributes:
+        rows: blocks along K: qdata ``[M, K / elems_per_byte]`` and scale ``[M, K / block_size]``.
+        row_values: their values, ``[M, K]``.
+        columns: blocks along M: qdata ``[K, M' / elems_per_byte]`` and scale ``[K, M' / block_size]``.
+        column_values: their values, ``[M, K]``.
+    """
+
+    rows: Packed | None = None
+    row_values: torch.Tensor | None = None
+    columns: Packed | None = None
+    column_values: torch.Tensor | None = None
+
+
+class Products(NamedTuple):
+    """The operands ``(a, b)`` of a recipe's products ``a @ b``, as values: y without its bias, dx and dw."""
+
+    y: tuple[torch.Tensor, torch.Tensor]
+    dx: tuple[torch.Tensor, torch.Tensor]
+    dw: tuple[torch.Tensor, torch.Tensor]
+
+
+def quantize_both(
+    x: torch.Tensor,
+    row: QuantizeSpec | None,
+    column: QuantizeSpec | None,
+    forms: tuple[str, ...] = BothDirections._fields,
+    dtype: torch.dtype | None = None,
+    row_scale: torch.Tensor | None = None,
+    column_scale: torch.Tensor | None = None,
+    seed: torch.Tensor | None = None,
+    index: torch.Tensor | None = None,
+) -> BothDirections:
+    """``x [M, K]`` quantized along K (``row``) and along M (``column``), in the ``forms`` asked for.
+
+    Args:
+        row: format and scaling mode of the row forms; None where none is asked for.
+        column: of the column forms, likewise.
+        forms: the fields of the result that are wanted.
+        dtype: of values; x's by default.
+        row_scale: fp32 per-tensor scale of the rows, 0-d.
+        column_scale: of the columns, 0-d.
+        seed: int64, 0-d: round stochastically, with :func:`random_words` of it. For 8-bit elements.
+        index: int32 ``[P]``: the column forms are those of the rows ``x[index[i]]``, of zeros where
+            ``index[i]`` is negative, so that blocks begin where the caller wants. The row forms stay x's.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    wanted, found = {*forms}, {}
+    words = None if seed is None else random_words(seed, x.shape)
+    if wanted & {"rows", "row_values"}:
+        low = None if words is None else words & ((1 << _RANDOM_BITS) - 1)
+        packed = found["rows"] = _quantize(x, row, row_scale, low)
+        if "row_values" in wanted:
+            found["row_values"] = dequantize(*packed, row.format, dtype, -1, row_scale)
+    if wanted & {"columns", "column_values"}:
+        high = None if words is None else _gathered(words >> _RANDOM_BITS, index)
+        gathered = _gathered(x, index)
+        n_rows = len(gathered)
+        whole = (0, -n_rows % column.format.block_size)
+        turned = F.pad(gathered.mT, whole)
+        high = None if high is None else F.pad(high.mT, whole)
+        packed = found["columns"] = _quantize(turned, column, column_scale, high)
+        if "column_values" in wanted:
+            values = dequantize(*packed, column.format, dtype, -1, column_scale)
+            found["column_values"] = values[:, :n_rows].mT.contiguous()
+    return BothDirections(**{name: found[name] for name in forms})
+
+
+def recipe_products(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    dy: torch.Tensor,
+    forward: QuantizeSpec,
+    backward: QuantizeSpec,
+    grad: QuantizeSpec,
+    seed: torch.Tensor | None = None,
+) -> Products:
+    """What a linear layer under the recipe multiplies, decoded in x's dtype: see the file's head.
+
+    Args:
+        x: ``[M, K]``.
+        weight: ``[N, K]``.
+        dy: ``[M, N]``.
+        forward: Qf, of X and W in forward.
+        backward: Qb, of X and W in backward.
+        grad: Qg, of dY.
+        seed: of dY's stochastic rounding; None rounds to nearest.
+    """
+
+    def both(t: torch.Tensor, row: QuantizeSpec, column: QuantizeSpec) -> BothDirections:
+        pts = per_tensor_scale(t, row.format) if row.format.has_per_tensor_scale else None
+        return quantize_both(t, row, column, dtype=x.dtype, row_scale=pts)
+
+    x_both, w_both = both(x, forward, backward), both(weight, forward, backward)
+    dy_both = quantize_both(dy, grad, grad, seed=seed)
+    return Products(
+        y=(x_both.row_values, w_both.row_values.mT),
+        dx=(dy_both.row_values, w_both.column_values),
+        dw=(dy_both.column_values.mT, x_both.column_values),
+    )
+
+
+def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """int64 ``[M, K]`` of random 32-bit words: Philox4x32-10 of the key ``seed``, the same on every device.
+
+    The four words of the counter ``(k // 4, m, 0, 0)`` are those of the row m's columns 4 (k // 4) and on. An
+    element's lower half is for its rounding in the row forms, its upper half in the column forms.
+    """
+    m, k = shape
+    device = seed.device
+    counter = [
+        torch.arange(-(-k // 4), device=device).expand(m, -1),
+        torch.arange(m, device=device)[:, None].expand(-1, -(-k // 4)),
+        *torch.zeros(2, m, -(-k // 4), dtype=torch.int64, device=device),
+    ]
+    key = [seed & _WORD, (seed >> 32) & _WORD]
+    for _ in range(_PHILOX_ROUNDS):
+        products = [c * factor for c, factor in zip(counter[::2], _PHILOX_MULTIPLIERS, strict=True)]
+        # int64 products wrap, which leaves the upper and the lower word of the unsigned ones as they are.
+        (high_a, low_a), (high_b, low_b) = ((p >> 32 & _WORD, p & _WORD) for p in products)
+        counter = [high_b ^ counter[1] ^ key[0], low_b, high_a ^ counter[3] ^ key[1], low_a]
+        key = [(word + weyl) & _WORD for word, weyl in zip(key, _PHILOX_WEYL, strict=True)]
+    return torch.stack(counter, -1).flatten(1)[:, :k]
+
+
+def round_stochastically(y: torch.Tensor, fmt: BlockFormat, random: torch.Tensor) -> torch.Tensor:
+    """fp32 ``y`` rounded up or down to an element of ``fmt``, to each the likelier the nearer it is.
+
+    ``random`` holds 16 bits an element, so the probability of rounding up is the right one to the nearest
+    multiple of 2**-16: the expectation is y, but for 2**-17 of the distance between two elements and for
+    what saturates (nothing under RCEIL and CEIL).
+    """
+    dropped = _FP32_MANTISSA_BITS - fmt.mantissa_bits
+    smallest = 2.0**fmt.min_exponent
+    magnitude = y.abs().clamp(max=fmt.elem_max)
+    is_small = magnitude < smallest  # subnormals: one binade up, elements are spaced as they are
+    bits = torch.where(is_small, magnitude + smallest, magnitude).view(torch.int32)
+    bits = bits + (random.int() << (dropped - _RANDOM_BITS)) + (1 << (dropped - _RANDOM_BITS - 1))
+    grid = (bits & -(1 << dropped)).view(torch.float32)
+    grid = torch.where(is_small, grid - smallest, grid).copysign(y)
+    return torch.where(y.isnan(), y, grid)
+
+
+def _quantize(
+    x: torch.Tensor,
+    spec: QuantizeSpec,
+    per_tensor_scale: torch.Tensor | None,
+    random: torch.Tensor | None,
+) -> Packed:
+    """:func:`quantize` along the last axis; stochastically, to 8-bit elements, with ``random`` bits."""
+    if random is None:
+        return quantize(x, spec.format, spec.scaling_mode, -1, per_tensor_scale)
+    fmt = spec.format
+    blocks = x.contiguous().unflatten(-1, (-1, fmt.block_size))
+    amax = blocks.abs().amax(-1, keepdim=True).float()
+    scale, multiplier = _e8m0_scale(amax, fmt, spec.scaling_mode)
+    y = round_stochastically(blocks.float() * multiplier, fmt, random.view(blocks.shape))
+    codes = y.to(fmt.elem_dtype).view(torch.uint8)
+    codes = torch.where(multiplier.isnan(), fmt.nan_code, codes).flatten(-2)
+    return codes.view(fmt.elem_dtype), scale.squeeze(-1).view(fmt.scale_dtype)
+
+
+def _gathered(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
+    """``x[index]``, zeros where the index is negative."""
+    return x if index is None else torch.where((index >= 0)[:, None], x[index.clamp(min=0)], 0)
