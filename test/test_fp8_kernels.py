@@ -24,7 +24,7 @@ from _fp8_operands import (
 )
 from _grids import assert_same_bytes, generator, relative_error
 
-from torchao_mx.ops import _add, _fp8_kernels, _fp8_weight
+from torchao_mx.ops import _add, _fp8_kernels, _fp8_lowered, _fp8_weight
 from torchao_mx.reference import fp8 as definition
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -160,12 +160,12 @@ def test_lowered_blocks(kernel_device, monkeypatch, shape, powers, transpose_wei
     operands = [t.to(kernel_device) for t in (qdata, scale)]
     *lead, n, blocks = scale.shape
     if transpose_weight:
-        lowered, factor, flag = (t.cpu() for t in _fp8_weight.lowered_rows(*operands))
+        lowered, factor, flag = (t.cpu() for t in _fp8_lowered.lowered_rows(*operands))
         assert lowered.shape == (*lead, n, -(-blocks // 4) * 4)
         assert lowered[..., blocks:].eq(0).all()
         lowered = lowered[..., :blocks]
     else:
-        lowered, factor, flag = (t.cpu() for t in _fp8_weight.lowered_columns(*operands))
+        lowered, factor, flag = (t.cpu() for t in _fp8_lowered.lowered_columns(*operands))
         assert lowered.shape == (*lead, blocks, -(-n // 128), 128)
         row = torch.arange(128)  # 32 step + 8 j + 2 t + b
         place = row // 2 % 4 * 32 + row // 32 * 8 + row // 8 % 4 * 2 + row % 2

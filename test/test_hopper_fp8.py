@@ -18,7 +18,7 @@ from _fp8_operands import (
 from _grids import generator, relative_error
 
 from torchao_mx import MXFP4, ops
-from torchao_mx.ops import _fp8, _fp8_kernels, _fp8_weight, _hopper
+from torchao_mx.ops import _fp8, _fp8_kernels, _fp8_lowered, _hopper
 from torchao_mx.reference import fp8 as definition
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper", "rare_spreads")]
@@ -50,7 +50,7 @@ def product(args, transpose_weight):
 def kernel(args, transpose_weight, tile):
     """The fused kernel with a tile, and the flagged columns."""
     a = on_gpu(args)
-    lower = _fp8_weight.lowered_rows if transpose_weight else _fp8_weight.lowered_columns
+    lower = _fp8_lowered.lowered_rows if transpose_weight else _fp8_lowered.lowered_columns
     lowered, w_scale, flags = lower(a["qdata"], a["scale"])
     x = _fp8_kernels.permuted_rows(a["x"], "halves" if transpose_weight else "pairs")
     y = _hopper.hopper_fp8_product(

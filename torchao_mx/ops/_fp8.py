@@ -28,13 +28,12 @@ import triton.language as tl
 from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.ops._add import finish
 from torchao_mx.ops._fp8_kernels import permuted_rows, quantize_rows, recompute_flagged
+from torchao_mx.ops._fp8_lowered import lowered_columns, lowered_rows
 from torchao_mx.ops._fp8_weight import (
     column_flags,
     flags_of,
     fp8_columns,
     fp8_rows,
-    lowered_columns,
-    lowered_rows,
     row_flags,
 )
 from torchao_mx.ops._hopper import hopper_fp8_product, takes_hopper_fp8

@@ -211,7 +211,7 @@ def hopper_fp8_product(
         x8, x_scale: of :func:`torchao_mx.ops._fp8_kernels.permuted_rows`, a row a token, in the order ``"halves"``
             (``"pairs"`` without ``transpose_weight``).
         qdata: ``[E, N, K / 2]``, or ``[N, K / 2]`` dense.
-        lowered, w_scale: of :func:`torchao_mx.ops._fp8_weight.lowered_rows` (``lowered_columns``).
+        lowered, w_scale: of :func:`torchao_mx.ops._fp8_lowered.lowered_rows` (``lowered_columns``).
         tile: overrides the table.
     """
     from torchao_mx.ops import _hopper_fp8, _hopper_fp8_backward
