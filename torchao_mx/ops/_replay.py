@@ -6,8 +6,7 @@ of a kind met before is recorded: the launches of ``launched`` kernels and the c
 each tensor as a place in "input 3", "output 0" or "scratch 1". The next ones allocate each scratch when it is
 first needed, launch, call, and drop it after its last use, as the op itself did. Nothing depends on values: those
 stay on the device, and a call that brings one to the host is not recorded. It is no CUDA graph: streams,
-allocator and capture work as they do for single launches. Triton's launch hooks (Proton's) do not see replayed
-launches; CUPTI's users, torch.profiler among them, do.
+allocator and capture work as they do for single launches.
 
 A recording keeps no tensor alive, so that the call that is recorded needs no more memory than any other: an
 address that the allocator gives out again is another buffer from then on.
@@ -21,7 +20,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
@@ -35,7 +33,6 @@ _ALLOCATIONS = {
     torch.ops.aten.new_empty.default,
     torch.ops.aten.new_empty_strided.default,
 }
-_STREAM = 3  # its position among a compiled kernel's arguments
 
 
 class _Buffer(NamedTuple):
@@ -97,7 +94,7 @@ class _Recording:
         with on_device_of(inputs[0]):
             stream = None
             if device.type == "cuda":
-                stream = triton.runtime.driver.active.get_current_stream(device.index)
+                stream = torch.cuda.current_stream().cuda_stream
             for allocate, launch, call, drop in self.steps:
                 for buffer, (_, size, stride, dtype) in allocate:
                     t = torch.empty_strided(size, stride, dtype=dtype, device=device)
@@ -105,10 +102,9 @@ class _Recording:
                 if launch is not None:
                     run, template, patches = launch
                     arguments = template.copy()
-                    arguments[_STREAM] = stream
                     for position, buffer, offset in patches:
                         arguments[position] = first[buffer] + offset
-                    run(*arguments)
+                    run(*arguments, stream=stream)
                 else:
                     func, args, kwargs, results = call
                     args, kwargs = _filled(args, buffers), _filled(kwargs, buffers)
@@ -220,9 +216,7 @@ class _Recorder(TorchDispatchMode):
         if launch is None:
             raise _Unrepeatable
         compiled, grid, arguments = launch
-        # As Triton calls a compiled kernel: grid, stream, function, metadata; those of launch hooks, none; arguments.
-        template = [*(*grid, 1, 1)[:3], None, compiled.function, compiled.packed_metadata]
-        template += [None, None, None]
+        template: list[Any] = []
         allocate, patches = [], []
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
@@ -231,7 +225,7 @@ class _Recorder(TorchDispatchMode):
                     patches.append((len(template), place.buffer, place.offset))
                 argument = 0
             template.append(argument)
-        step = _Step(allocate, (compiled.run, template, patches), None, [])
+        step = _Step(allocate, (compiled[(*grid, 1, 1)], template, patches), None, [])
         return step, {buffer for _, buffer, _ in patches}
 
     def _call(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[_Step, set[int]]:
