@@ -146,20 +146,8 @@ def fp8_product(
         )  # fmt: skip
     if fused:
         return _fused_on_gpu(
-            x,
-            qdata,
-            scale,
-            offs,
-            order,
-            top_k,
-            n_rows,
-            transpose_weight,
-            h,
-            up,
-            scaling,
-            bias,
-            dtype,
-        )
+            x, qdata, scale, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias, dtype
+        )  # fmt: skip
     return _product_on_gpu(
         x, qdata, scale, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias, dtype,
         max_scratch_bytes, fits,
