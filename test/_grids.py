@@ -260,7 +260,7 @@ def refusals(calls, errors=(TypeError, ValueError)):
 def relative_error(actual, expected):
     """||actual - expected|| / ||expected||, in float64."""
     assert actual.shape == expected.shape
-    actual, expected = actual.detach().double(), expected.detach().double()
+    actual, expected = (t.detach().cpu().double() for t in (actual, expected))
     norm = torch.linalg.vector_norm(expected)
     assert norm > 0, "nothing to compare with"
     return (torch.linalg.vector_norm(actual - expected) / norm).item()

@@ -23,7 +23,16 @@ from torchao_mx.reference import fp8 as definition
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper", "rare_spreads")]
 BF16 = torch.bfloat16
-TILES = [(16, 5, 1, None), (32, 5, 1, None), (64, 5, 1, 168), (64, 5, 2, None), (128, 4, 2, None)]
+TILES = [
+    (16, 128, 5, 1, 4, None),
+    (32, 128, 5, 1, 4, None),
+    (64, 128, 4, 1, 4, 168),
+    (64, 128, 4, 2, 4, 168),
+    (128, 128, 3, 2, 4, None),
+    (128, 128, 4, 2, 4, None),
+    (128, 256, 4, 2, 8, None),
+    (256, 128, 4, 2, 8, None),
+]
 
 
 @pytest.fixture

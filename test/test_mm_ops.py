@@ -33,6 +33,9 @@ def test_choosing_a_strategy(monkeypatch):
     assert choose_strategy("auto", "", cuda, torch.float32, 10_000, 4) == "fused"
     assert choose_strategy("auto", "", cuda, torch.float32, 10_000, None) == "unpack"
     assert choose_strategy("auto", "float8_e4m3fn", cuda, bf16, 1, 4) == "unpack8"
+    assert choose_strategy("auto", "float8_e4m3fn", cuda, bf16, 1, 4, True) == "fused8"
+    assert choose_strategy("unpack8", "float8_e4m3fn", cuda, bf16, 1, 4, True) == "unpack8"
+    assert choose_strategy("auto", "float8_e5m2", cuda, bf16, 1, None, True) == "unpack8"
     assert choose_strategy("fused", "", cpu, bf16, 1, None) == "reference"
     with pytest.raises(ValueError, match="strategy='fused'"):
         choose_strategy("unpack", "", cuda, torch.float16, 1, 4)

@@ -17,7 +17,6 @@ from torchao_mx.ops._fp8_weight import (
     BLOCK,
     MAX_BYTE,
     MIN_BYTE,
-    ROWS_TILE,
     WORDS,
     column_scales,
     words_of,
@@ -25,6 +24,7 @@ from torchao_mx.ops._fp8_weight import (
 from torchao_mx.ops._launch import launched, on_device_of
 
 MAX_SPREAD = tl.constexpr(11)
+TILE_BLOCKS = 1024  # blocks of a tile of rows
 
 
 @launched
@@ -50,11 +50,15 @@ def _lowered_kernel(q_ptr, s_ptr, lowered_ptr, row_scale_ptr, flag_ptr, offs_ptr
     spread = largest[:, None] - byte
     extreme = (largest < MIN_BYTE) | (largest > MAX_BYTE)
     doubtful = inside & ((spread > MAX_SPREAD) | extreme[:, None])
-    q_ptrs = q_ptr + expert * q_expert + local * q_row
-    index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    word = tl.load(q_ptrs[:, None, None] + index[None, :, :], mask=doubtful[:, :, None], other=0)
-    nonzero = tl.max(word & 0x77777777, axis=2) != 0
-    flag = tl.max(nonzero.to(tl.int32), axis=1) | (largest == 255).to(tl.int32)
+    flag = (largest == 255).to(tl.int32)
+    if tl.max(tl.max(doubtful.to(tl.int32), axis=1), axis=0) > 0:
+        q_ptrs = q_ptr + expert * q_expert + local * q_row
+        index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        word = tl.load(
+            q_ptrs[:, None, None] + index[None, :, :], mask=doubtful[:, :, None], other=0
+        )
+        nonzero = tl.max(word & 0x77777777, axis=2) != 0
+        flag = flag | tl.max(nonzero.to(tl.int32), axis=1)
     tl.store(flag_ptr + row, flag.to(flag_ptr.dtype.element_ty), mask=row < n_rows)
     lowered = tl.where(inside, tl.minimum(spread, MAX_SPREAD) * 8, 0)
     lowered_ptrs = lowered_ptr + row.to(tl.int64)[:, None] * pitch + block[None, :]
@@ -87,12 +91,15 @@ def _lowered_columns_kernel(q_ptr, s_ptr, lowered_ptr, largest_ptr, flag_ptr, of
     spread = largest[None, :] - byte
     extreme = (largest < MIN_BYTE) | (largest > MAX_BYTE)
     doubtful = inside & ((spread > MAX_SPREAD) | extreme[None, :])
-    index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
-    q_ptrs = q_ptr + expert * q_expert + wide[:, None, None] * q_row + index[None, :, :]
-    word = tl.load(q_ptrs, mask=doubtful[:, :, None], other=0)
-    lost = (tl.max(word & 0x77777777, axis=2) != 0) | (inside & (byte == 255))
-    lost = tl.max(lost.to(tl.int32), axis=0)
-    tl.atomic_max(flag_ptr + expert * n_blocks + block, lost, mask=(lost > 0) & (block < n_blocks))
+    if tl.max(tl.max(doubtful.to(tl.int32), axis=1), axis=0) > 0:
+        index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+        q_ptrs = q_ptr + expert * q_expert + wide[:, None, None] * q_row + index[None, :, :]
+        word = tl.load(q_ptrs, mask=doubtful[:, :, None], other=0)
+        lost = (tl.max(word & 0x77777777, axis=2) != 0) | (inside & (byte == 255))
+        lost = tl.max(lost.to(tl.int32), axis=0)
+        tl.atomic_max(
+            flag_ptr + expert * n_blocks + block, lost, mask=(lost > 0) & (block < n_blocks)
+        )
     lowered = tl.where(inside, tl.minimum(spread, MAX_SPREAD) * 8, 0)
     # n = 32 step + 16 half + 8 j + 2 t + b to 32 t + 8 step + 4 half + 2 j + b
     lowered = lowered.reshape(4, 2, 2, 4, 2, BLOCKS).permute(5, 3, 0, 1, 2, 4).reshape(BLOCKS, 128)
@@ -120,12 +127,12 @@ def lowered_rows(
     row_scale = words.new_empty((experts, rows), dtype=torch.float32)
     flag = words.new_empty((experts, rows), dtype=torch.int8)
     span = triton.next_power_of_2(pitch)
-    tile_rows = max(1, ROWS_TILE // (span * WORDS))
+    tile_rows = max(1, TILE_BLOCKS // span)
     with on_device_of(words):
         _lowered_kernel[(triton.cdiv(experts * rows, tile_rows),)](
             words, scale, lowered, row_scale, flag, offs, experts * rows, rows, blocks, pitch,
             *words.stride()[:2], *scale.stride()[:2], SELECTIVE=offs is not None, ROWS=tile_rows, BLOCKS=span,
-            WORDS=WORDS, num_warps=4 if span * WORDS <= ROWS_TILE else 8,
+            WORDS=WORDS, num_warps=4,
         )  # fmt: skip
     return tuple(t[0] if qdata.dim() == 2 else t for t in (lowered, row_scale, flag))
 

@@ -27,7 +27,7 @@ BLOCK = MXFP4.block_size
 WORDS = BLOCK // 8  # int32 words a block
 ROWS_TILE = 1024  # words of a tile
 COLUMNS_TILE_N, COLUMNS_TILE_BLOCKS = 128, 8
-SCALES_TILE = 32768  # bytes of a tile
+SCALES_TILE, SCALES_BLOCKS = 32768, 32  # bytes of a tile, and blocks of columns
 _MAX_SPREAD = tl.constexpr(definition.MAX_SPREAD)
 MIN_BYTE, MAX_BYTE = tl.constexpr(definition.MIN_BYTE), tl.constexpr(definition.MAX_BYTE)
 _EVEN_BYTES, _ODD_BYTES = tl.constexpr(0x00FF00FF), tl.constexpr(0xFF00FF00 - 2**32)
@@ -352,7 +352,7 @@ def column_scales(
     """The largest scale byte of each block of columns, int32 ``[E, K / 32]``; column_scale filled, flag zeroed."""
     experts, rows, blocks = scale.shape
     largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
-    tile_blocks = min(32, triton.next_power_of_2(blocks))
+    tile_blocks = min(SCALES_BLOCKS, triton.next_power_of_2(blocks))
     tile_rows = min(SCALES_TILE // tile_blocks, triton.next_power_of_2(rows))
     with on_device_of(scale):
         _column_scales_kernel[(experts * triton.cdiv(blocks, tile_blocks),)](

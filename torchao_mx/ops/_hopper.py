@@ -13,6 +13,8 @@ from torchao_mx.ops._skinny import add_splits, partial_sums
 ForwardTile = tuple[int, int, int, bool, int | None]
 # (rows a tile, stages, two operands, registers a thread or None)
 BackwardTile = tuple[int, int, bool, int | None]
+# (rows a tile, columns, stages, operands, warps, registers a thread or None); backward has 32 columns a warp
+Fp8Tile = tuple[int, int, int, int, int, int | None]
 
 # A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency: its
 # reduction is cut into parts of so many chunks and more. Not measured yet.
@@ -176,16 +178,20 @@ def takes_hopper_fp8(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device.index)[0] == 9
 
 
-def _fp8_tile(n_rows: int, n_groups: int) -> tuple[int, int, int, int | None]:
-    """(rows, stages, operands, registers a thread or None); not measured yet."""
+def _fp8_tile(n_rows: int, n_groups: int, transpose_weight: bool) -> Fp8Tile:
+    """Measured as :func:`_forward_tile`."""
     rows = n_rows / max(1, n_groups)
     if rows <= 12:
-        return 16, 5, 1, None
+        return 16, 128, 5, 1, 4, None
     if rows <= 40:
-        return 32, 5, 1, None
+        return 32, 128, 5, 1, 4, None
     if rows <= 160:
-        return 64, 5, 1, 168
-    return 128, 4, 2, None
+        return 64, 128, 4, 1, 4, 168
+    if not transpose_weight:
+        return 128, 128, 3, 2, 4, None
+    if rows <= 1536:
+        return 128, 128, 4, 2, 4, None
+    return 256, 128, 4, 2, 8, None
 
 
 def hopper_fp8_product(
@@ -203,7 +209,7 @@ def hopper_fp8_product(
     up: torch.Tensor | None,
     scaling: float,
     bias: torch.Tensor | None,
-    tile: tuple[int, int, int, int | None] | None = None,
+    tile: Fp8Tile | None = None,
 ) -> torch.Tensor:
     """``y [n_rows, N]`` (``[n_rows, K]``), bf16, of ``_fp8.fp8_product``, flagged columns aside.
 
@@ -220,18 +226,16 @@ def hopper_fp8_product(
     columns = n if transpose_weight else k
     y = torch.empty((n_rows, columns), dtype=torch.bfloat16, device=x8.device)
     qdata = bytes_of(qdata.contiguous())
-    if transpose_weight:
-        kernel, lowered, options = (
-            _hopper_fp8.fp8_forward_kernel, lowered.view(torch.int32), {"TILE_N": 128}
-        )  # fmt: skip
-    else:
-        kernel, qdata, options = (
-            _hopper_fp8_backward.fp8_backward_kernel,
-            qdata.view(torch.int16),
-            {},
-        )
     n_groups = 0 if offs is None else offs.shape[0]
-    tile_t, stages, operands, registers = tile or _fp8_tile(n_rows, n_groups)
+    tile = tile or _fp8_tile(n_rows, n_groups, transpose_weight)
+    tile_t, tile_columns, stages, operands, warps, registers = tile
+    options = {}
+    if transpose_weight:
+        kernel, lowered = _hopper_fp8.fp8_forward_kernel, lowered.view(torch.int32)
+        options["TILE_N"] = tile_columns
+    else:
+        kernel, qdata = _hopper_fp8_backward.fp8_backward_kernel, qdata.view(torch.int16)
+        tile_columns = _hopper_fp8_backward.COLUMNS_A_WARP.value * warps
     slots = n_groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
     up_strides = (0, 0, 0)
     if up is not None:
@@ -239,7 +243,7 @@ def hopper_fp8_product(
     if registers is not None:
         options["maxnreg"] = registers
     with on_device_of(x8):
-        kernel[(slots * triton.cdiv(columns, 128),)](
+        kernel[(slots * triton.cdiv(columns, tile_columns),)](
             x8, x_scale, qdata, lowered, w_scale, y,
             y if offs is None else offs, y if order is None else order,
             y if h is None else h.contiguous(), y if up is None else up, y if bias is None else bias,
@@ -247,7 +251,7 @@ def hopper_fp8_product(
             *up_strides, bias.stride(0) if bias is not None and bias.dim() == 2 else 0, scaling,
             GROUPED=offs is not None, GATHER=order is not None, RANK=0 if h is None else 1,
             HAS_BIAS=bias is not None, TILE_T=tile_t, STAGES=stages, OPERANDS=operands,
-            E_SPAN=triton.next_power_of_2(max(1, n_groups) + 1), num_warps=4, **options,
+            E_SPAN=triton.next_power_of_2(max(1, n_groups) + 1), num_warps=warps, **options,
         )  # fmt: skip
     return y
 

@@ -163,11 +163,12 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
     # Each thread's bytes: four of each block at 4 t, in rows g and g + 8 of 16 (g = lane / 4, t = lane % 4).
     rows: gl.constexpr = [[8, 0]] if TILE_N == 16 * WARPS else [[8, 0], [16 * WARPS, 0]]
     lanes: gl.constexpr = [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]]
+    warps: gl.constexpr = [[16, 0], [32, 0]] if WARPS == 4 else [[16, 0], [32, 0], [64, 0]]
     BYTES: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 16], [0, 32]] + rows, lanes, [[16, 0], [32, 0]], [], [TILE_N, 64]
+        [[0, 1], [0, 2], [0, 16], [0, 32]] + rows, lanes, warps, [], [TILE_N, 64]
     )
     QUARTER: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 1], [0, 2]] + rows, lanes, [[16, 0], [32, 0]], [], [TILE_N, 16]
+        [[0, 1], [0, 2]] + rows, lanes, warps, [], [TILE_N, 16]
     )
     ROW: gl.constexpr = gl.SliceLayout(1, QUARTER)
     w_shared: gl.constexpr = gl.SwizzledSharedLayout(16, 2, 4, [1, 0])

@@ -4,8 +4,8 @@ The weight tile is the left operand, ``y^T = W^T x^T``, reduced over the rows n 
 column k. ``ldmatrix`` transposes on the way from shared memory: a thread gets n and n + 1 of the four codes at
 ``4 quad .. 4 quad + 3``; four rows n decoded, ``[n][k]``, are turned to ``[k][n]`` by byte permutations. Which n
 stand in a register is free as x has them in the same order: of 32, ``8 j + 2 t + b`` at ``16 (j / 2) + 4 t +
-2 (j % 2) + b``. And so is which k is a row of the operand: ``4 quad + 2 u + v`` is row ``64 u + 16 (quad / 8) + 8 v +
-quad % 8``.
+2 (j % 2) + b``. And so is which k is a row of the operand: with W warps ``4 quad + 2 u + v`` is row ``16 W u +
+16 (quad / 8) + 8 v + quad % 8``.
 
 A column's blocks share the scale of the largest in all rows (``_fp8_weight.py``), as in the forward kernel.
 """
@@ -27,7 +27,7 @@ from torchao_mx.ops._hopper_tile import find_tile, opaque
 from torchao_mx.ops._launch import launched
 
 CHUNK = gl.constexpr(128)  # rows n of W a step
-TILE_K = gl.constexpr(128)  # columns k of W a program
+COLUMNS_A_WARP = gl.constexpr(32)  # k, of W
 
 
 @gluon.jit
@@ -75,29 +75,32 @@ def _decode_quads(codes, low, high):
 
 @gluon.jit
 def _operand(w_smem, lowered, QUADS: gl.constexpr, SPREAD: gl.constexpr, LEFT: gl.constexpr):
-    """The codes ``[CHUNK, 32 quads]`` as wgmma's left operand ``[TILE_K, CHUNK]``.
+    """The codes ``[CHUNK, 8 W quads]`` of W warps as wgmma's left operand ``[32 W, CHUNK]``.
 
-    ``lowered [4 t, 4, 2, 2, 2]`` as ``[CHUNK, 4 blocks]`` in memory's order.
+    ``lowered [4 t, 4, 2, 2, 2]`` as ``[CHUNK, W blocks]`` in memory's order.
     """
+    WARPS: gl.constexpr = gl.num_warps()
     codes = w_smem.load(QUADS)
-    spread = lowered.to(gl.int32).reshape([4, 4, 2, 2, 2, 4]).permute([1, 2, 3, 0, 4, 5])
-    spread = gl.convert_layout(spread.reshape([CHUNK, 4]), gl.SliceLayout(2, SPREAD))
-    zero = gl.full([CHUNK, 4, 8], 0, gl.int32, SPREAD)
-    low = (zero + (LOW - spread * 0x01010100)[:, :, None]).reshape([CHUNK, 32])
-    high = (zero + (HIGH - spread * 0x01010101)[:, :, None]).reshape([CHUNK, 32])
+    spread = lowered.to(gl.int32).reshape([4, 4, 2, 2, 2, WARPS]).permute([1, 2, 3, 0, 4, 5])
+    spread = gl.convert_layout(spread.reshape([CHUNK, WARPS]), gl.SliceLayout(2, SPREAD))
+    zero = gl.full([CHUNK, WARPS, 8], 0, gl.int32, SPREAD)
+    low = (zero + (LOW - spread * 0x01010100)[:, :, None]).reshape([CHUNK, 8 * WARPS])
+    high = (zero + (HIGH - spread * 0x01010101)[:, :, None]).reshape([CHUNK, 8 * WARPS])
     low = gl.convert_layout(low, QUADS)
     high = gl.convert_layout(high, QUADS)
     k0, k1, k2, k3 = _decode_quads(codes, low, high)
     # [n, quad, v, u], then n = 32 step + 16 half + 8 j + 2 t + b to 32 step + 16 half + 4 t + 2 j + b
-    value = gl.join(gl.join(k0, k1), gl.join(k2, k3)).reshape([4, 2, 2, 4, 2, 4, 8, 2, 2])
-    value = value.permute([8, 5, 7, 6, 0, 1, 3, 2, 4]).reshape([TILE_K, CHUNK])
+    value = gl.join(gl.join(k0, k1), gl.join(k2, k3)).reshape([4, 2, 2, 4, 2, WARPS, 8, 2, 2])
+    value = value.permute([8, 5, 7, 6, 0, 1, 3, 2, 4]).reshape([COLUMNS_A_WARP * WARPS, CHUNK])
     return gl.convert_layout(value, LEFT)
 
 
 @gluon.jit
 def _column(k0, row):
     """The column k of W that an operand's row is."""
-    return k0 + 4 * (8 * ((row >> 4) & 3) + (row & 7)) + 2 * (row >> 6) + ((row >> 3) & 1)
+    WARPS: gl.constexpr = gl.num_warps()
+    quad = 8 * ((row >> 4) % WARPS) + (row & 7)
+    return k0 + 4 * quad + 2 * (row // (16 * WARPS)) + ((row >> 3) & 1)
 
 
 @gluon.jit
@@ -126,13 +129,14 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
     ``x_scale`` fp32, a row of x; ``lowered`` uint8 ``[E, K / 32, chunks, CHUNK]``; ``w_scale`` fp32 ``[E, K]``. The
     rest as in the forward kernel.
     """
+    WARPS: gl.constexpr = gl.num_warps()
+    TILE_K: gl.constexpr = COLUMNS_A_WARP * WARPS
     tiles_k = gl.cdiv(K, TILE_K)
     pid = gl.program_id(0)
     k0 = (pid % tiles_k) * TILE_K
     expert, row0, end = find_tile(pid // tiles_k, offs_ptr, n_rows, E, GROUPED, TILE_T, E_SPAN)
     if row0 >= end:
         return
-    WARPS: gl.constexpr = gl.num_warps()
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_T, 32])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, mma, 4)
     mma_16: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TILE_T, 16])
@@ -140,31 +144,33 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
         _store(y_ptr, gl.zeros([TILE_K, TILE_T], gl.float32, mma), row0, end, k0, K, TILE_T, TILE_K)
         return
 
+    # Each warp's 8 quads, a block; each thread's n are 2 t, 2 t + 1 and those 8, 16, 32 and 64 on (t = lane % 4).
     QUADS: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]], [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
-        [[0, 8], [0, 16]], [], [CHUNK, 32],
+        [[0, 8], [0, 16]] if WARPS == 4 else [[0, 8], [0, 16], [0, 32]], [], [CHUNK, 8 * WARPS],
     )  # fmt: skip
     SPREAD: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0, 0], [8, 0, 0], [16, 0, 0], [32, 0, 0], [64, 0, 0]],
         [[2, 0, 0], [4, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        [[0, 1, 0], [0, 2, 0]], [], [CHUNK, 4, 8],
+        [[0, 1, 0], [0, 2, 0]] if WARPS == 4 else [[0, 1, 0], [0, 2, 0], [0, 4, 0]], [],
+        [CHUNK, WARPS, 8],
     )  # fmt: skip
     LOWERED: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0], [2, 0], [4, 0], [8, 0], [16, 0]], [[32, 0], [64, 0], [0, 0], [0, 0], [0, 0]],
-        [[0, 1], [0, 2]], [], [CHUNK, 4],
+        [[0, 1], [0, 2]] if WARPS == 4 else [[0, 1], [0, 2], [0, 4]], [], [CHUNK, WARPS],
     )  # fmt: skip
-    w_shared: gl.constexpr = gl.SwizzledSharedLayout(8, 2, 4, [1, 0])
+    w_shared: gl.constexpr = gl.SwizzledSharedLayout(8, 8 // WARPS, WARPS, [1, 0])
     x_shared: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
-    w_smem = gl.allocate_shared_memory(gl.int16, [STAGES, CHUNK, 32], w_shared)
+    w_smem = gl.allocate_shared_memory(gl.int16, [STAGES, CHUNK, 8 * WARPS], w_shared)
     x_smem = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, TILE_T, CHUNK], x_shared)
 
-    COPY_W: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [WARPS, 1], [1, 0])
+    COPY_W: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WARPS, WARPS], [WARPS, 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
     # At least 1, which the compiler has to see: as in the forward kernel.
     chunks = gl.maximum(gl.cdiv(N, CHUNK), 1)
     row_codes = (K // 32) * 8  # a multiple of 8 that the compiler can see: 16-byte copies
     n = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, COPY_W))
-    quad = k0 // 4 + gl.arange(0, 32, layout=gl.SliceLayout(0, COPY_W))
+    quad = k0 // 4 + gl.arange(0, 8 * WARPS, layout=gl.SliceLayout(0, COPY_W))
     w_ptrs = w_ptr + (expert.to(gl.int64) * N + n)[:, None] * row_codes + quad[None, :]
     inside = quad < row_codes
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_X)), end - 1)
@@ -173,7 +179,8 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
     n_x = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, COPY_X))
     x_ptrs = x_ptr + (m.to(gl.int64) * x_stride)[:, None] + n_x[None, :]
     place = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LOWERED))
-    block = gl.minimum(k0 // 32 + gl.arange(0, 4, layout=gl.SliceLayout(0, LOWERED)), K // 32 - 1)
+    block = k0 // 32 + gl.arange(0, WARPS, layout=gl.SliceLayout(0, LOWERED))
+    block = gl.minimum(block, K // 32 - 1)
     low_ptrs = lowered_ptr + (expert.to(gl.int64) * (K // 32) + block)[None, :] * (chunks * CHUNK)
     low_ptrs = low_ptrs + place[:, None]
 
@@ -205,5 +212,5 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
         K, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
     )  # fmt: skip
     # [u, quad / 8, v, quad % 8] to k = 4 quad + 2 u + v
-    y = acc.reshape([2, 4, 2, 8, TILE_T]).permute([1, 3, 0, 2, 4]).reshape([TILE_K, TILE_T])
+    y = acc.reshape([2, WARPS, 2, 8, TILE_T]).permute([1, 3, 0, 2, 4]).reshape([TILE_K, TILE_T])
     _store(y_ptr, y, row0, end, k0, K, TILE_T, TILE_K)
