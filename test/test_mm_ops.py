@@ -33,7 +33,10 @@ def test_choosing_a_strategy(monkeypatch):
     assert choose_strategy("auto", "", cuda, torch.float32, 10_000, 4) == "fused"
     assert choose_strategy("auto", "", cuda, torch.float32, 10_000, None) == "unpack"
     assert choose_strategy("auto", "float8_e4m3fn", cuda, bf16, 1, 4) == "unpack8"
-    assert choose_strategy("auto", "float8_e4m3fn", cuda, bf16, 1, 4, True) == "fused8"
+    fp8_rows = [("fused8", 1), ("fused8", 4 * 1535), ("unpack8", 4 * 1536)]
+    for wanted, n_rows in fp8_rows:
+        args = ("auto", "float8_e4m3fn", cuda, bf16, n_rows, 4, True, False)
+        assert choose_strategy(*args) == wanted
     assert choose_strategy("unpack8", "float8_e4m3fn", cuda, bf16, 1, 4, True) == "unpack8"
     assert choose_strategy("auto", "float8_e5m2", cuda, bf16, 1, None, True) == "unpack8"
     assert choose_strategy("fused", "", cpu, bf16, 1, None) == "reference"

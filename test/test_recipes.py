@@ -127,11 +127,13 @@ def check_step(model, x, dy, dtype=None):
     layer, rows = model[0], dy.flatten(0, -2)
     operands = (x.flatten(0, -2), layer.weight, rows)
     config = layer.recipe
+    # Found where torchao would find them: a GPU divides by a number by multiplying.
+    scales = (reference.per_tensor_scale(t.detach(), NVFP4).cpu() for t in operands[:2])
     y, dx, dw = (
         a.double() @ b.double()
         for a, b in reference.recipe_products(
             *(t.detach().cpu() for t in operands), config.forward_spec, config.backward_spec,
-            config.grad_spec,
+            config.grad_spec, None, *scales,
         )
     )  # fmt: skip
     expected = [y, dx, dw]

@@ -60,14 +60,17 @@ GROUPS = {
 BEHIND = 6  # rows of nobody
 
 
-def expected_product(config, x, w, dy, ends, order, bias):
-    """(y, dx, dw, dbias) in float64, an expert at a time, from the reference's operands."""
+def expected_product(config, x, w, dy, ends, order, bias, device="cpu"):
+    """(y, dx, dw, dbias) in float64, an expert at a time, from the reference's operands.
+
+    Per-tensor scales are found on ``device``, as torchao's are: a GPU divides by a number by multiplying.
+    """
     top_k = 1 if order is None else len(order) // len(x)
     token = torch.arange(len(x)) if order is None else order.long() // top_k
     rows, spec = x[token], config.forward_spec
-    pts = reference.per_tensor_scale(
-        rows, spec.format
-    )  # of all rows, as the forward product has it
+    # Of all rows, as the forward product has it.
+    pts = reference.per_tensor_scale(rows.to(device), spec.format).cpu()
+    w_pts = reference.per_tensor_scale(w.to(device), spec.format, per_expert=True).cpu()
     xq = reference.fake_quantize(rows, spec.format, per_tensor_scale=pts).double()
     y, dx = torch.zeros(len(rows), w.shape[1], dtype=torch.float64), torch.zeros_like(x).double()
     dw, dbias = torch.zeros_like(w).double(), torch.zeros(w.shape[:2], dtype=torch.float64)
@@ -76,8 +79,9 @@ def expected_product(config, x, w, dy, ends, order, bias):
             continue
         mine = slice(start, end)
         products = reference.recipe_products(
-            rows[mine], w[e], dy[mine], spec, config.backward_spec, config.grad_spec
-        )
+            rows[mine], w[e], dy[mine], spec, config.backward_spec, config.grad_spec,
+            weight_scale=w_pts[e, 0, 0],
+        )  # fmt: skip
         y[mine] = xq[mine] @ products.y[1].double()
         y[mine] += 0 if bias is None else bias[e].double()
         dx.index_add_(0, token[mine], products.dx[0].double() @ products.dx[1].double())
@@ -115,7 +119,7 @@ def test_product(config, groups, top_k, with_bias, transposed, device):
     weight_grad = module._parameters[name].grad
     got = [y, leaf.grad, weight_grad.mT if transposed else weight_grad]
     got += [bias_leaf.grad] if with_bias else []
-    expected = expected_product(config, x, w, dy, ends, order, bias)
+    expected = expected_product(config, x, w, dy, ends, order, bias, device)
     for actual, wanted in zip(got, expected, strict=False):
         assert actual.shape == wanted.shape and actual.dtype == dtype
         if wanted.eq(0).all():

@@ -41,10 +41,16 @@ class Crossover(NamedTuple):
     over_n: int
     dense: int
 
+    def fuses(self, n_rows: int, n_groups: int | None, transpose_weight: bool) -> bool:
+        if n_groups is None:
+            return n_rows < self.dense
+        return n_rows < (self.over_k if transpose_weight else self.over_n) * n_groups
+
 
 # Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py). Where experts do not fit in the
 # scratch, slices cost a copy of y; a dense weight's decode is soon repaid.
 HOPPER_CROSSOVER = Crossover(1536, 1024, 512)
+HOPPER_FP8_CROSSOVER = Crossover(4096, 1536, 512)
 PORTABLE_CROSSOVER = Crossover(512, 512, 256)
 # Rows of a dense product up to which an adapter's part is ours: a launch costs the host less than a torch.mm.
 SKINNY_UP_TO = 512
@@ -64,8 +70,8 @@ def choose_strategy(
 
     - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows.
     - ``"unpack"``: decode into a scratch, then the vendor's GEMM; for many rows.
-    - ``"fused8"``, ``"unpack8"``: these in 8 bits, where ``compute`` names an 8-bit dtype. The first, for e4m3 on
-      Hopper, at any number of rows: it needs no scratch, and has been as fast or faster at every shape measured.
+    - ``"fused8"``, ``"unpack8"``: these in 8 bits, where ``compute`` names an 8-bit dtype; the first for e4m3, on
+      Hopper.
     - ``"reference"``: on the CPU, unless ``"unpack"`` is asked for.
 
     Raises:
@@ -74,7 +80,8 @@ def choose_strategy(
     if compute:
         if strategy in STRATEGIES_OF_8_BITS:
             return strategy
-        return "fused8" if hopper and compute == "float8_e4m3fn" else "unpack8"
+        fuses = HOPPER_FP8_CROSSOVER.fuses(n_rows, n_groups, transpose_weight)
+        return "fused8" if hopper and compute == "float8_e4m3fn" and fuses else "unpack8"
     if device.type != "cuda":
         return "unpack" if strategy == "unpack" else "reference"
     if n_groups is not None and dtype != torch.bfloat16:
@@ -87,9 +94,7 @@ def choose_strategy(
     if strategy != "auto":
         return strategy
     crossover = HOPPER_CROSSOVER if hopper else PORTABLE_CROSSOVER
-    expert = crossover.over_k if transpose_weight else crossover.over_n
-    few = n_rows < crossover.dense if n_groups is None else n_rows < expert * n_groups
-    return "fused" if few else "unpack"
+    return "fused" if crossover.fuses(n_rows, n_groups, transpose_weight) else "unpack"
 
 
 def _packed(

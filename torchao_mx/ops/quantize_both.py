@@ -36,9 +36,8 @@ from torchao_mx.ops.matmul import spec_strings
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind, rounds_products
 from torchao_mx.reference import BothDirections
 
-# Multiples of every block size. Chosen by the instructions an element takes compiled for sm_90 (31 for dY's two
-# values, 48 for X's NVFP4 values and MXFP8 columns); to be measured: benchmarks/ops/bench_quantize_both.py --sweep.
-TILE_M, TILE_K, WARPS = 32, 128, 4
+# Multiples of every block size, measured on an H200 (benchmarks/ops/bench_quantize_both.py --sweep).
+TILE_M, TILE_K, WARPS = 32, 64, 2
 FORMS = BothDirections._fields
 
 

@@ -110,6 +110,8 @@ def recipe_products(
     backward: QuantizeSpec,
     grad: QuantizeSpec,
     seed: torch.Tensor | None = None,
+    x_scale: torch.Tensor | None = None,
+    weight_scale: torch.Tensor | None = None,
 ) -> Products:
     """What a linear layer under the recipe multiplies, decoded in x's dtype: see the file's head.
 
@@ -121,13 +123,16 @@ def recipe_products(
         backward: Qb, of X and W in backward.
         grad: Qg, of dY.
         seed: of dY's stochastic rounding; None rounds to nearest.
+        x_scale: per-tensor scale of X, where ``forward`` has one; found from X if None.
+        weight_scale: of W, likewise.
     """
 
-    def both(t: torch.Tensor, row: QuantizeSpec, column: QuantizeSpec) -> BothDirections:
-        pts = per_tensor_scale(t, row.format) if row.format.has_per_tensor_scale else None
-        return quantize_both(t, row, column, dtype=x.dtype, row_scale=pts)
+    def both(t: torch.Tensor, scale: torch.Tensor | None) -> BothDirections:
+        if scale is None and forward.format.has_per_tensor_scale:
+            scale = per_tensor_scale(t, forward.format)
+        return quantize_both(t, forward, backward, dtype=x.dtype, row_scale=scale)
 
-    x_both, w_both = both(x, forward, backward), both(weight, forward, backward)
+    x_both, w_both = both(x, x_scale), both(weight, weight_scale)
     dy_both = quantize_both(dy, grad, grad, seed=seed)
     return Products(
         y=(x_both.row_values, w_both.row_values.mT),
