@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 from collections.abc import Callable
@@ -221,20 +222,6 @@ def main() -> None:
     args = parser.parse_args()
     harness.require_gpu()
     rows = []
-    for size in args.models:
-        for variant in args.variants:
-            if size == "120b" and variant == PEFT_BF16:
-                print("120b, PEFT on bf16: left out: its experts take 230 GB")
-                continue
-            torch.manual_seed(0)
-            rows.append(bench(size, variant, args))
-            print(
-                f"{size} {variant}: {rows[-1]['tokens_per_s']:.0f} tok/s, {rows[-1]['peak_gb']:.1f} GB, loss "
-                f"{rows[-1]['first_loss']:.3f} to {rows[-1]['last_loss']:.3f}",
-                flush=True,
-            )
-            gc.collect()
-            torch.cuda.empty_cache()
     meta = dict(
         rank=RANK,
         attention=args.attention,
@@ -242,8 +229,22 @@ def main() -> None:
         batch=args.batch,
         sequence=args.sequence,
     )
-    if "tiny" not in args.models:
-        harness.save("gpt_oss", meta, rows)
+    for size, variant in itertools.product(args.models, args.variants):
+        if size == "120b" and variant == PEFT_BF16:
+            print("120b, PEFT on bf16: left out: its experts take 230 GB")
+            continue
+        torch.manual_seed(0)
+        rows.append(bench(size, variant, args))
+        print(
+            f"{size} {variant}: {rows[-1]['tokens_per_s']:.0f} tok/s, {rows[-1]['peak_gb']:.1f} GB, loss "
+            f"{rows[-1]['first_loss']:.3f} to {rows[-1]['last_loss']:.3f}",
+            flush=True,
+        )
+        gc.collect()
+        torch.cuda.empty_cache()
+        if size != "tiny":
+            name = "gpt_oss" if args.attention == "eager" else f"gpt_oss_{args.attention}"
+            harness.save(name, meta, rows)
     columns = dict(
         model="shape", variant="variant", tokens_per_s="tok/s", ms="ms a step", peak_gb="peak GB",
         weights_gb="weights GB", first_s="first step s",

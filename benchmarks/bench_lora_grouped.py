@@ -311,6 +311,7 @@ def main() -> None:
         metavar="POINT",
         help="first steps alone, of the usual points or these",
     )
+    parser.add_argument("--add", action="store_true", help="to the file of a whole run")
     parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     harness.require_gpu()
@@ -326,7 +327,7 @@ def main() -> None:
     if args.quick:
         args.shapes = [name for name in args.shapes if name != "deepseek"]
         args.routings = ["balanced"]
-    whole = vars(args) == vars(parser.parse_args([]))
+    whole = args.add or vars(args) == vars(parser.parse_args([]))
     card = common.Card.measure()
     print(f"copy {card.copy_gbs:.0f} GB/s, bf16 matmul {card.tflops:.0f} TFLOP/s", flush=True)
     if not args.quick and not peers.has_triton_kernels():
@@ -338,7 +339,7 @@ def main() -> None:
         meta = dict(dtype="bfloat16", rank=common.RANK, scaling=common.SCALING, format=MXFP4.name)
         meta |= dict(copy_gbs=card.copy_gbs, bf16_tflops=card.tflops)
         name = "lora_grouped" if whole else "lora_grouped_part"
-        results.report(name, meta, HEAD, plot=plot)
+        results.report(name, meta, HEAD, plot=plot, add=args.add)
     raise SystemExit(bool(results.failures))
 
 

@@ -222,6 +222,7 @@ def main() -> None:
         metavar="POINT",
         help="first steps alone, of the usual points or these",
     )
+    parser.add_argument("--add", action="store_true", help="to the file of a whole run")
     parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     harness.require_gpu()
@@ -233,7 +234,7 @@ def main() -> None:
     if args.first_step is not None:
         results.first_steps("lora_linear_first_step", __file__, args.first_step or FIRST_STEPS)
         raise SystemExit(bool(results.failures))
-    whole = vars(args) == vars(parser.parse_args([]))
+    whole = args.add or vars(args) == vars(parser.parse_args([]))
     rows = args.rows or ((1, 16, 64, 4096, 16384) if args.quick else ROWS)
     card = common.Card.measure()
     print(f"copy {card.copy_gbs:.0f} GB/s, bf16 matmul {card.tflops:.0f} TFLOP/s", flush=True)
@@ -243,7 +244,8 @@ def main() -> None:
     finally:
         meta = dict(dtype="bfloat16", rank=common.RANK, scaling=common.SCALING, format=MXFP4.name)
         meta |= dict(copy_gbs=card.copy_gbs, bf16_tflops=card.tflops)
-        results.report("lora_linear" if whole else "lora_linear_part", meta, HEAD, plot=plot)
+        name = "lora_linear" if whole else "lora_linear_part"
+        results.report(name, meta, HEAD, plot=plot, add=args.add)
     raise SystemExit(bool(results.failures))
 
 

@@ -164,6 +164,14 @@ def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:
     return stem.with_suffix(".png")
 
 
+def with_saved_rows(name: str, rows: list[Row], keys: list[str]) -> list[Row]:
+    """``rows`` behind those of ``results/<name>-<gpu>.json`` that have other values of ``keys``."""
+    path = (RESULTS / f"{name}-{gpu_slug()}").with_suffix(".json")
+    measured = {tuple(row[key] for key in keys) for row in rows}
+    saved = json.loads(path.read_text())["rows"] if path.exists() else []
+    return [row for row in saved if tuple(row[key] for key in keys) not in measured] + rows
+
+
 def markdown(rows: list[Row], columns: dict[str, str]) -> str:
     """A table of ``rows``: column key to heading, floats to sensible places."""
     lines = ["| " + " | ".join(columns.values()) + " |", "|" + " --- |" * len(columns)]

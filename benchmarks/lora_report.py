@@ -147,9 +147,15 @@ class Results:
         head: dict[str, str],
         columns: dict[str, str] = COLUMNS,
         plot: Callable[[list[harness.Row], pathlib.Path], None] | None = None,
+        add: bool = False,
     ) -> None:
-        """JSON, table and PNG, and last the targets: what the end of a log should show."""
+        """JSON, table and PNG, and last the targets: what the end of a log should show.
+
+        With ``add`` the file's rows of other cases stay.
+        """
         if self.rows:
+            if add:
+                self.rows = harness.with_saved_rows(name, self.rows, list(head))
             meta = meta | dict(seconds=self.seconds, failures=self.failures)
             png = harness.save(name, meta, self.rows)
             shown = [row | _percentages(row) for row in self.rows]
