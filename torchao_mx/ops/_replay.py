@@ -58,9 +58,31 @@ class _Place(NamedTuple):
         base = buffers[self.buffer]
         if self.whole:
             return base
+        if self.dtype == base.dtype:
+            start = base.storage_offset() + self.offset // base.itemsize
+            return base.as_strided(self.size, self.stride, start)
         start = (base.storage_offset() * base.itemsize + self.offset) // self.dtype.itemsize
         empty = torch.empty(0, dtype=self.dtype, device=base.device)
         return empty.set_(base.untyped_storage(), start, self.size, self.stride)
+
+
+class _Call(NamedTuple):
+    """A call of one of torch's ops: its arguments, those that hold places, and which result is which buffer."""
+
+    func: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
+    filled_args: list[tuple[int, Any]]
+    filled_kwargs: list[tuple[str, Any]]
+    results: list[tuple[int, int]]
+
+    def __call__(self, buffers: list[torch.Tensor | None]) -> Any:
+        args, kwargs = self.args.copy(), self.kwargs.copy()
+        for i, tree in self.filled_args:
+            args[i] = _filled(tree, buffers)
+        for name, tree in self.filled_kwargs:
+            kwargs[name] = _filled(tree, buffers)
+        return self.func(*args, **kwargs)
 
 
 class _Step(NamedTuple):
@@ -68,7 +90,7 @@ class _Step(NamedTuple):
 
     allocate: list[tuple[int, _Buffer]]
     launch: tuple[Any, list[Any], list[tuple[int, int, int]]] | None  # position, buffer, offset
-    call: tuple[Any, Any, Any, list[tuple[int, int]]] | None  # which of the results is which buffer
+    call: _Call | None
     drop: list[int]
 
 
@@ -106,11 +128,9 @@ class _Recording:
                         arguments[position] = first[buffer] + offset
                     run(*arguments, stream=stream)
                 else:
-                    func, args, kwargs, results = call
-                    args, kwargs = _filled(args, buffers), _filled(kwargs, buffers)
-                    result = func(*args, **kwargs)
+                    result = call(buffers)
                     flat = result if isinstance(result, (tuple, list)) else (result,)
-                    for i, buffer in results:
+                    for i, buffer in call.results:
                         buffers[buffer], first[buffer] = flat[i], flat[i].data_ptr()
                 for buffer in drop:
                     buffers[buffer] = None
@@ -252,7 +272,11 @@ class _Recorder(TorchDispatchMode):
                     raise _Unrepeatable
                 buffers.append((i, self._new_buffer(_storage(t), _buffer(t))))
         used |= {buffer for _, buffer in buffers}
-        return _Step(allocate, None, (func, args, kwargs, buffers), []), used
+        filled = [
+            [(key, tree) for key, tree in items if next(_places(tree), None) is not None]
+            for items in (enumerate(args), kwargs.items())
+        ]
+        return _Step(allocate, None, _Call(func, list(args), kwargs, *filled, buffers), []), used
 
 
 def _buffer(t: torch.Tensor) -> _Buffer:
@@ -276,13 +300,11 @@ def _places(tree: Any) -> Iterator[_Place]:
 
 
 def _filled(tree: Any, buffers: list[torch.Tensor | None]) -> Any:
-    """Places to tensors, in the arguments of a call: plain values, tuples, lists and dicts of them."""
-    if _is_place(tree):
+    """Places to tensors, in an argument of a call: a place, a plain value, or a tuple or a list of these."""
+    if isinstance(tree, _Place):
         return tree.of(buffers)
     if isinstance(tree, (tuple, list)):
         return type(tree)(_filled(leaf, buffers) for leaf in tree)
-    if isinstance(tree, dict):
-        return {key: _filled(leaf, buffers) for key, leaf in tree.items()}
     return tree
 
 
