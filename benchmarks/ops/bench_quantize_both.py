@@ -29,7 +29,7 @@ MODULE = importlib.import_module("torchao_mx.ops.quantize_both")
 FP4, FP8 = QuantizeSpec(NVFP4), QuantizeSpec(MXFP8_E4M3)
 TARGET = 0.70
 TILES = ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (32, 256))
-WARPS = (2, 4, 8)
+WARPS = (1, 2, 4)
 
 
 @dataclass(frozen=True)

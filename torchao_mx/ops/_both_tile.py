@@ -73,7 +73,6 @@ def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, TIL
         random = (words & 0xFFFF).reshape(TILE_M * BLOCKS, BLOCK)
         y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
     if PACKED:
-        code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
         block = k0 // BLOCK + tl.arange(0, BLOCKS)
         s_ptrs = s_ptr + row[:, None] * (K // BLOCK) + block[None, :]
         mask = inside_m[:, None] & (block < K // BLOCK)[None, :]
@@ -81,10 +80,11 @@ def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, TIL
         if BITS == 4:
             PER_BLOCK: tl.constexpr = BLOCK // 8  # int32 words
             is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+            code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
             packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code, BITS))
         else:
             PER_BLOCK: tl.constexpr = BLOCK  # bytes
-            packed = code.to(tl.uint8)
+            packed = _tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
         unit = k0 // BLOCK * PER_BLOCK + tl.arange(0, BLOCKS * PER_BLOCK)
         units = K // BLOCK * PER_BLOCK
         q_ptrs = q_ptr + row[:, None] * units + unit[None, :]
@@ -108,7 +108,7 @@ def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, M, k0, K, TILE_M: 
                   RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                   MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
                   E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """A tile ``x [TILE_M, TILE_K]`` in blocks along M, from the row ``m0`` on; packed, transposed in words."""
+    """A tile ``x [TILE_M, TILE_K]`` in blocks along M, from the row ``m0`` on; packed, transposed, in words of e2m1."""
     BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
     BLOCKS: tl.constexpr = TILE_M // BLOCK
     x = x.reshape(BLOCKS, BLOCK, TILE_K)
@@ -123,22 +123,27 @@ def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, M, k0, K, TILE_M: 
         y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
     k = k0 + tl.arange(0, TILE_K)
     if PACKED:
-        code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        PER_BLOCK: tl.constexpr = BLOCK * BITS // 32
-        WORDS: tl.constexpr = BLOCKS * PER_BLOCK
         blocks = tl.cdiv(M, BLOCK)
         block = m0 // BLOCK + tl.arange(0, BLOCKS)
         s_ptrs = s_ptr + k[None, :].to(tl.int64) * blocks + block[:, None]
         tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks)[:, None] & (k < K)[None, :])
-        word = _tile.pack_columns(code.reshape(WORDS, 32 // BITS, TILE_K), BITS)
-        if BITS == 4:
+        if BITS == 8:
+            PER_BLOCK: tl.constexpr = BLOCK
+            UNITS: tl.constexpr = TILE_M
+            packed = _tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+            packed = packed.reshape(TILE_M, TILE_K)
+        else:
+            code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+            PER_BLOCK: tl.constexpr = BLOCK // 8
+            UNITS: tl.constexpr = BLOCKS * PER_BLOCK
+            packed = _tile.pack_columns(code.reshape(UNITS, 8, TILE_K), BITS)
             is_nan = (byte == (255 if E8M0 else 0x7F))[:, None, :]
-            word = word.reshape(BLOCKS, PER_BLOCK, TILE_K)
-            word = tl.where(is_nan, _tile.E2M1_NAN_WORD, word).reshape(WORDS, TILE_K)
-        index = m0 // BLOCK * PER_BLOCK + tl.arange(0, WORDS)
-        row_words = blocks * PER_BLOCK
-        q_ptrs = q_ptr + k[:, None].to(tl.int64) * row_words + index[None, :]
-        tl.store(q_ptrs, tl.trans(word), mask=(k < K)[:, None] & (index < row_words)[None, :])
+            packed = packed.reshape(BLOCKS, PER_BLOCK, TILE_K)
+            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, packed).reshape(UNITS, TILE_K)
+        index = m0 // BLOCK * PER_BLOCK + tl.arange(0, UNITS)
+        row_units = blocks * PER_BLOCK
+        q_ptrs = q_ptr + k[:, None].to(tl.int64) * row_units + index[None, :]
+        tl.store(q_ptrs, tl.trans(packed), mask=(k < K)[:, None] & (index < row_units)[None, :])
     if VALUES:
         scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
         value = values(

@@ -18,16 +18,6 @@ MAX_RANKS = 32
 FLAGGED_TILE_M, FLAGGED_TILE_N, FLAGGED_TILE_K = 128, 128, 64
 FLAGGED_PAIRS = 8
 _MIN_ROW_SCALE = tl.constexpr(definition.MIN_ROW_SCALE)
-_ENCODE_FOUR = """
-{
-.reg .b16 low, high;
-cvt.rn.satfinite.TYPEx2.f32 low, $2, $1;
-cvt.rn.satfinite.TYPEx2.f32 high, $4, $3;
-mov.b32 $0, {low, high};
-}
-"""
-_ENCODE_E4M3 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e4m3"))
-_ENCODE_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
 
 
 @launched
@@ -47,13 +37,7 @@ def _quantize_rows_kernel(x_ptr, q_ptr, scale_ptr, n_rows, C, x_row, q_row, E4M3
     scale = tl.maximum(tl.div_rn(amax, ones * FP8_MAX), _MIN_ROW_SCALE)
     finite = _tile.bits_of(amax) < 0x7F800000
     y = x * tl.div_rn(ones, scale)[:, None]
-    if not PTX:
-        code = _tile.encode(y, 4 if E4M3 else 5, 3 if E4M3 else 2, FP8_MAX, False).to(tl.uint8)
-    else:
-        asm: tl.constexpr = _ENCODE_E4M3 if E4M3 else _ENCODE_E5M2
-        code = tl.inline_asm_elementwise(
-            asm, "=r,f,f,f,f", [y], dtype=tl.uint8, is_pure=True, pack=4
-        )
+    code = _tile.encode_bytes(y, 4 if E4M3 else 5, 3 if E4M3 else 2, FP8_MAX, PTX)
     if ORDER == "halves":
         code = code.reshape(ROWS, SPAN // 32, 4, 2, 4).permute(0, 1, 3, 2, 4).reshape(ROWS, SPAN)
     elif ORDER == "pairs":

@@ -57,7 +57,7 @@ def _quantize_both_kernel(x_ptr, index_ptr, seed_ptr, row_q_ptr, row_s_ptr, row_
                           COLUMN_MAX_EXPONENT: tl.constexpr, COLUMN_ELEM_MAX: tl.constexpr,
                           COLUMN_BLOCK: tl.constexpr, COLUMN_E8M0: tl.constexpr,
                           FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """A tile of ``x [M, K]``, of the rows ``x[index]`` where GATHERED; codes in words, fp8 rows in bytes."""
+    """A tile of ``x [M, K]``, of the rows ``x[index]`` where GATHERED; e2m1 in words, fp8 in bytes."""
     tiles_k = tl.cdiv(K, TILE_K)
     m0, k0 = (tl.program_id(0) // tiles_k) * TILE_M, (tl.program_id(0) % tiles_k) * TILE_K
     m, k = m0 + tl.arange(0, TILE_M), k0 + tl.arange(0, TILE_K)
@@ -210,10 +210,10 @@ def _launch(
         of_format |= {"MODE": mode, "PER_TENSOR": per_tensor_kind(pts)}
         constants |= {f"{name}_{key}": value for key, value in of_format.items()}
 
-    def pointers(packed: Any, values: Any, fmt: BlockFormat, as_words: bool) -> tuple[Any, ...]:
+    def pointers(packed: Any, values: Any, fmt: BlockFormat) -> tuple[Any, ...]:
         qdata, scale = (x, x) if packed is None else packed  # any tensor where nothing is stored
         if packed is not None:
-            qdata = qdata.view(torch.int32) if as_words or fmt.elem_bits == 4 else bytes_of(qdata)
+            qdata = qdata.view(torch.int32) if fmt.elem_bits == 4 else bytes_of(qdata)
             scale = bytes_of(scale)
         return qdata, scale, x if values is None else values
 
@@ -222,8 +222,8 @@ def _launch(
     with on_device_of(x):
         _quantize_both_kernel[grid](
             x, x if index is None else index, x if seed is None else seed,
-            *pointers(both.rows, both.row_values, row_fmt, False), x if row_scale is None else row_scale,
-            *pointers(both.columns, both.column_values, column_fmt, True),
+            *pointers(both.rows, both.row_values, row_fmt), x if row_scale is None else row_scale,
+            *pointers(both.columns, both.column_values, column_fmt),
             x if column_scale is None else column_scale, n_rows, k, x.stride(0), x.stride(1),
             GATHERED=index is not None, RANDOM=seed is not None, SHORT_MANTISSA=x.dtype != torch.float32,
             TILE_M=TILE_M, TILE_K=TILE_K, ROWS=both.rows is not None, ROW_VALUES=both.row_values is not None,
