@@ -21,6 +21,7 @@ from torchao_mx.formats import (
     format_by_name,
 )
 from torchao_mx.ops import _bf16x2, _tile
+from torchao_mx.ops._amax import amax_scale
 from torchao_mx.ops._launch import (
     batched_rows,
     bytes_of,
@@ -393,12 +394,39 @@ def quantize_with_values(
     )
 
 
+def _per_tensor_scale_cpu(x: torch.Tensor, fmt: str, per_expert: bool) -> torch.Tensor:
+    return reference.per_tensor_scale(x, format_by_name(fmt), per_expert)
+
+
+def _per_tensor_scale_triton(x: torch.Tensor, fmt: str, per_expert: bool) -> torch.Tensor:
+    return amax_scale(x, format_by_name(fmt), per_expert)
+
+
+def _per_tensor_scale_fake(x: torch.Tensor, fmt: str, per_expert: bool) -> torch.Tensor:
+    shape = (x.shape[0], 1, 1) if per_expert else ()
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+per_tensor_scale_op = define_op(
+    "per_tensor_scale",
+    "(Tensor x, str fmt, bool per_expert) -> Tensor",
+    cpu=_per_tensor_scale_cpu,
+    cuda=_per_tensor_scale_triton,
+    fake=_per_tensor_scale_fake,
+)
+
+
 def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
     """NVFP4's fp32 scale of ``x``, ``amax / (448 * 6)``: 0-d, or ``[E, 1, 1]`` with ``per_expert``.
 
-    See :func:`torchao_mx.reference.per_tensor_scale`. Stays on the device.
+    See :func:`torchao_mx.reference.per_tensor_scale`. Stays on the device; a GPU multiplies by the fp32
+    reciprocal of 2688, as torchao's quantizer does there.
     """
-    return reference.per_tensor_scale(x.detach(), fmt, per_expert)
+    if (
+        x.numel() == 0
+    ):  # of no experts there are no scales; of no values torch says that there is none
+        return reference.per_tensor_scale(x.detach(), fmt, per_expert)
+    return per_tensor_scale_op(x.detach(), fmt.name, per_expert)
 
 
 def check_operand(

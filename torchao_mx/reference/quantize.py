@@ -27,8 +27,8 @@ import torch
 from torchao_mx.formats import BlockFormat, ScaleCalculationMode
 
 _E8M0_NAN = 255
-_E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
-_MIN_PER_TENSOR_SCALE = 2.0**-120
+E4M3_MAX = torch.finfo(torch.float8_e4m3fn).max
+MIN_PER_TENSOR_SCALE = 2.0**-120
 _E4M3_MIN_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
 _FP32_MANTISSA_BITS = 23
 _FP32_MANTISSA_MASK = (1 << _FP32_MANTISSA_BITS) - 1
@@ -122,7 +122,7 @@ def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False
     """
     dims = (-2, -1) if per_expert else None
     amax = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=per_expert).float()
-    return (amax / (_E4M3_MAX * fmt.elem_max)).clamp(min=_MIN_PER_TENSOR_SCALE)
+    return (amax / (E4M3_MAX * fmt.elem_max)).clamp(min=MIN_PER_TENSOR_SCALE)
 
 
 def _e8m0_scale(
@@ -179,7 +179,7 @@ def _e4m3_scale(
         pts = per_tensor_scale.unsqueeze(-1) if per_tensor_scale.dim() else per_tensor_scale
         block_scale = block_scale / pts
         reciprocal = 1.0 / pts
-    scale = block_scale.clamp(_E4M3_MIN_NORMAL, _E4M3_MAX).to(torch.float8_e4m3fn)
+    scale = block_scale.clamp(_E4M3_MIN_NORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
     # 0x7F whatever the sign of the NaN: x86 gives inf / inf a negative one.
     byte = torch.where(block_scale.isnan(), 0x7F, scale.view(torch.uint8))
     return byte, reciprocal / scale.float()

@@ -1,0 +1,67 @@
+"""NVFP4's per-tensor scale: the largest magnitude of a matrix, or of each expert, in one read.
+
+Programs leave their largest magnitude in a scratch, of which a second launch takes the largest: no atomics, and
+nothing comes to the host.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.formats import BlockFormat
+from torchao_mx.ops import _tile
+from torchao_mx.ops._launch import launched, multiprocessors, on_device_of
+from torchao_mx.reference.quantize import E4M3_MAX, MIN_PER_TENSOR_SCALE
+
+TILE, WARPS = 8192, 8
+PROGRAMS_A_MULTIPROCESSOR = 4
+_MIN_SCALE = tl.constexpr(MIN_PER_TENSOR_SCALE)
+
+
+@launched
+@triton.jit
+def _amax_kernel(x_ptr, amax_ptr, n, TILE: tl.constexpr):
+    """``x [E, n]`` to the largest magnitudes ``[E, P]`` that P programs found: bits of fp32, NaN above all."""
+    expert, step = tl.program_id(1).to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
+    x_ptr += expert * n
+    found = tl.zeros((TILE,), tl.int32)
+    for first in range(tl.program_id(0).to(tl.int64) * TILE, n, step):
+        i = first + tl.arange(0, TILE)
+        x = tl.load(x_ptr + i, mask=i < n, other=0.0).to(tl.float32)
+        found = tl.maximum(found, _tile.bits_of(x) & 0x7FFFFFFF)
+    place = expert * tl.num_programs(0) + tl.program_id(0)
+    tl.store(amax_ptr + place, tl.max(found, axis=0))
+
+
+@launched
+@triton.jit
+def _scale_kernel(amax_ptr, scale_ptr, n_found, reciprocal, SPAN: tl.constexpr):
+    """The largest of ``amax [E, n_found]`` times ``reciprocal``, at least the smallest scale; NaN stays."""
+    expert, i = tl.program_id(0), tl.arange(0, SPAN)
+    found = tl.load(amax_ptr + expert * n_found + i, mask=i < n_found, other=0)
+    scale = _tile.float_of(tl.max(found, axis=0)) * reciprocal
+    tl.store(scale_ptr + expert, tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale))
+
+
+def amax_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
+    """``reference.per_tensor_scale`` on a GPU, of ``x`` that has elements.
+
+    A GPU divides by a number by multiplying by its fp32 reciprocal, torchao's quantizer there included.
+    """
+    x = x if x.is_contiguous() else x.mT.contiguous() if x.mT.is_contiguous() else x.contiguous()
+    experts = x.shape[0] if per_expert else 1
+    n = x.numel() // experts
+    programs = triton.cdiv(PROGRAMS_A_MULTIPROCESSOR * multiprocessors(x.device), experts)
+    programs = min(programs, triton.cdiv(n, TILE))
+    shape = (experts, 1, 1) if per_expert else ()
+    with on_device_of(x):
+        amax = torch.empty((experts, programs), dtype=torch.int32, device=x.device)
+        scale = torch.empty(shape, dtype=torch.float32, device=x.device)
+        _amax_kernel[(programs, experts)](x, amax, n, TILE=TILE, num_warps=WARPS)
+        _scale_kernel[(experts,)](
+            amax, scale, programs, 1 / (E4M3_MAX * fmt.elem_max), SPAN=triton.next_power_of_2(programs),
+            num_warps=4,
+        )  # fmt: skip
+    return scale
