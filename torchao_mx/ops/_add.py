@@ -16,7 +16,7 @@ import triton.language as tl
 
 from torchao_mx import reference
 from torchao_mx.ops import _groups
-from torchao_mx.ops._launch import DOT_DTYPES, launched, on_device_of
+from torchao_mx.ops._launch import DOT_DTYPES, cdiv, launched, next_power_of_2, on_device_of
 
 # 3.0 TB/s of an H200's 4.2; tiles of twice the rows 2.8, of twice the columns too 1.3.
 ROWS, COLUMNS, STEPS, MAX_RANKS = 32, 128, 8, 32
@@ -115,15 +115,15 @@ def finish(
     rank = 0 if h is None else h.shape[1]
     h = h if h is None or h.stride(1) == 1 else h.contiguous()
     n_groups = 0 if offs is None else offs.shape[0]
-    programs = _groups.max_slots(n_rows, n_groups, ROWS) * triton.cdiv(columns, COLUMNS * STEPS)
+    programs = _groups.max_slots(n_rows, n_groups, ROWS) * cdiv(columns, COLUMNS * STEPS)
     with on_device_of(y):
         _add_kernel[(programs,)](
             part, y, y if h is None else h, y if up is None else up, y if bias is None else bias, offs,
             n_rows, columns, max(1, n_groups), rank, scaling, part.stride(0), y.stride(0),
             0 if h is None else h.stride(0), *((0, 0, 0) if up is None else up.stride()),
             0 if bias is None else bias.stride(0), GROUPED=offs is not None,
-            E_SPAN=triton.next_power_of_2(n_groups + 1), HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ROWS=ROWS,
-            COLUMNS=COLUMNS, STEPS=STEPS, RANKS=min(MAX_RANKS, max(16, triton.next_power_of_2(rank))),
+            E_SPAN=next_power_of_2(n_groups + 1), HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ROWS=ROWS,
+            COLUMNS=COLUMNS, STEPS=STEPS, RANKS=min(MAX_RANKS, max(16, next_power_of_2(rank))),
             DOT_DTYPE=dot_dtype or DOT_DTYPES[y.dtype], num_warps=4,
         )  # fmt: skip
 
@@ -141,7 +141,7 @@ def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
 
 def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
     rows, columns = y.shape
-    grid = (triton.cdiv(rows, BEHIND_ROWS), triton.cdiv(columns, BEHIND_COLUMNS))
+    grid = (cdiv(rows, BEHIND_ROWS), cdiv(columns, BEHIND_COLUMNS))
     with on_device_of(y):
         _zero_behind_kernel[grid](
             y, offs, offs.shape[0], rows, columns, y.stride(0), ROWS=BEHIND_ROWS, COLUMNS=BEHIND_COLUMNS

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from torchao_mx.formats import BlockFormat
 from torchao_mx.ops import _tile
-from torchao_mx.ops._launch import launched, multiprocessors, on_device_of
+from torchao_mx.ops._launch import cdiv, launched, multiprocessors, next_power_of_2, on_device_of
 from torchao_mx.reference.quantize import E4M3_MAX, MIN_PER_TENSOR_SCALE
 
 TILE, WARPS = 8192, 8
@@ -53,15 +53,15 @@ def amax_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> t
     x = x if x.is_contiguous() else x.mT.contiguous() if x.mT.is_contiguous() else x.contiguous()
     experts = x.shape[0] if per_expert else 1
     n = x.numel() // experts
-    programs = triton.cdiv(PROGRAMS_A_MULTIPROCESSOR * multiprocessors(x.device), experts)
-    programs = min(programs, triton.cdiv(n, TILE))
+    programs = cdiv(PROGRAMS_A_MULTIPROCESSOR * multiprocessors(x.device), experts)
+    programs = min(programs, cdiv(n, TILE))
     shape = (experts, 1, 1) if per_expert else ()
     with on_device_of(x):
         amax = torch.empty((experts, programs), dtype=torch.int32, device=x.device)
         scale = torch.empty(shape, dtype=torch.float32, device=x.device)
         _amax_kernel[(programs, experts)](x, amax, n, TILE=TILE, num_warps=WARPS)
         _scale_kernel[(experts,)](
-            amax, scale, programs, 1 / (E4M3_MAX * fmt.elem_max), SPAN=triton.next_power_of_2(programs),
+            amax, scale, programs, 1 / (E4M3_MAX * fmt.elem_max), SPAN=next_power_of_2(programs),
             num_warps=4,
         )  # fmt: skip
     return scale

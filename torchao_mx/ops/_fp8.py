@@ -22,7 +22,6 @@ more accurate also for gradients; ``torch._scaled_grouped_mm`` takes nothing els
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 
 from torchao_mx.formats import MXFP4, BlockFormat
@@ -37,7 +36,7 @@ from torchao_mx.ops._fp8_weight import (
     row_flags,
 )
 from torchao_mx.ops._hopper import hopper_fp8_product, takes_hopper_fp8
-from torchao_mx.ops._launch import capability
+from torchao_mx.ops._launch import capability, cdiv
 from torchao_mx.reference import fp8 as definition
 
 MAX_SCRATCH_BYTES = 256 * 2**20
@@ -49,8 +48,8 @@ _COLUMNS_STEP = MXFP4.block_size  # columns are decoded in multiples of this
 def columns_at_a_time(experts: int, columns: int, reduced: int, max_scratch_bytes: int) -> int:
     """How many columns of every expert are decoded at once: equal parts, at least 32 columns."""
     fit = max(_COLUMNS_STEP, max_scratch_bytes // (experts * reduced))
-    width = triton.cdiv(columns, triton.cdiv(columns, fit))
-    width = triton.cdiv(width, _COLUMNS_STEP) * _COLUMNS_STEP
+    width = cdiv(columns, cdiv(columns, fit))
+    width = cdiv(width, _COLUMNS_STEP) * _COLUMNS_STEP
     if width > fit:  # rounding up passed the bound
         width = fit // _COLUMNS_STEP * _COLUMNS_STEP
     return min(width, columns)

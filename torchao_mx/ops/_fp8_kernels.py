@@ -9,7 +9,14 @@ import triton.language as tl
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._fp8_weight import load_values, words_of
-from torchao_mx.ops._launch import bytes_of, launched, multiprocessors, on_device_of
+from torchao_mx.ops._launch import (
+    bytes_of,
+    cdiv,
+    launched,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+)
 from torchao_mx.reference import fp8 as definition
 
 QUANTIZE_TILE = 4096
@@ -175,7 +182,7 @@ def quantize_rows(
         q_rows = torch.empty((n_rows, columns), dtype=dtype, device=x.device)
         scale_rows = torch.empty(n_rows, dtype=torch.float32, device=x.device)
         words = columns // 4
-        _gather_rows_kernel[(triton.cdiv(n_rows, GATHER_ROWS), triton.cdiv(words, GATHER_WORDS))](
+        _gather_rows_kernel[(cdiv(n_rows, GATHER_ROWS), cdiv(words, GATHER_WORDS))](
             q.view(torch.int32), scale, order, q_rows.view(torch.int32), scale_rows, n_rows, x.shape[0], words,
             top_k, ROWS=GATHER_ROWS, WORDS=GATHER_WORDS, num_warps=4,
         )  # fmt: skip
@@ -189,7 +196,7 @@ def permuted_rows(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tens
     columns each the first halves of the four runs of eight come first, then the second halves; in ``"pairs"``, of
     the backward kernel, the i-th pairs of the two runs of eight in 16 columns stand side by side.
     """
-    return _quantized(x, torch.float8_e4m3fn, triton.cdiv(x.shape[1], 128) * 128, order)
+    return _quantized(x, torch.float8_e4m3fn, cdiv(x.shape[1], 128) * 128, order)
 
 
 def _quantized(
@@ -198,10 +205,10 @@ def _quantized(
     tokens, columns = x.shape
     q = torch.empty((tokens, pitch), dtype=dtype, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    span = triton.next_power_of_2(pitch)
+    span = next_power_of_2(pitch)
     rows = max(1, QUANTIZE_TILE // span)
     with on_device_of(x):
-        _quantize_rows_kernel[(triton.cdiv(tokens, rows),)](
+        _quantize_rows_kernel[(cdiv(tokens, rows),)](
             x, bytes_of(q), scale, tokens, columns, x.stride(0), pitch, E4M3=dtype == torch.float8_e4m3fn,
             ORDER=order, PTX=x.is_cuda, ROWS=rows, SPAN=span, num_warps=min(32, max(4, span // 1024)),
         )  # fmt: skip
@@ -232,10 +239,8 @@ def recompute_flagged(
     words, scale = words_of(qdata, scale)
     n_rows, columns = y.shape
     experts, n, per_row = words.shape
-    programs = triton.cdiv(experts * triton.cdiv(columns, FLAGGED_TILE_N), FLAGGED_PAIRS)
-    shares = min(
-        triton.cdiv(2 * multiprocessors(y.device), programs), triton.cdiv(n_rows, FLAGGED_TILE_M)
-    )
+    programs = cdiv(experts * cdiv(columns, FLAGGED_TILE_N), FLAGGED_PAIRS)
+    shares = min(cdiv(2 * multiprocessors(y.device), programs), cdiv(n_rows, FLAGGED_TILE_M))
     rank = 0 if h is None else h.shape[1]
     with on_device_of(y):
         _flagged_columns_kernel[(programs, shares)](
@@ -248,6 +253,6 @@ def recompute_flagged(
             GATHER=order is not None, GROUPED=offs is not None, TRANSPOSE_WEIGHT=transpose_weight,
             HAS_LORA=rank > 0, HAS_BIAS=bias is not None, PAIRS=FLAGGED_PAIRS,
             TILE_M=FLAGGED_TILE_M, TILE_N=FLAGGED_TILE_N, TILE_K=FLAGGED_TILE_K,
-            RANK=min(MAX_RANKS, max(16, triton.next_power_of_2(rank))), DOT_DTYPE=dot_dtype,
+            RANK=min(MAX_RANKS, max(16, next_power_of_2(rank))), DOT_DTYPE=dot_dtype,
             num_warps=8,
         )  # fmt: skip

@@ -21,7 +21,7 @@ from torchao_mx.ops._fp8_weight import (
     column_scales,
     words_of,
 )
-from torchao_mx.ops._launch import launched, on_device_of
+from torchao_mx.ops._launch import cdiv, launched, next_power_of_2, on_device_of
 
 MAX_SPREAD = tl.constexpr(11)
 TILE_BLOCKS = 1024  # blocks of a tile of rows
@@ -122,14 +122,14 @@ def lowered_rows(
     """
     words, scale = words_of(qdata, scale)
     experts, rows, blocks = scale.shape
-    pitch = triton.cdiv(blocks, 4) * 4
+    pitch = cdiv(blocks, 4) * 4
     lowered = words.new_empty((experts, rows, pitch), dtype=torch.uint8)
     row_scale = words.new_empty((experts, rows), dtype=torch.float32)
     flag = words.new_empty((experts, rows), dtype=torch.int8)
-    span = triton.next_power_of_2(pitch)
+    span = next_power_of_2(pitch)
     tile_rows = max(1, TILE_BLOCKS // span)
     with on_device_of(words):
-        _lowered_kernel[(triton.cdiv(experts * rows, tile_rows),)](
+        _lowered_kernel[(cdiv(experts * rows, tile_rows),)](
             words, scale, lowered, row_scale, flag, offs, experts * rows, rows, blocks, pitch,
             *words.stride()[:2], *scale.stride()[:2], SELECTIVE=offs is not None, ROWS=tile_rows, BLOCKS=span,
             WORDS=WORDS, num_warps=4,
@@ -149,14 +149,14 @@ def lowered_columns(
     """
     words, scale = words_of(qdata, scale)
     experts, rows, blocks = scale.shape
-    chunks = triton.cdiv(rows, 128)
+    chunks = cdiv(rows, 128)
     lowered = words.new_empty((experts, blocks, chunks, 128), dtype=torch.uint8)
     column_scale = words.new_empty((experts, blocks * BLOCK), dtype=torch.float32)
     flag = words.new_empty((experts, blocks))
     largest = column_scales(scale, column_scale, flag, offs)
-    tile_blocks = min(32, triton.next_power_of_2(blocks))
+    tile_blocks = min(32, next_power_of_2(blocks))
     with on_device_of(words):
-        _lowered_columns_kernel[(experts * chunks * triton.cdiv(blocks, tile_blocks),)](
+        _lowered_columns_kernel[(experts * chunks * cdiv(blocks, tile_blocks),)](
             words, scale, lowered, largest, flag, offs, rows, blocks, *words.stride()[:2],
             *scale.stride()[:2], SELECTIVE=offs is not None, BLOCKS=tile_blocks, WORDS=WORDS, num_warps=4,
         )  # fmt: skip

@@ -20,7 +20,7 @@ import triton.language as tl
 
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _groups, _tile
-from torchao_mx.ops._launch import bytes_of, launched, on_device_of
+from torchao_mx.ops._launch import bytes_of, cdiv, launched, next_power_of_2, on_device_of
 from torchao_mx.reference import fp8 as definition
 
 BLOCK = MXFP4.block_size
@@ -306,10 +306,10 @@ def _rows(
     flag = flag[None] if flag.dim() == 1 else flag
     experts, rows, blocks = scale.shape
     fp8, row_scale = (words, words) if out is None else (out[0].view(torch.int32), out[1])
-    span = triton.next_power_of_2(blocks)
+    span = next_power_of_2(blocks)
     tile_rows = max(1, ROWS_TILE // (span * WORDS))
     with on_device_of(words):
-        _rows_kernel[(triton.cdiv(experts * rows, tile_rows),)](
+        _rows_kernel[(cdiv(experts * rows, tile_rows),)](
             words, scale, fp8, row_scale, flag, offs, experts * rows, rows, blocks, words.stride(0),
             words.stride(1), scale.stride(0), scale.stride(1), flag.stride(0),
             SELECTIVE=offs is not None, DECODE=out is not None, PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
@@ -333,7 +333,7 @@ def _columns(
     else:
         fp8, column_scale = out[0].view(torch.int32), out[1]
     largest = column_scales(scale, column_scale, flag, offs)
-    tiles = triton.cdiv(rows, COLUMNS_TILE_N) * triton.cdiv(blocks, COLUMNS_TILE_BLOCKS)
+    tiles = cdiv(rows, COLUMNS_TILE_N) * cdiv(blocks, COLUMNS_TILE_BLOCKS)
     with on_device_of(words):
         _columns_kernel[(experts * tiles,)](
             words, scale, fp8, largest, flag, offs, rows, blocks, words.stride(0), words.stride(1),
@@ -352,10 +352,10 @@ def column_scales(
     """The largest scale byte of each block of columns, int32 ``[E, K / 32]``; column_scale filled, flag zeroed."""
     experts, rows, blocks = scale.shape
     largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
-    tile_blocks = min(SCALES_BLOCKS, triton.next_power_of_2(blocks))
-    tile_rows = min(SCALES_TILE // tile_blocks, triton.next_power_of_2(rows))
+    tile_blocks = min(SCALES_BLOCKS, next_power_of_2(blocks))
+    tile_rows = min(SCALES_TILE // tile_blocks, next_power_of_2(rows))
     with on_device_of(scale):
-        _column_scales_kernel[(experts * triton.cdiv(blocks, tile_blocks),)](
+        _column_scales_kernel[(experts * cdiv(blocks, tile_blocks),)](
             scale, largest, column_scale, flag, offs, rows, blocks, scale.stride(0), scale.stride(1),
             flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=8,
         )  # fmt: skip

@@ -37,8 +37,10 @@ from torchao_mx.ops._launch import (
     DOT_DTYPES,
     bytes_of,
     capability,
+    cdiv,
     format_constants,
     launched,
+    next_power_of_2,
     on_device_of,
 )
 from torchao_mx.ops.quantize import per_tensor_kind
@@ -433,7 +435,7 @@ def fused_product(
     whole = reduced % tile.reduced == 0 and (transpose_weight or columns % tile.columns == 0)
     dot_dtype = DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the interpreter's only one
     with on_device_of(x):
-        _fused_kernel[(row_tiles * triton.cdiv(columns, tile.columns),)](
+        _fused_kernel[(row_tiles * cdiv(columns, tile.columns),)](
             x, words, scale, _contiguous(per_tensor_scale), offs, _contiguous(order), _contiguous(h),
             up, bias, y, scaling, n_rows, x.shape[0], row_tiles, n, k, max(1, n_groups), top_k, rank,
             x.stride(0), _expert_stride(words, 3) // word_unit, words.stride(-2) // word_unit,
@@ -442,7 +444,7 @@ def fused_product(
             TRANSPOSE_WEIGHT=transpose_weight, GROUPED=offs is not None,
             E_SPAN=_groups.span_of(offs), GATHERED=order is not None,
             PER_TENSOR=per_tensor_kind(per_tensor_scale), HAS_BIAS=bias is not None,
-            TILE_RANK=0 if rank == 0 else min(max(16, triton.next_power_of_2(rank)), MAX_TILE_RANK),
+            TILE_RANK=0 if rank == 0 else min(max(16, next_power_of_2(rank)), MAX_TILE_RANK),
             WORD_UNIT=word_unit, WHOLE=whole, PACKED=packed, DOT_DTYPE=dot_dtype, BAND=BAND,
             ROWS=tile.rows, COLUMNS=tile.columns, REDUCED=tile.reduced, RUN=tile.run,
             num_warps=tile.num_warps, num_stages=tile.num_stages,

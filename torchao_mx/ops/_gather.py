@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torchao_mx.ops._launch import launched, on_device_of
+from torchao_mx.ops._launch import cdiv, launched, next_power_of_2, on_device_of
 
 # A thread has 16 bytes of each row in flight; to be measured.
 COLUMNS, WARPS = 1024, 4
@@ -33,7 +33,7 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
     n_rows = order.shape[0]
     if n_rows:
         with on_device_of(order):
-            grid = (triton.cdiv(n_rows, INVERSE_TILE),)
+            grid = (cdiv(n_rows, INVERSE_TILE),)
             _inverse_kernel[grid](order.contiguous(), out, n_rows, TILE=INVERSE_TILE)
     return out
 
@@ -86,7 +86,7 @@ def sum_rows(
         y, inv = with_unit_rows(y), inverse(order) if inv is None else inv
         weights = None if weights is None else weights.contiguous()
         with on_device_of(y):
-            _sum_rows_kernel[(out.shape[0] * triton.cdiv(columns, COLUMNS),)](
+            _sum_rows_kernel[(out.shape[0] * cdiv(columns, COLUMNS),)](
                 y, inv, weights, out, n_rows, columns, y.stride(0), out.stride(0), WEIGHTED=weights is not None,
                 TOP_K=top_k, COLUMNS=COLUMNS, num_warps=WARPS,
             )  # fmt: skip
@@ -139,7 +139,7 @@ def combine_backward(
         with on_device_of(y):
             _combine_backward_kernel[(n_tokens,)](
                 dout, y, weights.contiguous(), inv, dy, dweights, n_rows, columns, dout.stride(0),
-                y.stride(0), TOP_K=top_k, K_SPAN=triton.next_power_of_2(top_k), COLUMNS=COLUMNS,
+                y.stride(0), TOP_K=top_k, K_SPAN=next_power_of_2(top_k), COLUMNS=COLUMNS,
                 num_warps=WARPS,
             )  # fmt: skip
     return dy, dweights

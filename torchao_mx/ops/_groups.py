@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from torchao_mx.ops._launch import cdiv, next_power_of_2
+
 
 def max_tiles(n_rows: int, n_groups: int, tile: int) -> int:
     """How many tiles :func:`tile_rows` finds at most, so a grid; ``n_groups=0`` for ungrouped rows.
@@ -23,7 +25,7 @@ def max_tiles(n_rows: int, n_groups: int, tile: int) -> int:
 
 def span_of(offs: torch.Tensor | None) -> int:
     """E_SPAN, the power of two that covers the groups."""
-    return 1 if offs is None else triton.next_power_of_2(offs.shape[0])
+    return 1 if offs is None else next_power_of_2(offs.shape[0])
 
 
 @triton.jit
@@ -66,7 +68,7 @@ def tile_rows(offs_ptr, n_rows, tile, E, E_SPAN: tl.constexpr, TILE: tl.constexp
 
 def max_slots(n_rows: int, n_groups: int, tile: int) -> int:
     """How many slots :func:`slot_rows` tells apart, so a grid; ``n_groups=0`` for ungrouped rows."""
-    return triton.cdiv(n_rows, tile) if n_groups == 0 else n_groups + n_rows // tile + 1
+    return cdiv(n_rows, tile) if n_groups == 0 else n_groups + n_rows // tile + 1
 
 
 @triton.jit

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import torch
-import triton
 
 from torchao_mx.formats import MXFP4, BlockFormat
-from torchao_mx.ops._launch import bytes_of, capability, multiprocessors, on_device_of
+from torchao_mx.ops._launch import (
+    bytes_of,
+    capability,
+    cdiv,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+)
 from torchao_mx.ops._skinny import add_splits, partial_sums
 
 # (rows a tile, rows of W a tile, stages, two operands, registers a thread or None)
@@ -42,7 +48,7 @@ def permuted(x: torch.Tensor) -> torch.Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     n_chunks = x.numel() // 64
     with on_device_of(x):
-        permute_kernel[(triton.cdiv(n_chunks, 32),)](
+        permute_kernel[(cdiv(n_chunks, 32),)](
             x, out, n_chunks, x.shape[1] // 64, x.stride(0), TILE=32, num_warps=4
         )
     return out
@@ -57,7 +63,7 @@ def paired_scales(scale: torch.Tensor) -> torch.Tensor:
 
     rows, columns = scale.shape[-2:]
     out = torch.empty((*scale.shape[:-2], columns, rows), dtype=torch.uint8, device=scale.device)
-    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns // 2, 32)
+    tiles = cdiv(rows, 128) * cdiv(columns // 2, 32)
     with on_device_of(scale):
         transpose_kernel[(tiles * (scale.numel() // (rows * columns)),)](
             scale.view(torch.uint16), out, rows, columns // 2, TILE_R=128, TILE_C=32, num_warps=4
@@ -145,8 +151,8 @@ def hopper_product(
         tile_columns, options = _hopper_backward.TILE_K.value, {}
     if registers is not None:
         options.update(maxnreg=registers)
-    slots = groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
-    programs = slots * triton.cdiv(y.shape[1], tile_columns)
+    slots = groups + n_rows // tile_t + 1 if offs is not None else cdiv(n_rows, tile_t)
+    programs = slots * cdiv(y.shape[1], tile_columns)
     if offs is not None:
         splits = 1
     elif splits is None:
@@ -166,7 +172,7 @@ def hopper_product(
         kernel[(programs * splits,)](
             x, *pointers, *numbers, GROUPED=offs is not None, GATHER=order is not None,
             RANK=1 if rank else 0, HAS_BIAS=bias is not None, TILE_T=tile_t, STAGES=stages,
-            TWO_OPERANDS=two, E_SPAN=triton.next_power_of_2(groups + 1), SPLITS=splits,
+            TWO_OPERANDS=two, E_SPAN=next_power_of_2(groups + 1), SPLITS=splits,
             num_warps=4, **options,
         )  # fmt: skip
         add_splits(sums, y, splits)
@@ -236,14 +242,14 @@ def hopper_fp8_product(
     else:
         kernel, qdata = _hopper_fp8_backward.fp8_backward_kernel, qdata.view(torch.int16)
         tile_columns = _hopper_fp8_backward.COLUMNS_A_WARP.value * warps
-    slots = n_groups + n_rows // tile_t + 1 if offs is not None else triton.cdiv(n_rows, tile_t)
+    slots = n_groups + n_rows // tile_t + 1 if offs is not None else cdiv(n_rows, tile_t)
     up_strides = (0, 0, 0)
     if up is not None:
         up_strides = (up.stride(0) if up.dim() == 3 else 0, *up.stride()[-2:])
     if registers is not None:
         options["maxnreg"] = registers
     with on_device_of(x8):
-        kernel[(slots * triton.cdiv(columns, tile_columns),)](
+        kernel[(slots * cdiv(columns, tile_columns),)](
             x8, x_scale, qdata, lowered, w_scale, y,
             y if offs is None else offs, y if order is None else order,
             y if h is None else h.contiguous(), y if up is None else up, y if bias is None else bias,
@@ -251,7 +257,7 @@ def hopper_fp8_product(
             *up_strides, bias.stride(0) if bias is not None and bias.dim() == 2 else 0, scaling,
             GROUPED=offs is not None, GATHER=order is not None, RANK=0 if h is None else 1,
             HAS_BIAS=bias is not None, TILE_T=tile_t, STAGES=stages, OPERANDS=operands,
-            E_SPAN=triton.next_power_of_2(max(1, n_groups) + 1), num_warps=warps, **options,
+            E_SPAN=next_power_of_2(max(1, n_groups) + 1), num_warps=warps, **options,
         )  # fmt: skip
     return y
 

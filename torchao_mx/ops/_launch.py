@@ -14,6 +14,17 @@ import triton.language as tl
 from torchao_mx.formats import BlockFormat
 
 
+# Triton's own are functions for kernels too, and cost the host some microseconds a call.
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n; 1 for n below."""
+    return 1 << max(0, n - 1).bit_length()
+
+
 @functools.lru_cache
 def capability(index: int) -> tuple[int, int]:
     """A GPU's compute capability; refuses one older than Ampere."""

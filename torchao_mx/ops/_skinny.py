@@ -19,7 +19,14 @@ import triton.language as tl
 
 from torchao_mx.ops import _groups
 from torchao_mx.ops._gather import combine_backward, inverse, sum_rows, with_unit_rows
-from torchao_mx.ops._launch import DOT_DTYPES, launched, multiprocessors, on_device_of
+from torchao_mx.ops._launch import (
+    DOT_DTYPES,
+    cdiv,
+    launched,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+)
 
 __all__ = [
     "add_splits", "combine_backward", "gram", "group_sum", "inverse", "low_rank", "partial_sums",
@@ -110,9 +117,9 @@ def low_rank(
     rows, tile_columns, ranks, stages = _low_rank_tile(
         n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device)
     )
-    programs = _groups.max_tiles(n_rows, n_groups, rows) * triton.cdiv(r, ranks)
+    programs = _groups.max_tiles(n_rows, n_groups, rows) * cdiv(r, ranks)
     splits = _splits(columns // MIN_COLUMNS_PER_SPLIT, programs, x.device)
-    stages = min(stages, 1 + triton.cdiv(columns, splits * tile_columns))
+    stages = min(stages, 1 + cdiv(columns, splits * tile_columns))
     sums = partial_sums(h, splits)
     with on_device_of(x):
         _low_rank_kernel[(programs * splits,)](
@@ -209,7 +216,7 @@ def gram(
         l, m = with_unit_rows(l), with_unit_rows(m)  # noqa: E741
         ranks = _rank_tile(r)
         rows, tile_columns, stages = _gram_tile(n_rows, n_groups, ranks, m.itemsize)
-        programs = triton.cdiv(columns, tile_columns) * triton.cdiv(r, ranks) * n_groups
+        programs = cdiv(columns, tile_columns) * cdiv(r, ranks) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, l.device)
         sums = partial_sums(out, splits)
         with on_device_of(l):
@@ -261,7 +268,7 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
     out = dy.new_empty((n_groups, n), dtype=dtype)
     if out.numel() != 0:
         dy = with_unit_rows(dy)
-        programs = triton.cdiv(n, SUM_COLUMNS) * n_groups
+        programs = cdiv(n, SUM_COLUMNS) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, dy.device)
         sums = partial_sums(out, splits)
         with on_device_of(dy):
@@ -303,9 +310,9 @@ def partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
 def add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
     """Add what :func:`partial_sums` gave room for to ``out``, in out's dtype; first to last."""
     if splits > 1:
-        grid = (triton.cdiv(out.numel(), REDUCE_TILE),)
+        grid = (cdiv(out.numel(), REDUCE_TILE),)
         _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=REDUCE_TILE)
 
 
 def _rank_tile(r: int) -> int:
-    return min(MAX_RANKS, max(16, triton.next_power_of_2(r)))
+    return min(MAX_RANKS, max(16, next_power_of_2(r)))

@@ -28,7 +28,7 @@ from torchao_mx.formats import BlockFormat
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._add import finish
 from torchao_mx.ops._gather import inverse, sum_rows, with_unit_rows
-from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
+from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.quantize import per_tensor_kind
 
@@ -157,7 +157,7 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
     experts, rows, words = qdata.shape
     pts = scale if w.per_tensor_scale is None else w.per_tensor_scale
     with on_device_of(out):
-        _decode_into_kernel[(triton.cdiv(rows * words, DECODE_TILE), experts)](
+        _decode_into_kernel[(cdiv(rows * words, DECODE_TILE), experts)](
             qdata, scale, pts, offs, out, rows * words, words, *qdata.stride()[:2],
             *scale.stride()[:2], out.stride(0) // 8, out.stride(1) // 8, SELECTIVE=offs is not None,
             PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
@@ -181,13 +181,13 @@ def slices(
         most = max_bytes // bytes_per_column
         step = SLICE_STEP if most >= SLICE_STEP else unit
         most = max(step, most // step * step)
-        width = min(most, round_up(triton.cdiv(columns, triton.cdiv(columns, most)), step))
+        width = min(most, round_up(cdiv(columns, cdiv(columns, most)), step))
     for first in range(0, columns, width):
         yield first, min(first + width, columns)
 
 
 def round_up(size: int, multiple: int) -> int:
-    return triton.cdiv(size, multiple) * multiple
+    return cdiv(size, multiple) * multiple
 
 
 def dense_product(
@@ -378,7 +378,7 @@ def _wide_rows_triton(
     x = with_unit_rows(x)
     rows = x.new_empty((n_rows, depth))
     rank = 0 if h is None else h.shape[1]
-    grid = (triton.cdiv(n_rows, WIDE_ROWS), triton.cdiv(depth, WIDE_COLUMNS))
+    grid = (cdiv(n_rows, WIDE_ROWS), cdiv(depth, WIDE_COLUMNS))
     with on_device_of(x):
         _wide_rows_kernel[grid](
             x, x if order is None else order, x if h is None else h.contiguous(), rows, n_rows,

@@ -14,7 +14,7 @@ from torchao_mx import reference
 from torchao_mx.checks import check_axis, check_high_precision
 from torchao_mx.formats import BlockFormat, format_by_name
 from torchao_mx.ops import _tile
-from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
+from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind
 
@@ -131,13 +131,13 @@ def _dequantize_triton(
         if axis == -1:
             words = qdata.view(torch.int32 if f.elem_bits == 4 else torch.int64)
             n_words = words.numel()
-            _dequantize_rows_kernel[(triton.cdiv(n_words, ROW_TILE),)](
+            _dequantize_rows_kernel[(cdiv(n_words, ROW_TILE),)](
                 words, scale, pts, out, n_words, n_words // max(1, qdata.shape[0]), TILE=ROW_TILE,
                 num_warps=ROW_WARPS, **common,
             )  # fmt: skip
         else:
             *_lead, m, k = out.shape
-            tiles = triton.cdiv(m, COLUMN_TILE_M) * triton.cdiv(k, COLUMN_TILE_K)
+            tiles = cdiv(m, COLUMN_TILE_M) * cdiv(k, COLUMN_TILE_K)
             grid = (tiles * (out.numel() // (m * k)),)
             _dequantize_columns_kernel[grid](
                 qdata,

@@ -17,6 +17,7 @@ from torchao_mx.formats import BlockFormat, ScaleCalculationMode, format_by_name
 from torchao_mx.ops import _tile
 from torchao_mx.ops._launch import (
     batched_rows,
+    cdiv,
     format_constants,
     launched,
     on_device_of,
@@ -144,7 +145,7 @@ def _fake_quantize_triton(
     with on_device_of(x):
         if quantized_axis_is_contiguous(x_BMK):
             layout = row_layout(x_BMK, f.block_size)
-            _fake_quantize_rows_kernel[(triton.cdiv(layout.n_blocks, ROW_TILE),)](
+            _fake_quantize_rows_kernel[(cdiv(layout.n_blocks, ROW_TILE),)](
                 layout.x, out_BMK, pts, layout.n_blocks, layout.blocks_per_row,
                 layout.x.stride(1), layout.blocks_per_batch, CONTIGUOUS=layout.contiguous,
                 TILE=ROW_TILE, num_warps=ROW_WARPS, **common,
@@ -152,7 +153,7 @@ def _fake_quantize_triton(
         else:
             x_BKM = x_BMK.mT
             batch, m, k = x_BKM.shape
-            tiles = triton.cdiv(m, COLUMN_BLOCKS * f.block_size) * triton.cdiv(k, COLUMN_TILE_K)
+            tiles = cdiv(m, COLUMN_BLOCKS * f.block_size) * cdiv(k, COLUMN_TILE_K)
             _fake_quantize_columns_kernel[(batch * tiles,)](
                 x_BKM, out_BMK, pts, m, k, x_BKM.stride(0), x_BKM.stride(1), BLOCKS=COLUMN_BLOCKS,
                 TILE_K=COLUMN_TILE_K, num_warps=COLUMN_WARPS, **common,

@@ -22,6 +22,7 @@ from torchao_mx.formats import MXFP4
 from torchao_mx.ops._fp8_weight import fp8_rows, load_values
 from torchao_mx.ops._launch import (
     bytes_of,
+    cdiv,
     has_fp8_instructions,
     launched,
     multiprocessors,
@@ -88,7 +89,7 @@ def recompute_flagged(
 ) -> None:
     """Overwrite the flagged rows and columns of ``y [M, N]`` by the product in bf16 (fp32 in tests)."""
     (m, n), words = y.shape, x[0].shape[1] // 4
-    tiles = triton.cdiv(m, 128) * triton.cdiv(n, 128)
+    tiles = cdiv(m, 128) * cdiv(n, 128)
     with on_device_of(y):
         _flagged_tiles_kernel[(min(tiles, multiprocessors(y.device)),)](
             x[0].view(torch.int32), bytes_of(x[1]), w[0].view(torch.int32), bytes_of(w[1]),

@@ -25,6 +25,7 @@ from torchao_mx.ops._amax import amax_scale
 from torchao_mx.ops._launch import (
     batched_rows,
     bytes_of,
+    cdiv,
     format_constants,
     holds_bf16_pairs,
     launched,
@@ -177,7 +178,7 @@ def _launch_rows(
     layout = row_layout(x_BMK, fmt.block_size)
     x = layout.x
     constants = format_constants(fmt, x.device)
-    grid = (triton.cdiv(layout.n_blocks, ROW_TILE),)
+    grid = (cdiv(layout.n_blocks, ROW_TILE),)
     scale_bytes = bytes_of(scale)
     common = dict(
         CONTIGUOUS=layout.contiguous,
@@ -224,7 +225,7 @@ def _launch_columns(
 ) -> None:
     """Blocks along M; K is contiguous."""
     batch, m, k = x_BMK.shape
-    tiles_m = triton.cdiv(m, COLUMN_BLOCKS * fmt.block_size)
+    tiles_m = cdiv(m, COLUMN_BLOCKS * fmt.block_size)
     scale_bytes = bytes_of(scale)
     constants = format_constants(fmt, x_BMK.device)
     common = dict(BLOCKS=COLUMN_BLOCKS, MODE=scaling_mode, num_warps=COLUMN_WARPS)
@@ -233,14 +234,14 @@ def _launch_columns(
             source = x_BMK.view(torch.int32)
             for unused in ("E8M0", "FP8_INSTRUCTIONS"):
                 del constants[unused]
-            grid = (batch * tiles_m * triton.cdiv(k // 2, COLUMN_TILE_PAIRS),)
+            grid = (batch * tiles_m * cdiv(k // 2, COLUMN_TILE_PAIRS),)
             _bf16x2.quantize_columns_kernel[grid](
                 source, qdata.view(torch.int16), scale_bytes, m, k, source.stride(0),
                 source.stride(1), TILE_K=COLUMN_TILE_PAIRS, **common, **constants,
             )  # fmt: skip
         else:
             pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
-            grid = (batch * tiles_m * triton.cdiv(k, COLUMN_TILE_K),)
+            grid = (batch * tiles_m * cdiv(k, COLUMN_TILE_K),)
             _quantize_columns_kernel[grid](
                 x_BMK, qdata.view(torch.int32), scale_bytes, pts, m, k, x_BMK.stride(0),
                 x_BMK.stride(1), PER_TENSOR=per_tensor_kind(per_tensor_scale),

@@ -30,7 +30,7 @@ from torchao_mx.formats import (
     format_by_name,
 )
 from torchao_mx.ops import _both_tile
-from torchao_mx.ops._launch import bytes_of, format_constants, launched, on_device_of
+from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.matmul import spec_strings
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind, rounds_products
@@ -218,7 +218,7 @@ def _launch(
         return qdata, scale, x if values is None else values
 
     k = x.shape[1]
-    grid = (triton.cdiv(n_rows, TILE_M) * triton.cdiv(k, TILE_K),)
+    grid = (cdiv(n_rows, TILE_M) * cdiv(k, TILE_K),)
     with on_device_of(x):
         _quantize_both_kernel[grid](
             x, x if index is None else index, x if seed is None else seed,

@@ -29,7 +29,7 @@ from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.ops import _groups, _skinny
 from torchao_mx.ops._arguments import as_rows, check_on_device_of, operands
 from torchao_mx.ops._gather import with_unit_rows
-from torchao_mx.ops._launch import launched, on_device_of
+from torchao_mx.ops._launch import cdiv, launched, next_power_of_2, on_device_of
 from torchao_mx.ops._library import define_op
 
 # A program finds its expert and loads the bias once for ROWS * STEPS rows. Of 65,536 rows of 2 x 2,880 columns, gpt-oss's
@@ -164,8 +164,8 @@ def _grid_and_constants(
 ) -> tuple[tuple[int], dict[str, Any]]:
     n_groups = 0 if offs is None else offs.shape[0]
     slots = _groups.max_slots(x.shape[0], n_groups, ROWS * STEPS)
-    return (slots * triton.cdiv(x.shape[1] // 2, COLUMNS),), dict(
-        GROUPED=offs is not None, E_SPAN=triton.next_power_of_2(n_groups + 1),
+    return (slots * cdiv(x.shape[1] // 2, COLUMNS),), dict(
+        GROUPED=offs is not None, E_SPAN=next_power_of_2(n_groups + 1),
         HAS_BIAS=bias is not None, LIMITED=limit is not None, INTERLEAVED=interleaved, ROWS=ROWS,
         COLUMNS=COLUMNS, STEPS=STEPS, num_warps=WARPS,
     )  # fmt: skip
