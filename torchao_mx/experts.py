@@ -7,24 +7,52 @@ No model library is imported: a module is known by its parameters and flags. ::
     torchtitan        w1, w2, w3 [E, out, in]          (rows in the order of the experts, rows an expert)
 
 A layout's ``forward`` runs the pipeline of ``moe.py`` for an :class:`MXExperts`, the module of ours that
-stands in for the source, with its attributes.
+stands in for the source, with its attributes. Parameters may be DTensors that hold a part of the experts on
+each rank; the products see the local part.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 from torchao_mx import moe, ops
 from torchao_mx.checks import check_blocks, check_high_precision
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.modules import twin_of
 from torchao_mx.tensor import MXTensor
+
+
+class LocalExperts(Protocol):
+    """What a rank computes with its own E' experts."""
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``(x [R, H], ids [R, k] below E', weights [R, k]) -> [R, H]``."""
+
+
+class Exchange(Protocol):
+    """How a module whose experts are split over ranks reaches those of the others.
+
+    :class:`torchao_mx.distributed.ExpertParallel` gives a module one.
+    """
+
+    def routed(
+        self, experts: LocalExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``(hidden [T, H], ids [T, k] of all E experts, weights [T, k]) -> [T, H]``."""
+
+    def grouped(
+        self, experts: LocalExperts, rows: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """``(rows [R, H] in the order of all E experts, counts [E]) -> [R, H]``, in that order."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +82,20 @@ class Layout:
         gate: moe.Activation,
     ) -> torch.Tensor:
         """``moe.experts`` of two weights."""
-        up, down = (module.weight(name) for name in self.weights)
-        up_bias, down_bias = [getattr(module, name) for name in self.biases] or (None, None)
-        return moe.experts(
-            hidden, ids, weights, up, down, gate, n_experts=module.n_experts,
-            transpose_weight=not self.transposed, gate_up_bias=up_bias, down_bias=down_bias,
-            **module.options,
-        )  # fmt: skip
+
+        def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            up, down = (module.weight(name) for name in self.weights)
+            biases = [local_of(getattr(module, name)) for name in self.biases]
+            up_bias, down_bias = biases or (None, None)
+            return moe.experts(
+                x, ids, weights, up, down, gate, n_experts=module.n_experts,
+                transpose_weight=not self.transposed, gate_up_bias=up_bias, down_bias=down_bias,
+                **module.options,
+            )  # fmt: skip
+
+        if module.exchange is None:
+            return experts(hidden, ids, weights)
+        return module.exchange.routed(experts, hidden, ids, weights)
 
 
 @dataclass(frozen=True)
@@ -102,23 +137,41 @@ class TitanLayout(Layout):
     def forward(
         self, module: MXExperts, x: torch.Tensor, num_tokens_per_expert: torch.Tensor
     ) -> torch.Tensor:
-        offs = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+        if module.exchange is None:
+            offs = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
+            return self._products(module, x, offs, None)
+
+        def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+            order, offs = ops.route(ids, module.n_experts)
+            return ops.combine(self._products(module, x, offs, order), weights, order)
+
+        return module.exchange.grouped(experts, x, num_tokens_per_expert)
+
+    def _products(
+        self, module: MXExperts, x: torch.Tensor, offs: torch.Tensor, order: torch.Tensor | None
+    ) -> torch.Tensor:
         gate, up, down = (module.weight(name) for name in self.weights)
         options = {"transpose_weight": True} | module.options
-        gate = F.silu(moe.grouped_linear(x, gate, offs, **options))
-        rows = gate * moe.grouped_linear(x, up, offs, **options)
+        gate = F.silu(moe.grouped_linear(x, gate, offs, order=order, **options))
+        rows = gate * moe.grouped_linear(x, up, offs, order=order, **options)
         return moe.grouped_linear(rows, down, offs, **options)
 
 
 def gate_of(module: Any, cls: type) -> moe.Activation:
     """The ``_apply_gate`` of ``cls``, with module's attributes; as one op where that knows it."""
-    gate = getattr(cls._apply_gate, "__qualname__", "")
+    gate = _gate_name(cls)
     if gate == "GptOssExperts._apply_gate":
         return gpt_oss_gate(module)
     is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
     if gate == "_default_apply_gate" and is_silu:
         return lambda gate_up, offs: ops.swiglu(gate_up)
     return lambda gate_up, offs: cls._apply_gate(module, gate_up)
+
+
+@torch.compiler.assume_constant_result
+def _gate_name(cls: type) -> str:
+    """Not traced: to torch.compile (2.13) a ``__qualname__`` equals no string, and gates would be unknown."""
+    return getattr(cls._apply_gate, "__qualname__", "")
 
 
 def gpt_oss_gate(module: Any) -> moe.Activation:
@@ -149,6 +202,7 @@ class MXExperts(nn.Module):
 
     layout: Layout
     source_class: type[nn.Module]
+    exchange: Exchange | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -165,15 +219,20 @@ class MXExperts(nn.Module):
 
     @property
     def n_experts(self) -> int:
-        return self._parameters[self.layout.weights[0]].shape[0]
+        """E; of experts that are split over ranks those of this one."""
+        return self.local_parameter(self.layout.weights[0]).shape[0]
+
+    def local_parameter(self, name: str) -> torch.Tensor:
+        """The parameter ``name``; of a DTensor its part on this rank, through which gradients go."""
+        return local_of(self._parameters[name])
 
     def weight(self, name: str) -> moe.Weight:
         """What the products take for the weight ``name``, stored as the source stores it."""
-        return self._parameters[name]
+        return self.local_parameter(name)
 
     def base(self, name: str) -> torch.Tensor:
-        """The weight ``name`` as ``[E, out, in]``."""
-        weight = self._parameters[name]
+        """The weight ``name`` as ``[E, out, in]``, E as in :attr:`n_experts`."""
+        weight = self.local_parameter(name)
         return weight.mT if self.layout.transposed else weight
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -182,7 +241,9 @@ class MXExperts(nn.Module):
 
     def shapes_repr(self) -> str:
         """The source's name and its weights' shapes."""
-        shapes = (f"{n}={tuple(self._parameters[n].shape)}" for n in self.layout.weights)
+        shapes = [f"{n}={tuple(self._parameters[n].shape)}" for n in self.layout.weights]
+        if self.exchange is not None:
+            shapes.append(str(self.exchange))
         return f"{self.source_class.__name__}: {', '.join(shapes)}"
 
     def extra_repr(self) -> str:
@@ -190,13 +251,40 @@ class MXExperts(nn.Module):
         return f"{self.shapes_repr()}, weight={weight._quantization_type()}"
 
 
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor, differentiably; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``local`` as this rank's part of a DTensor, split as ``tensor`` is; itself if that is not split."""
+    if not isinstance(tensor, DTensor):
+        return local
+    return split_experts(local, tensor.device_mesh, tensor.placements, tensor.shape[0])
+
+
+def split_experts(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], n_experts: int
+) -> DTensor:
+    """The DTensor ``[n_experts, ...]`` of which ``local``, dense, is this rank's part."""
+    shape = torch.Size((n_experts, *local.shape[1:]))
+    # FSDP2 takes what is contiguous. Packed weights whose blocks lie dense are, transposed or not.
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
 def pack(
     weight: torch.Tensor,
     transposed: bool,
     spec: QuantizeSpec,
     activation: QuantizeSpec | None = None,
-) -> MXTensor:
-    """``[E, out, in]`` (``[E, in, out]`` if transposed) in blocks along ``in``, of the same shape."""
+) -> torch.Tensor:
+    """``[E, out, in]`` (``[E, in, out]`` if transposed) in blocks along ``in``, of the same shape.
+
+    A DTensor that is split along E stays one.
+    """
+    if isinstance(weight, DTensor):
+        return placed_like(pack(weight.to_local(), transposed, spec, activation), weight)
     stored = weight.mT.contiguous() if transposed else weight
     packed = MXTensor.from_hp(stored, spec.format, spec.scaling_mode, activation=activation)
     return packed.mT if transposed else packed
@@ -227,7 +315,7 @@ def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeS
     layout, kind = layout_of(module), type(module).__name__
     check_biases(module)
     for name in layout.weights:
-        data, what = module._parameters[name].detach(), f"{kind}.{name}"
+        data, what = local_of(module._parameters[name]).detach(), f"{kind}.{name}"
         if isinstance(data, MXTensor):
             raise TypeError(
                 f"{what} is an MXTensor already; quantize from high-precision weights, or leave this module "
@@ -251,7 +339,8 @@ def check_biases(module: nn.Module) -> None:
 
 def is_packed(module: nn.Module) -> bool:
     """Whether all weights of a module of experts are MXTensors."""
-    return all(isinstance(module._parameters[n], MXTensor) for n in layout_of(module).weights)
+    weights = (module._parameters[name] for name in layout_of(module).weights)
+    return all(isinstance(local_of(weight), MXTensor) for weight in weights)
 
 
 def layout_of(module: nn.Module) -> Layout | None:

@@ -18,7 +18,13 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_mx.checks import check_blocks, check_high_precision
-from torchao_mx.experts import check_experts, is_experts, is_packed, quantize_experts
+from torchao_mx.experts import (
+    check_experts,
+    is_experts,
+    is_packed,
+    local_of,
+    quantize_experts,
+)
 from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
 from torchao_mx.tensor import MXTensor
 
@@ -267,7 +273,9 @@ def quantize_linear(
 
 
 def _extra_repr(module: Any) -> str:
-    return f"{type(module).extra_repr(module)}, weight={module.weight._quantization_type()}"
+    return (
+        f"{type(module).extra_repr(module)}, weight={local_of(module.weight)._quantization_type()}"
+    )
 
 
 @register_quantize_module_handler(MXWeightOnlyConfig)

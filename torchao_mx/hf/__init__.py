@@ -3,6 +3,7 @@
     from_pretrained, save_pretrained    a model with its experts in MXFP4, from the file on and back
     load_adapter, save_adapter          the adapters beside them, in PEFT's format
     merge_adapter                       adapters added to the packed weights, and what that costs (MergeError)
+    save_distributed                    likewise, of what torch.distributed.checkpoint saved
 
 On the command line ``torchao-mx`` (``cli.py``) inspects checkpoints, quantizes them and merges adapters.
 
@@ -23,6 +24,7 @@ from torchao_mx.hf._adapter import load_adapter, save_adapter  # noqa: E402
 from torchao_mx.hf._load import from_pretrained  # noqa: E402  after the version is known to work
 from torchao_mx.hf._merge import MergeError, merge_adapter  # noqa: E402
 from torchao_mx.hf._save import save_pretrained  # noqa: E402
+from torchao_mx.hf._save_sharded import save_distributed  # noqa: E402
 
 __all__ = [
     "MergeError",
@@ -30,5 +32,6 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "save_adapter",
+    "save_distributed",
     "save_pretrained",
 ]

@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 
@@ -74,7 +76,10 @@ def _adapters(model: nn.Module) -> Iterator[Adapter]:
 
 
 def _to_peft(adapter: Adapter) -> dict[str, torch.Tensor]:
-    a, b = adapter.lora_a.detach(), adapter.lora_b.detach()
+    a, b = (
+        t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        for t in (adapter.lora_a, adapter.lora_b)
+    )
     if a.dim() == 3:
         a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
     return {f"{adapter.key}lora_A.weight": a, f"{adapter.key}lora_B.weight": b}
@@ -131,6 +136,9 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Save a model's adapters as PEFT does, for PEFT, vLLM or :func:`load_adapter`.
 
+    Adapters that FSDP2 or :class:`torchao_mx.distributed.ExpertParallel` has split are gathered: then all
+    ranks call this, and rank 0 writes.
+
     Args:
         model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts`, of one config.
         path: a folder; ``adapter_config.json`` and ``adapter_model.safetensors`` in it are replaced.
@@ -138,11 +146,21 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
     Raises:
         ValueError: no adapters, or some of another rank or scale than others.
     """
-    config = _config_of(model)
-    tensors = {}
-    for adapter in _adapters(model):
+    config, tensors = _config_of(model), {}
+    adapters = list(_adapters(model))
+    for adapter in adapters:
         tensors |= {key: t.contiguous().cpu() for key, t in _to_peft(adapter).items()}
-    folder = Path(path)
+    if not any(isinstance(adapter.lora_a, DTensor) for adapter in adapters):
+        _write(tensors, config, Path(path))
+        return
+    try:
+        if dist.get_rank() == 0:
+            _write(tensors, config, Path(path))
+    finally:
+        dist.barrier()
+
+
+def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
         files = Path(temporary)
@@ -155,7 +173,8 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 def load_adapter(model: nn.Module, path: str | Path) -> None:
     """Load what :func:`save_adapter` or PEFT saved into a model's adapters; all is checked first.
 
-    An adapter that PEFT trained on gpt-oss under transformers 4 is converted.
+    An adapter that PEFT trained on gpt-oss under transformers 4 is converted. Where the model's adapters are
+    split over ranks each takes its part.
 
     Args:
         model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts` where the file has adapters, of its rank
@@ -174,6 +193,11 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for adapter, pair in zip(adapters, pairs, strict=True):
             for parameter, value in zip((adapter.lora_a, adapter.lora_b), pair, strict=True):
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(
+                        value.to(parameter.device, parameter.dtype), parameter.device_mesh,
+                        parameter.placements, src_data_rank=None,
+                    )  # fmt: skip
                 parameter.copy_(value)
 
 

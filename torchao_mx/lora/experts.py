@@ -16,7 +16,14 @@ import torch
 from torch import nn
 
 from torchao_mx.checks import check_blocks, check_high_precision
-from torchao_mx.experts import MXExperts, check_biases, layout_of, pack
+from torchao_mx.experts import (
+    MXExperts,
+    check_biases,
+    layout_of,
+    local_of,
+    pack,
+    placed_like,
+)
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
 from torchao_mx.moe import AdaptedWeight
 from torchao_mx.qat.experts import MXFakeQuantizedExperts
@@ -73,7 +80,7 @@ class MXLoRAExperts(MXExperts):
 
     def _add_weight(self, name: str, weight: torch.Tensor) -> None:
         config = self.lora_config
-        if not isinstance(weight, MXTensor):
+        if not isinstance(local_of(weight), MXTensor):
             weight = pack(weight, self.layout.transposed, config.weight_spec)
         self._parameters[name] = nn.Parameter(weight, requires_grad=False)
         experts, n, k = self.base(name).shape
@@ -82,15 +89,15 @@ class MXLoRAExperts(MXExperts):
             torch.empty(experts, config.r, k, **options),
             torch.empty(experts, n, config.r, **options),
         )
-        self.register_parameter(f"{name}_lora_A", nn.Parameter(a))
-        self.register_parameter(f"{name}_lora_B", nn.Parameter(b))
+        self.register_parameter(f"{name}_lora_A", nn.Parameter(placed_like(a, weight)))
+        self.register_parameter(f"{name}_lora_B", nn.Parameter(placed_like(b, weight)))
 
     def reset_parameters(self) -> None:
         """Initialise the adapters, each expert's as those of a linear layer."""
         for name in self.layout.weights:
-            for a in self._parameters[f"{name}_lora_A"].detach():
+            for a in self.local_parameter(f"{name}_lora_A").detach():
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            nn.init.zeros_(self._parameters[f"{name}_lora_B"])
+            nn.init.zeros_(self.local_parameter(f"{name}_lora_B").detach())
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,12 +112,15 @@ class MXLoRAExperts(MXExperts):
 
     def weight(self, name: str) -> AdaptedWeight:
         """The weight ``name`` with its adapters."""
-        a, b = self._parameters[f"{name}_lora_A"], self._parameters[f"{name}_lora_B"]
-        return AdaptedWeight(self._parameters[name], a, b, self.lora_config.scaling)
+        a, b = (self.local_parameter(f"{name}_lora_{side}") for side in "AB")
+        return AdaptedWeight(self.local_parameter(name), a, b, self.lora_config.scaling)
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> torch.Tensor:
-        """``W + s B A`` of the weight ``name``, in its dtype and shape; summed in fp32, rounded once."""
+        """``W + s B A`` of the weight ``name``, in its dtype and shape; summed in fp32, rounded once.
+
+        Of experts that are split over ranks it is this rank's.
+        """
         _, *adapters = self.weight(name)
         return LoRATensor(self.base(name), *adapters, self.layout.transposed).dequantize()
 
@@ -149,9 +159,8 @@ def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> Non
         )
     check_biases(module)
     for weight_name in layout.weights:
-        _check_weight(
-            f"{name}.{weight_name}", module._parameters[weight_name].detach(), layout, config
-        )
+        weight = local_of(module._parameters[weight_name]).detach()
+        _check_weight(f"{name}.{weight_name}", weight, layout, config)
 
 
 def _check_weight(

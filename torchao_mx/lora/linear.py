@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from torchao_mx import ops
+from torchao_mx.experts import local_of
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
 from torchao_mx.modules import twin_of
 from torchao_mx.ptq import check_linear, is_linear
@@ -172,7 +173,7 @@ class MXLoRALinear(nn.Linear):
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         """Refuse a weight of the other kind, which ``assign=True`` would put in place."""
         weight = state_dict.get(f"{prefix}weight")
-        if weight is not None and isinstance(weight, MXTensor) == self.merged:
+        if weight is not None and isinstance(local_of(weight), MXTensor) == self.merged:
             todo = (
                 "call unmerge() on this layer first"
                 if self.merged
@@ -185,7 +186,7 @@ class MXLoRALinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        weight = self.packed_weight if self.merged else self.weight
+        weight = local_of(self.packed_weight if self.merged else self.weight)
         text = f"{super().extra_repr()}, {self.config.repr_of(weight._quantization_type())}"
         return f"{text}, merged" if self.merged else text
 

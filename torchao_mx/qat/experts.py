@@ -24,6 +24,7 @@ from torchao_mx.formats import QuantizeSpec
 from torchao_mx.ops._unpack import aligned_rows
 from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
 from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.tensor import MXTensor
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -65,6 +66,16 @@ class _WeightGradient(torch.autograd.Function):
             None,
             None,
         )  # y, weight, x, offs, order, activation, its mode
+
+
+def _packed(weight: torch.Tensor, spec: QuantizeSpec) -> tuple[torch.Tensor, ...]:
+    """(qdata, scale, per-tensor scale) of a weight ``[E, out, in]``, which FSDP2 may have gathered packed."""
+    if isinstance(weight, MXTensor):
+        return weight.qdata, weight.scale, weight.per_tensor_scale
+    stored, pts = weight.contiguous(), None
+    if spec.format.has_per_tensor_scale:
+        pts = ops.per_tensor_scale(stored, spec.format, True)
+    return *ops.quantize(stored, spec.format, spec.scaling_mode, per_tensor_scale=pts), pts
 
 
 class MXFakeQuantizedExperts(MXExperts):
@@ -138,13 +149,7 @@ class MXFakeQuantizedExperts(MXExperts):
     ) -> torch.Tensor:
         weight, spec, activation = self.base(name), self.weight_config.spec, self.activation_spec
         with torch.no_grad():
-            stored = weight.contiguous()
-            pts = None
-            if spec.format.has_per_tensor_scale:
-                pts = ops.per_tensor_scale(stored, spec.format, True)
-            qdata, scale = ops.quantize(
-                stored, spec.format, spec.scaling_mode, per_tensor_scale=pts
-            )
+            qdata, scale, pts = _packed(weight.detach(), spec)
         y = ops.grouped_mm(
             x, qdata, scale, spec.format, offs, order=order, bias=bias, per_tensor_scale=pts,
             activation=activation,

@@ -32,6 +32,7 @@ from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale, quantize_op, quantize_with_values_op
 from torchao_mx.ptq import check_linear
 from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.tensor import MXTensor
 
 _Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # qdata, scale, per-tensor scale
 
@@ -40,6 +41,9 @@ def _pack(
     x: torch.Tensor, fmt: str, scaling_mode: str, dtype: torch.dtype
 ) -> tuple[_Packed, torch.Tensor]:
     """``x`` packed, and its dequantized values in ``dtype``."""
+    if isinstance(x, MXTensor):
+        packed = x.qdata, x.scale, x.per_tensor_scale
+        return packed, _unpack(packed, fmt, dtype)
     f = format_by_name(fmt)
     pts = per_tensor_scale(x, f) if f.has_per_tensor_scale else None
     qdata, scale, values = quantize_with_values_op(x, fmt, scaling_mode, dtype, pts)
@@ -52,7 +56,10 @@ def _unpack(packed: _Packed, fmt: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _FakeQuantizedLinear(torch.autograd.Function):
-    """x [M, K] and bias [N] in the compute dtype, weight [N, K] in its own."""
+    """x [M, K] and bias [N] in the compute dtype, weight [N, K] in its own.
+
+    A weight that FSDP2 gathered packed is an MXTensor; its gradient is a plain tensor.
+    """
 
     @staticmethod
     def forward(
@@ -66,7 +73,10 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         activation_mode: str,
     ) -> torch.Tensor:
         if takes_mxfp4_product(x, len(weight), weight_format, activation_format):
-            w_packed = *quantize_op(weight, weight_format, weight_mode, -1, None), None
+            if isinstance(weight, MXTensor):
+                w_packed = weight.qdata, weight.scale, None
+            else:
+                w_packed = *quantize_op(weight, weight_format, weight_mode, -1, None), None
             x_saved = *quantize_op(x, activation_format, activation_mode, -1, None), None
             y = mxfp4_product_op(*x_saved[:2], *w_packed[:2], bias)
         else:

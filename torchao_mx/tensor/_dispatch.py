@@ -10,7 +10,6 @@ What would cut a block, or leave the packed axis elsewhere than on one of the la
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import torch
 from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchao_mx.checks import HIGH_PRECISION_DTYPES
+from torchao_mx.tensor._fsdp import moved, noted_shard, outside_inference
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 aten = torch.ops.aten
@@ -30,12 +30,7 @@ def _implements(*overloads):
     def decorator(fn):
         @MXTensor.implements(list(overloads))
         def _(func, types, args, kwargs):
-            # A view of a tensor from outside inference mode may not be an inference tensor, which
-            # a wrapper made inside that mode would be.
-            leave = (
-                func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference()
-            )
-            with torch.inference_mode(False) if leave else contextlib.nullcontext():
+            with outside_inference(func, args):
                 out = fn(*args, **kwargs)
             return return_and_correct_aliasing(func, args, kwargs, out)
 
@@ -161,8 +156,11 @@ def _to_copy(
     """Another device, or another logical dtype: the packed bytes stay what they are."""
     dtype = _logical_dtype(x, dtype)
     options = {"device": device, "pin_memory": pin_memory, "non_blocking": non_blocking}
-    out = _map_all(x, lambda t: aten._to_copy.default(t, **options))
-    return out.replace(orig_dtype=dtype)
+
+    def move(t):
+        return _map_all(t, lambda d: aten._to_copy.default(d, **options)).replace(orig_dtype=dtype)
+
+    return moved(x, move)
 
 
 @_implements(aten.empty_like.default)
@@ -185,7 +183,7 @@ def _is_pinned(x, device=None):
 
 @_implements(aten._pin_memory.default)
 def _pin_memory(x, device=None):
-    return _map_all(x, lambda t: t.pin_memory())
+    return moved(x, lambda t: _map_all(t, lambda d: d.pin_memory()))
 
 
 def _differences(a: MXTensor, b: MXTensor) -> list[str]:
@@ -196,7 +194,9 @@ def _differences(a: MXTensor, b: MXTensor) -> list[str]:
 
 
 def _values_a_scale(x: MXTensor) -> int:
-    return 0 if x.per_tensor_scale is None else x.numel() // x.per_tensor_scale.numel()
+    if x.per_tensor_scale is None:
+        return 0
+    return x.numel() // max(1, x.per_tensor_scale.numel())  # a shard may have no experts
 
 
 @_implements(aten.copy_.default)
@@ -220,7 +220,8 @@ def _copy_(x, src, non_blocking=False):
             f"alike, or assign instead of copying: load_state_dict(..., assign=True)"
         )
     base = x._base if x._is_view() else x
-    if _values_a_scale(x) < _values_a_scale(base):
+    is_shard = getattr(base, "is_padded_shard", False)  # whose other rows are padding
+    if _values_a_scale(x) < _values_a_scale(base) and not is_shard:
         raise ValueError(
             f"copy_ into {x}, a part of {base}: the source's per_tensor_scale would become that of "
             f"the other parts too; clone() the part, or give experts a scale each (torch.stack)"
@@ -294,6 +295,8 @@ def _squeeze(x, dim):
 @_implements(aten.view.default, aten._unsafe_view.default)
 def _view(x, size):
     size = list(size)
+    if size == [-1]:
+        return _alias(x)  # what FSDP2 keeps of a shard and, of one that gathers itself, never reads
     if -1 in size:
         i = size.index(-1)
         size[i] = x.numel() // max(1, math.prod(size[:i] + size[i + 1 :]))
@@ -360,7 +363,8 @@ def _unbind(x, dim=0):
 def _slice(x, dim=0, start=None, end=None, step=1):
     dim = _axis(dim, x.dim())
     if dim != _packed(x):
-        return _along_axis(x, dim, lambda t: aten.slice.Tensor(t, dim, start, end, step))
+        out = _along_axis(x, dim, lambda t: aten.slice.Tensor(t, dim, start, end, step))
+        return noted_shard(out, x) if dim == 0 and not start else out
     length, block = x.shape[dim], x.format.block_size
     start, end = (_clamp(i, length, default) for i, default in ((start, 0), (end, length)))
     if step != 1 or start % block or end % block:

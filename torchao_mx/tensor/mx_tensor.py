@@ -32,9 +32,10 @@ from torchao_mx.formats import (
     check_scaling_mode,
     format_by_name,
 )
+from torchao_mx.tensor._fsdp import UNSAVED, PackedAllGather
 
 
-class MXTensor(TorchAOBaseTensor):
+class MXTensor(PackedAllGather, TorchAOBaseTensor):
     """A tensor stored in a block format; it reports the shape, strides and dtype of its values.
 
     ``value[..., n, k] = element[..., n, k] * scale[..., n, k // block_size] (* per_tensor_scale)``
@@ -335,9 +336,10 @@ class MXTensor(TorchAOBaseTensor):
     def __getstate__(self) -> dict:
         """The fields in plain types, so that loading has no class to trust but this one.
 
-        Formats go by name, and 1-byte dtypes as uint8 (the standard pickle cannot load float8).
+        Formats go by name, 1-byte dtypes as uint8 (the standard pickle cannot load float8).
         """
-        state = dict(self.__dict__, format=self.format.name)
+        state = {k: v for k, v in self.__dict__.items() if k not in UNSAVED}
+        state["format"] = self.format.name
         state.update(qdata=self.qdata.view(torch.uint8), scale=self.scale.view(torch.uint8))
         if self.activation is not None:
             mode = self.activation.scaling_mode.value

@@ -1,0 +1,122 @@
+"""Tests on several processes: one function, run by each rank of a process group.
+
+``run_ranks`` runs a function of a module's top level as every rank; ``each_backend`` gives a test its backend,
+gloo on the CPU or, marked ``gpu``, NCCL. A rank's error fails the test with its traceback. Processes are kept
+for the tests that follow, as starting them takes longer than most tests do; after a failure new ones start.
+"""
+
+import atexit
+import multiprocessing as mp
+import os
+import pickle
+import queue
+import shutil
+import tempfile
+import time
+import traceback
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+TIMEOUT = 180  # seconds for all ranks together
+PATIENCE = 2  # seconds in which ranks that failed with the first are heard
+each_backend = pytest.mark.parametrize(
+    "backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
+)
+_kept = {}
+
+
+def run_ranks(function, ranks, *args, backend="gloo", timeout=TIMEOUT):
+    """``[function(device, *args) of each rank]``, of ``ranks`` processes that form a group.
+
+    What it takes and returns has to pickle. Skips where NCCL has fewer GPUs than ranks.
+    """
+    if backend == "nccl" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs, there are {torch.cuda.device_count()}")
+    key = ranks, backend
+    if key not in _kept:
+        _kept[key] = Ranks(ranks, backend)
+        atexit.register(_kept[key].stop)
+    try:
+        return _kept[key].run(function, args, timeout)
+    except BaseException:
+        _kept.pop(key).stop()
+        raise
+
+
+class Ranks:
+    """``ranks`` processes in a group of ``backend``."""
+
+    def __init__(self, ranks, backend="gloo"):
+        context = mp.get_context("spawn")
+        self.folder = tempfile.mkdtemp()
+        self.results = context.Queue()
+        self.tasks = [context.Queue() for _ in range(ranks)]
+        store = os.path.join(self.folder, "store")
+        self.processes = [
+            context.Process(
+                target=_serve, args=(rank, ranks, backend, store, tasks, self.results), daemon=True
+            )
+            for rank, tasks in enumerate(self.tasks)
+        ]
+        for process in self.processes:
+            process.start()
+
+    def start(self, function, *args):
+        for tasks in self.tasks:
+            tasks.put((function, args))
+
+    def run(self, function, args=(), timeout=TIMEOUT):
+        self.start(function, *args)
+        deadline, results, errors = time.monotonic() + timeout, {}, []
+        while len(results) + len(errors) < len(self.processes):
+            if not self.results.empty():
+                rank, result, error = self.results.get()
+                if error is None:
+                    results[rank] = pickle.loads(result)
+                else:
+                    errors.append(f"rank {rank}:\n{error}")
+                    # The others now wait for this one in vain.
+                    deadline = min(deadline, time.monotonic() + PATIENCE)
+            elif any(p.exitcode is not None for p in self.processes):
+                errors.append(f"exit codes: {[p.exitcode for p in self.processes]}")
+                break
+            elif time.monotonic() > deadline:
+                late = sorted(set(range(len(self.processes))) - results.keys())
+                errors.append(f"ranks {late} have not finished in time")
+                break
+            else:
+                time.sleep(0.01)
+        if errors:
+            pytest.fail("\n".join(errors), pytrace=False)
+        return [results[rank] for rank in sorted(results)]
+
+    def stop(self):
+        for process in self.processes:
+            process.kill()
+            process.join()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _serve(rank, ranks, backend, store, tasks, results):
+    torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(
+        backend, init_method=f"file://{store}", rank=rank, world_size=ranks,
+        timeout=timedelta(seconds=60),
+    )  # fmt: skip
+    while mp.parent_process().is_alive():
+        try:
+            function, args = tasks.get(timeout=PATIENCE)
+        except queue.Empty:
+            continue
+        try:
+            result = function("cuda" if backend == "nccl" else "cpu", *args)
+            dist.barrier()
+            # Bytes, as tensors would live in this process's memory.
+            results.put((rank, pickle.dumps(result), None))
+        except BaseException:  # those of pytest.raises and of torch's checkpoints are no Exceptions
+            results.put((rank, None, traceback.format_exc()))

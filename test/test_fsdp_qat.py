@@ -1,0 +1,123 @@
+"""gather_packed: FSDP2 of quantization-aware training, the same bits from a quarter of the bytes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _experts import Concatenated, GptOss
+from _grids import assert_close
+from _ranks import each_backend, run_ranks
+from _sharded import (
+    ROWS,
+    W4A8,
+    assert_same_tensors,
+    mesh_of,
+    qat_model,
+    shard,
+    train,
+    whole,
+    whole_gradients,
+    whole_state,
+)
+from _tiny_moe import TinyMoE, batch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from torchao_mx import (
+    MXWeightOnlyConfig,
+)
+from torchao_mx.distributed import gather_packed
+
+
+def _gathered_packed_or_not(device, base, family):
+    mesh, runs = mesh_of(device), []
+    for prepare in (gather_packed, lambda model: model):
+        model = shard(prepare(qat_model(base, family)).to(device), mesh)
+        losses = train(model, device, mesh, steps=3)
+        runs.append((losses, whole_gradients(model), whole_state(model)))
+        assert all(type(t) is torch.Tensor for t in whole_state(model).values())
+    packed, plain = runs
+    assert packed[0] == plain[0]
+    assert_same_tensors(packed[1], plain[1])
+    assert_same_tensors(packed[2], plain[2])
+    # And of one process, in which there is nothing to gather.
+    model = qat_model(base, family).to(device)
+    x, target = (t.to(device) for t in batch(ROWS))
+    F.cross_entropy(model(x), target).backward()
+    again = shard(gather_packed(qat_model(base, family).to(device)), mesh)
+    F.cross_entropy(again(x), target).backward()
+    for name, gradient in whole_gradients(model).items():
+        assert_close(whole(again.get_parameter(name).grad), gradient)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("family", [Concatenated, GptOss])
+@pytest.mark.parametrize(
+    "base",
+    [MXWeightOnlyConfig(), MXWeightOnlyConfig(block_size=16), W4A8],
+    ids=["mxfp4", "nvfp4", "w4a8"],
+)
+@each_backend
+def test_weights_in_training_are_gathered_packed(base, family, ranks, backend):
+    run_ranks(_gathered_packed_or_not, ranks, base, family, backend=backend)
+
+
+def _compiled_or_checkpointed(device, base):
+    x, target = (t.to(device) for t in batch(ROWS))
+    for compiled in (False, True):
+        runs = []
+        for prepare in (gather_packed, lambda model: model):
+            model = prepare(qat_model(base).bfloat16()).to(device)
+            for i, block in enumerate(model.blocks):
+                if compiled:
+                    block.compile(backend="aot_eager")
+                else:
+                    model.blocks[i] = checkpoint_wrapper(block)
+            shard(model, mesh_of(device))
+            out = model(x.bfloat16())
+            F.cross_entropy(out, target).backward()
+            runs.append(whole_gradients(model) | {"out": out.detach()})
+        assert_same_tensors(*runs)
+
+
+@pytest.mark.parametrize("base", [MXWeightOnlyConfig(), W4A8], ids=["mxfp4", "w4a8"])
+@each_backend
+def test_training_gathered_packed_compiled_or_checkpointed(base, backend):
+    run_ranks(_compiled_or_checkpointed, 2, base, backend=backend)
+
+
+def _mixed_precision_in_training(device):
+    """Weights are quantized from fp32, and the layer is otherwise one in bf16."""
+    torch.manual_seed(0)
+    x = batch(ROWS)[0].to(device, torch.bfloat16)
+    whole_layer, layer = (
+        qat_model(MXWeightOnlyConfig()).blocks[0].proj.to(device) for _ in range(2)
+    )
+    expected = whole_layer(x)
+    expected.float().square().sum().backward()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(gather_packed(layer), mesh=mesh_of(device), mp_policy=policy)
+    out = layer(x)
+    assert torch.equal(out, expected)
+    out.float().square().sum().backward()
+    gradient = whole(layer.weight.grad)
+    assert gradient.dtype == torch.float32
+    assert torch.equal(gradient, whole_layer.weight.grad.cpu().bfloat16().float())
+
+
+@each_backend
+def test_mixed_precision_in_training_quantizes_the_master(backend):
+    run_ranks(_mixed_precision_in_training, 2, backend=backend)
+
+
+def test_gather_packed_twice_and_of_tied_weights():
+    model = qat_model(MXWeightOnlyConfig())
+    model.blocks[1].proj.weight = model.blocks[0].proj.weight
+    state = {n: t.clone() for n, t in model.state_dict().items()}
+    out = model(batch()[0])
+    gather_packed(gather_packed(model))
+    assert model.blocks[1].proj.weight is model.blocks[0].proj.weight
+    assert torch.equal(model(batch()[0]), out)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    with pytest.warns(UserWarning, match="found no fake-quantized layer"):
+        gather_packed(TinyMoE())

@@ -1,0 +1,291 @@
+"""ExpertParallel: a layer's experts split over ranks, and rows sent to the ranks that own them.
+
+With E experts on P ranks, rank p owns experts ``p E/P .. (p + 1) E/P - 1``: weights, biases and adapters.
+Each rank calls the module with tokens of its own, routed among all E experts::
+
+    route      ids [T, k] -> order, offs [E]         sorted by expert, and so by rank
+    dispatch   hidden[order // k] -> rows [R, H]     all-to-all: what this rank's experts get from all ranks
+    experts    rows, ids [R, 1] -> y [R, H]          the pipeline of moe.py, on this rank's experts
+    return     y [R, H] -> y [T k, H]                all-to-all, the other way
+    combine    y, weights [T, k] -> out [T, H]       on the rank of the token, as in one process
+
+Received rows are in the order of the ranks, and the pipeline sorts them stably: an expert sees its rows in
+the order in which one process would, with the ranks' batches one behind the other.
+
+The host has to know the sizes of the exchanges: one synchronisation a layer, as in torchtitan. Without it, in
+a CUDA graph say, each rank sends T k rows to each, its own and then zeros, which belong to no expert: exact,
+whatever the routing, at P times the bytes and activations.
+
+Backward exchanges gradients the same way. A rank gets
+
+- for hidden and weights, and so for its router, the gradients of its own tokens;
+- for its experts, the sum over the tokens of all P ranks, of the gradients of the losses that these ranks
+  call backward on. Where those are means over a rank's tokens, and the gradients of other parameters are
+  averaged over ranks, the experts' are still to be divided by P.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from torchao_mx import ops
+from torchao_mx.experts import LocalExperts, MXExperts, is_experts, split_experts
+from torchao_mx.ops.combine import combine_op
+
+
+class _AllToAll(torch.autograd.Function):
+    """Rows to ranks: ``x [sum(sent), ...] -> [sum(received), ...]``, both in the order of the ranks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        received: list[int],
+        sent: list[int],
+        group: dist.ProcessGroup,
+    ) -> torch.Tensor:
+        ctx.args = (sent, received, group)
+        out = x.new_empty((sum(received), *x.shape[1:]))
+        dist.all_to_all_single(out, x.contiguous(), received, sent, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return _AllToAll.apply(dout, *ctx.args), None, None, None  # x, received, sent, group
+
+
+class _Gather(torch.autograd.Function):
+    """``hidden[order // k]``, whose backward sums a token's k rows in fp32, without atomics."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return hidden[order // top_k]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, drows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        ones = drows.new_ones((len(drows) // ctx.top_k, ctx.top_k))
+        return combine_op(drows, ones, order), None, None  # hidden, order, top_k
+
+
+class _Pick(torch.autograd.Function):
+    """``x[index]``, zeros for -1, where ``inverse`` says of each row of x where it went: -1 if nowhere."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, index: torch.Tensor, inverse: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(index, inverse)
+        if len(x) == 0:
+            return x.new_zeros((len(index), *x.shape[1:]))
+        return x[index.clamp(min=0)].where((index >= 0)[:, None], 0)
+
+    @staticmethod
+    def backward(ctx: Any, drows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        index, inverse = ctx.saved_tensors
+        return _Pick.apply(drows, inverse, index), None, None  # x, index, inverse
+
+
+@dataclass(frozen=True)
+class RowExchange:
+    """The exchanges of one layer, an :class:`torchao_mx.experts.Exchange`.
+
+    Attributes:
+        mesh: the one dimension over which the experts are split.
+        n_experts: E, of all ranks.
+        sync_free: whether all ranks have as many rows, and each sends that many to each.
+    """
+
+    mesh: DeviceMesh
+    n_experts: int
+    sync_free: bool
+
+    def routed(
+        self, experts: LocalExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``(hidden [T, H], ids [T, k], weights [T, k]) -> [T, H]``; ids of no expert add nothing."""
+        order, offs = ops.route(ids, self.n_experts)
+        rows = _Gather.apply(hidden, order, ids.shape[1])
+        y = self.grouped(experts, rows, offs.diff(prepend=offs.new_zeros(1)))
+        return ops.combine(y, weights, order)
+
+    def grouped(
+        self, experts: LocalExperts, rows: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """``(rows [R, H] in the order of the experts, counts [E]) -> [R, H]``, zeros behind the last's."""
+        sent = counts.to(torch.int32).view(self.mesh.size(), -1)  # [P, E / P]
+        received = torch.empty_like(sent)  # by each rank, for the experts here
+        dist.all_to_all_single(received, sent, group=self.mesh.get_group())
+        if self.sync_free:
+            return self._padded(experts, rows, sent, received)
+
+        sizes, back = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        x = self._all_to_all(rows[: sum(sizes)], back, sizes)
+        ids = torch.arange(sent.shape[1], device=sent.device).repeat(len(sizes))
+        ids = ids.repeat_interleave(received.flatten(), output_size=len(x))
+        y = experts(x, ids[:, None], x.new_ones((len(x), 1)))
+        y = self._all_to_all(y, sizes, back)
+        return y if len(y) == len(rows) else F.pad(y, (0, 0, 0, len(rows) - len(y)))
+
+    def _padded(
+        self,
+        experts: LocalExperts,
+        rows: torch.Tensor,
+        sent: torch.Tensor,
+        received: torch.Tensor,
+    ) -> torch.Tensor:
+        """With R rows from each rank to each, of which the first ones count."""
+        n_ranks, n_rows = len(sent), len(rows)
+        row = torch.arange(n_rows, device=rows.device)
+        ends = sent.sum(1).cumsum(0)
+        starts = ends - sent.sum(1)
+        index = starts[:, None] + row  # [P, R], of the row in each place
+        index = index.where(index < ends[:, None], -1).flatten()
+        rank = torch.searchsorted(ends, row, right=True)
+        place = rank * n_rows + row - starts[rank.clamp(max=n_ranks - 1)]
+        place = place.where(rank < n_ranks, -1)  # [R], of each row
+
+        sizes = [n_rows] * n_ranks
+        x = self._all_to_all(_Pick.apply(rows, index, place), sizes, sizes)
+        ids = torch.searchsorted(
+            received.cumsum(1), row.expand(n_ranks, -1).contiguous(), right=True
+        )
+        y = experts(x, ids.view(-1, 1), x.new_ones((len(x), 1)))
+        return _Pick.apply(self._all_to_all(y, sizes, sizes), place, index)
+
+    def _all_to_all(self, x: torch.Tensor, received: list[int], sent: list[int]) -> torch.Tensor:
+        return _AllToAll.apply(x, received, sent, self.mesh.get_group())
+
+    def __str__(self) -> str:
+        return f"split over {self.mesh.size()} ranks{', sync-free' if self.sync_free else ''}"
+
+
+class ExpertParallel(ParallelStyle):
+    """Split a module's experts over the ranks of a mesh dimension, for ``parallelize_module``.
+
+    The module is one of ours, made by ``quantize_``: :class:`torchao_mx.MXExperts`,
+    :class:`torchao_mx.MXLoRAExperts`, :class:`torchao_mx.MXFakeQuantizedExperts` or what derives from them.
+    It is called as before, on each rank with that rank's tokens, by the ids (or the numbers of rows) of all E
+    experts. Every rank calls it and runs its backward, one without tokens too, and what requires a gradient
+    is alike on all.
+
+    Parameters keep their names and shapes and become DTensors, ``Shard(0)`` over the mesh, with the values of
+    its first rank, or each rank's own under ``parallelize_module(..., src_data_rank=None)``; what is gathered
+    by ``full_tensor()`` is packed as it was. Load and quantize first, then split, then apply FSDP2: to the
+    experts over another dimension of the mesh, and over all ranks to the rest, which is the same on each::
+
+        mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "ep"))
+        quantize_(model, MXWeightOnlyLoRAConfig(), filter_fn=is_experts)
+        parallelize_module(model, mesh["ep"], {"model.layers.*.mlp.experts": ExpertParallel()})
+        for layer in model.model.layers:
+            fully_shard(layer.mlp.experts, mesh=mesh["dp"])
+            layer.mlp.experts.set_gradient_divide_factor(8)  # where a rank's loss is its tokens' mean
+        fully_shard(model, mesh=init_device_mesh("cuda", (8,)))
+
+    Gradients of experts are sums over the mesh: see the top of the file. NVFP4 activations take their scale
+    from the rows that meet on a rank, so that they round otherwise than in one process.
+
+    Args:
+        sync_free: do not wait for the device, where each call otherwise does once. All ranks have as many
+            tokens then, and a rank receives P times its own rows, of which most are nobody's.
+    """
+
+    def __init__(self, sync_free: bool = False) -> None:
+        super().__init__()
+        self.sync_free = sync_free
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        """Split ``module``, in place.
+
+        Raises:
+            TypeError: a module that is none of our modules of experts.
+            ValueError: a mesh of several dimensions; experts that its ranks cannot share evenly; parameters
+                that are DTensors already.
+        """
+        check_splittable(module, device_mesh)
+        n_experts = module.n_experts
+        for name, p in module._parameters.items():
+            if p is not None:
+                split = distribute_tensor(
+                    p.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank
+                )
+                local = split.to_local().contiguous()
+                split = split_experts(local, device_mesh, [Shard(0)], n_experts)
+                module._parameters[name] = nn.Parameter(split, requires_grad=p.requires_grad)
+        module.exchange = RowExchange(device_mesh, n_experts, self.sync_free)
+        return module
+
+
+def gather_experts(model: nn.Module) -> nn.Module:
+    """Undo :class:`ExpertParallel`: each rank holds all experts again, bit for bit, to be saved say.
+
+    All ranks call it. Optimizers keep the parameters that there were.
+
+    Args:
+        model: changed in place.
+
+    Raises:
+        ValueError: experts that FSDP2 holds too; gather those with ``full_tensor()``.
+    """
+    split = {n: m for n, m in model.named_modules() if isinstance(m, MXExperts) and m.exchange}
+    for name, module in split.items():
+        for key, p in module._parameters.items():
+            if p is not None and p.device_mesh != module.exchange.mesh:
+                raise ValueError(
+                    f"{name}.{key} is split over {p.device_mesh}, so FSDP2 holds it too: gather the entries "
+                    f"of state_dict() with full_tensor()"
+                )
+    for module in split.values():
+        for key, p in module._parameters.items():
+            if p is not None:
+                whole = p.detach().full_tensor()
+                module._parameters[key] = nn.Parameter(whole, requires_grad=p.requires_grad)
+        del module.exchange
+    return model
+
+
+def check_splittable(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Refuse a module whose experts cannot be split over ``mesh``; nothing is changed."""
+    kind = type(module).__name__
+    if not isinstance(module, MXExperts):
+        what = "computes by itself" if is_experts(module) else "is no module of experts"
+        raise TypeError(
+            f"ExpertParallel takes modules of experts made by quantize_(..., filter_fn=is_experts), and this "
+            f"{kind} {what}: quantize it first, or take it out of the plan"
+        )
+    if mesh.ndim != 1:
+        raise ValueError(
+            f"experts are split over one dimension, and the mesh has {mesh.ndim}, "
+            f"{mesh.mesh_dim_names or tuple(mesh.shape)}: pass one of them, as mesh['ep']"
+        )
+    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    split = [name for name, p in parameters.items() if isinstance(p, DTensor)]
+    if split:
+        raise ValueError(
+            f"{kind}: {', '.join(split)} are DTensors already; apply ExpertParallel once, and before FSDP2"
+        )
+    n_experts = module.n_experts
+    if n_experts % mesh.size():
+        raise ValueError(
+            f"{kind} has {n_experts} experts, which {mesh.size()} ranks cannot share evenly; take a mesh "
+            f"whose size divides {n_experts}"
+        )
+    others = [f"{name} {tuple(p.shape)}" for name, p in parameters.items() if len(p) != n_experts]
+    if others:
+        raise ValueError(
+            f"{kind} has {n_experts} experts, and {', '.join(others)} not one entry for each; keep "
+            f"parameters of other kinds in a module of their own"
+        )
