@@ -50,6 +50,7 @@ from torchao.quantization import quantize_
 
 from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
 from torchao_mx.distributed import ExpertParallel
+from torchao_mx.experts import local_of
 
 LORA, BF16_LORA = "lora", "bf16-lora"
 WARMUP = 2
@@ -165,10 +166,6 @@ def compile_layers(task: Task, ep: int) -> None:
 
 def adapters_of(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module.named_parameters() if p.requires_grad}
-
-
-def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(value: Any) -> list[Any]:

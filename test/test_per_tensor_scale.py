@@ -38,7 +38,8 @@ def test_kernels(kernel_device, dtype, shape, per_expert):
     x = randn(*shape, dtype=dtype).to(kernel_device)
     if per_expert and x.dim() == 2:
         x = x[None]
-    for t in (x, x.mT, x[..., ::2]):
+    vectors = () if per_expert else (x.flatten(), x.flatten()[::3])
+    for t in (x, x.mT, x[..., ::2], *vectors):
         scale = _amax.amax_scale(t, NVFP4, per_expert)
         assert torch.equal(scale.cpu(), expected(t, per_expert))
 

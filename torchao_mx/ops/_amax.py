@@ -50,7 +50,7 @@ def amax_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> t
 
     A GPU divides by a number by multiplying by its fp32 reciprocal, torchao's quantizer there included.
     """
-    x = x if x.is_contiguous() else x.mT.contiguous() if x.mT.is_contiguous() else x.contiguous()
+    x = x.mT if x.dim() > 1 and x.mT.is_contiguous() else x.contiguous()
     experts = x.shape[0] if per_expert else 1
     n = x.numel() // experts
     programs = cdiv(PROGRAMS_A_MULTIPROCESSOR * multiprocessors(x.device), experts)

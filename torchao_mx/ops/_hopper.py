@@ -23,7 +23,7 @@ BackwardTile = tuple[int, int, bool, int | None]
 Fp8Tile = tuple[int, int, int, int, int, int | None]
 
 # A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency: its
-# reduction is cut into parts of so many chunks and more. Not measured yet.
+# reduction is cut into parts of so many chunks and more.
 MAX_SPLITS, MIN_CHUNKS_PER_SPLIT = 32, 8
 
 
