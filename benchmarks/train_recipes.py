@@ -30,6 +30,7 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
+from train_common import Deadline, save_results
 
 from torchao_mx import (
     MXFP8_E4M3,
@@ -95,16 +96,6 @@ ARMS = {
     "nvfp4-qat": Arm("NVFP4 QAT, bf16 backward", QATConfig(NVFP4_PTQ, step="prepare"), True),
     "mxfp8": Arm("MXFP8 both ways", MXFP8BothWaysConfig()),
 }  # fmt: skip
-
-
-class Deadline:
-    """Seconds after which a run stops between two steps; None for never."""
-
-    def __init__(self, minutes: float | None) -> None:
-        self.end = None if minutes is None else time.monotonic() + 60 * minutes
-
-    def __bool__(self) -> bool:
-        return self.end is not None and time.monotonic() > self.end
 
 
 class Stopped(Exception):
@@ -264,17 +255,6 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
     figure.savefig(path, dpi=120)
 
 
-def save_results(
-    rows: list[harness.Row], meta: harness.Row, folder: pathlib.Path | None
-) -> pathlib.Path:
-    """Write the JSON, in results/ if no ``folder`` is given; returns where the PNG belongs."""
-    if folder is None:
-        return harness.save("train_recipes", meta, rows)
-    path = folder / "train_recipes.json"
-    path.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
-    return path.with_suffix(".png")
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -327,7 +307,7 @@ def main() -> None:
     portable = asdict(replace(settings, data=None))
     meta = dict(settings=portable, parameters=n_parameters, tokens=tokens, text=text)
     on_gpu = settings.device == "cuda"
-    png = save_results(rows, meta, None if on_gpu else state)
+    png = save_results("train_recipes", rows, meta, None if on_gpu else state)
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     sizes = f"{n_parameters / 1e6:.0f} M parameters, {tokens / 1e6:.0f} M bytes of text"
     plot(rows, png, f"{device}: {sizes}")
