@@ -67,3 +67,11 @@ def poisoned(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     assert (torch.zeros(1).new_empty(3).view(torch.uint8) == 0xAB).all()
+
+
+def pytest_collection_modifyitems(items):
+    """Tests on several ranks go to one of pytest's processes (--dist loadgroup): ranks wait for one another."""
+    for item in items:
+        names = vars(item.module) if hasattr(item, "module") else {}
+        if "run_ranks" in names or "Ranks" in names:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
