@@ -21,6 +21,11 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def pytest_collection_modifyitems(items):
+    # Tests on several ranks go to one of pytest's processes (--dist loadgroup): ranks wait for one another.
+    for item in items:
+        names = vars(item.module) if hasattr(item, "module") else {}
+        if "run_ranks" in names or "Ranks" in names:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
@@ -67,11 +72,3 @@ def poisoned(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     assert (torch.zeros(1).new_empty(3).view(torch.uint8) == 0xAB).all()
-
-
-def pytest_collection_modifyitems(items):
-    """Tests on several ranks go to one of pytest's processes (--dist loadgroup): ranks wait for one another."""
-    for item in items:
-        names = vars(item.module) if hasattr(item, "module") else {}
-        if "run_ranks" in names or "Ranks" in names:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
