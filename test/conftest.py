@@ -21,11 +21,6 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def pytest_collection_modifyitems(items):
-    # Tests on several ranks go to one of pytest's processes (--dist loadgroup): ranks wait for one another.
-    for item in items:
-        names = vars(item.module) if hasattr(item, "module") else {}
-        if "run_ranks" in names or "Ranks" in names:
-            item.add_marker(pytest.mark.xdist_group("ranks"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
