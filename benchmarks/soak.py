@@ -40,15 +40,16 @@ import bench_gpt_oss
 import harness
 import torch
 import torch.nn.functional as F
-from bench_gpt_oss import ALPHA, LEARNING_RATE, MODELS, RANK
+from bench_gpt_oss import ALPHA, MODELS, RANK
 from torch import nn
 
 from torchao_mx import MXLoRAExperts, MXWeightOnlyLoRAConfig
 from torchao_mx.ops import _replay
 
+LEARNING_RATE = 1e-4  # for steps of a single token too
 REPEATED = 100  # steps of the runs that are compared
 WARMUP = 50  # steps until libraries have their workspaces
-REPLAYED_OPS = 2  # mm and mm_backward
+REPLAYED_OPS = 6  # mm, swiglu and combine, and their backwards
 RESERVED_GROWTH, RESIDENT_GROWTH_MB = 1.01, 64 * 2**20 / 1e6
 HUGE = 3e38  # times the scale: beyond fp32
 THINNED = 200  # points of a series that is saved
@@ -101,7 +102,7 @@ class Layer(nn.Module):
         for name, p in experts.named_parameters():
             experts._parameters[name] = bench_gpt_oss.random_parameter(name, p, p.dim() == 3)
         self.experts = MXLoRAExperts.from_experts(
-            experts, MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA)
+            experts, MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA, adapter_dtype=torch.float32)
         )
         shape = config.num_local_experts, config.hidden_size
         router = torch.randn(shape, device=device, dtype=torch.bfloat16) / math.sqrt(shape[1])

@@ -82,14 +82,14 @@ class Task(nn.Module):
         return torch.stack(parts).sum() / len(targets)
 
 
-def skeleton(size: str, device: str, attention: str) -> Task:
+def skeleton(size: str, device: str) -> Task:
     """The model without its weights."""
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(**MODELS[size], use_cache=False)
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(
-            config, dtype=torch.bfloat16, attn_implementation=attention
+            config, dtype=torch.bfloat16, attn_implementation="eager"
         )
     causal.model.rotary_emb = type(causal.model.rotary_emb)(config).to(device)
     causal.gradient_checkpointing_enable({"use_reentrant": False})
@@ -135,7 +135,7 @@ def parallelize(layer: nn.Module, mesh: DeviceMesh, whole: DeviceMesh) -> None:
 
 def build(args: argparse.Namespace, ranks: int) -> Task:
     bench_gpt_oss.DEVICE = args.device  # where its random_parameter makes them
-    task = skeleton(args.model, args.device, args.attention)
+    task = skeleton(args.model, args.device)
     mesh = whole = None
     if dist.is_initialized():
         shape = (ranks // args.ep, args.ep)
@@ -238,8 +238,6 @@ def peak_gb(device: str) -> float:
 
 def run(args: argparse.Namespace, rank: int, ranks: int) -> harness.Row:
     task = build(args, ranks)
-    if args.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     before = {n: local_of(p).detach().clone() for n, p in adapters_of(task).items()}
     adapters = adapters_of(task).values()
     # Without weight decay, what has no gradient does not change.
@@ -256,8 +254,11 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> harness.Row:
         return loss.detach()
 
     traffic = Traffic()
-    with traffic:  # eager: torch.compile does not trace under it
+    with traffic:  # with eager attention: torch.compile does not trace under it
         losses = [step()]
+    task.causal.set_attn_implementation(args.attention)
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     if args.compile:
         compile_layers(task, args.ep)
     clock = Clock(args.device)

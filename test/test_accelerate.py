@@ -102,7 +102,9 @@ def accelerator_of(device, **options):
 def sharded_run(device, options):
     """(losses, trained adapters, bytes of this rank's packed weights; on the first rank, whole ones)."""
     accelerator = accelerator_of(device, **options)
-    model = model_of("cpu")
+    model = model_of(
+        accelerator.device
+    )  # from the CPU, fully_shard moves packed weights as trained ones
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     ids = tokens(accelerator.device).chunk(RANKS)[dist.get_rank()]
     losses = train(model, optimizer, ids, accelerator.backward)
@@ -141,7 +143,7 @@ def test_training_is_that_of_one_process(backend, checkpointing):
 def mixed_run(device):
     """(losses, dtypes of the trained parameters), computed in bfloat16."""
     accelerator = accelerator_of(device, mixed_precision_policy="bf16")
-    model = model_of("cpu")
+    model = model_of(accelerator.device)
     model, optimizer = accelerator.prepare(model, optimizer_of(model))
     ids = tokens(accelerator.device).chunk(RANKS)[dist.get_rank()]
     losses = train(model, optimizer, ids, accelerator.backward)

@@ -7,12 +7,13 @@ import weakref
 
 import pytest
 import torch
+import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao_mx.ops
-from torchao_mx import MXFP4, NVFP4, ops
+from torchao_mx import MXFP4, NVFP4, reference
 from torchao_mx.ops import _replay, mm
-from torchao_mx.ops._launch import launched, launches
+from torchao_mx.ops._launch import launched, launches, runner
 
 on_gpu = pytest.mark.gpu
 E, N, K, RANK, TOP_K = 6, 96, 128, 8, 2
@@ -44,8 +45,8 @@ def operands(seed, tokens=40):
 
 def calls(fmt, x, order, offs, a, b, w, dy, strategy="", compute=""):
     """The arguments of mm and of mm_backward."""
-    pts = ops.per_tensor_scale(w, fmt, True) if fmt.has_per_tensor_scale else None
-    packed = (*ops.quantize(w, fmt, per_tensor_scale=pts), pts)
+    pts = reference.per_tensor_scale(w, fmt, True) if fmt.has_per_tensor_scale else None
+    packed = (*reference.quantize(w, fmt, per_tensor_scale=pts), pts)
     h = torch.randn(len(dy), RANK, device="cuda").bfloat16()
     common = (a, b, offs, order, 0.5, fmt.name, True, strategy)
     scratch = mm.DEFAULT_SCRATCH
@@ -57,7 +58,7 @@ def calls(fmt, x, order, offs, a, b, w, dy, strategy="", compute=""):
 
 def dense_calls(x, order, offs, a, b, w, dy):
     """The same with the first expert alone, and a bias."""
-    packed = (*ops.quantize(w[0], MXFP4), None)
+    packed = (*reference.quantize(w[0], MXFP4), None)
     h = torch.randn(len(x), RANK, device="cuda").bfloat16()
     common = (a[0], b[0], None, None, 0.5, "mxfp4", True, "auto")
     dy, bias = dy[: len(x)], torch.randn(N, device="cuda").bfloat16()
@@ -175,18 +176,33 @@ def test_calls_of_torch_are_replayed(op, replays, kernel_device):
 class AddOne:
     """A compiled kernel as far as a recording knows it: int64 ``target = source + 1``, by address, here on the CPU."""
 
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.recorded = 0  # launches that a profiler's hooks were told of
+
     def __getitem__(self, grid):
         assert grid == (1, 1, 1)
-        return self.run
 
-    def run(self, source, target, n, stream=None):
+        def launch(source, target, n, stream):
+            self.recorded += 1
+            self.add(source, target, n)
+
+        return launch
+
+    def run(self, x, y, z, stream, function, metadata, launch_metadata, enter, leave, *arguments):
+        assert (x, y, z, function, metadata) == (1, 1, 1, "function", "metadata")
+        assert launch_metadata is enter is leave is None
+        self.add(*arguments)
+
+    def add(self, source, target, n):
         numbers = ctypes.c_int64 * n
         values = [value + 1 for value in numbers.from_address(source)]
         numbers.from_address(target)[:] = values
 
     def launch(self, source, target):
         n = source.numel()
-        self.run(source.data_ptr(), target.data_ptr(), n)
+        self.add(source.data_ptr(), target.data_ptr(), n)
         if launches.recording is not None:
             launches.recording.append((self, (1,), [source, target, n]))
 
@@ -213,6 +229,31 @@ def test_launches_are_replayed(replays):
         held.append(torch.arange(3) + seed)
         assert_equal(call(held[-1]), (held[-1] + 6,))
     assert len(replays) == 3
+
+
+def test_profilers_hear_of_replayed_launches(monkeypatch):
+    kernel, x, y = AddOne(), torch.arange(3), torch.zeros(3, dtype=torch.long)
+    launch = runner(kernel, (1,))
+    arguments = (x.data_ptr(), y.data_ptr(), 3)
+    launch(*arguments, stream=0)
+    assert kernel.recorded == 0 and torch.equal(y, x + 1)
+    monkeypatch.setattr(triton.knobs.runtime.launch_enter_hook, "calls", [print])
+    launch(*arguments, stream=0)
+    assert kernel.recorded == 1
+
+
+@pytest.mark.parametrize(
+    "op", [lambda x, n: x + n[0], lambda x, n: [x + n[0], x - n[0]]], ids=["one", "list"]
+)
+def test_results_are_of_the_ops_kind(op, replays):
+    call = _replay.replayed(op)
+    for value in range(4):
+        x = torch.full((3,), float(value))
+        got, want = call(x, [2, 3]), op(x, [2, 3])
+        assert type(got) is type(want)
+        assert_equal(list(got), list(want))
+    assert torch.equal(torch.stack(list(call(x, [4, 3]))), torch.stack(list(op(x, [4, 3]))))
+    assert len(replays) == 2
 
 
 @pytest.mark.parametrize("op", [of_launches, of_calls], ids=lambda op: op.__name__)

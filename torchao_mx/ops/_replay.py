@@ -23,7 +23,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from torchao_mx.ops._launch import Launch, launches, on_device_of
+from torchao_mx.ops._launch import Launch, launches, on_device_of, runner
 
 MAX_RECORDINGS = 512  # of an op; the oldest goes first
 _ALLOCATIONS = {
@@ -102,14 +102,20 @@ class _Recording:
     """Buffers are inputs, then what is allocated or returned on the way, in the order of their first use."""
 
     def __init__(
-        self, n_inputs: int, n_buffers: int, steps: list[_Step], outputs: list[Any]
+        self,
+        n_inputs: int,
+        n_buffers: int,
+        steps: list[_Step],
+        outputs: list[Any],
+        kind: type = tuple,
     ) -> None:
         self.n_inputs = n_inputs
         self.n_buffers = n_buffers
         self.steps = steps
         self.outputs = outputs  # a _Place, or a _Buffer that nothing was written to
+        self.kind = kind  # tuple, list or, of a single one, Tensor
 
-    def replay(self, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def replay(self, inputs: list[torch.Tensor]) -> Any:
         device = inputs[0].device
         buffers = [*inputs, *[None] * (self.n_buffers - self.n_inputs)]
         first = [0 if t is None else t.data_ptr() for t in buffers]
@@ -134,12 +140,13 @@ class _Recording:
                         buffers[buffer], first[buffer] = flat[i], flat[i].data_ptr()
                 for buffer in drop:
                     buffers[buffer] = None
-        return tuple(
+        outputs = [
             output.of(buffers)
             if isinstance(output, _Place)
             else torch.empty_strided(*output[1:3], dtype=output.dtype, device=device)
             for output in self.outputs
-        )
+        ]
+        return self.kind(outputs) if self.kind in (tuple, list) else outputs[0]
 
 
 class _Recorder(TorchDispatchMode):
@@ -189,8 +196,8 @@ class _Recorder(TorchDispatchMode):
         """A launch of a ``launched`` kernel, or None for one that cannot be repeated."""
         self._add(self._launch, launch)
 
-    def recording(self, outputs: tuple[torch.Tensor, ...]) -> _Recording | None:
-        """Of a call that returned ``outputs``; None where it cannot be repeated."""
+    def recording(self, outputs: tuple[torch.Tensor, ...], kind: type = tuple) -> _Recording | None:
+        """Of a call that returned ``outputs``, as a ``kind``; None where it cannot be repeated."""
         if not self.repeats or not all(map(_owns_its_storage, outputs)):
             return None
         results = [
@@ -201,7 +208,7 @@ class _Recorder(TorchDispatchMode):
         for buffer, step in self.last.items():
             if buffer >= self.n_inputs and buffer not in kept:
                 self.steps[step].drop.append(buffer)
-        return _Recording(self.n_inputs, len(self.buffers), self.steps, results)
+        return _Recording(self.n_inputs, len(self.buffers), self.steps, results, kind)
 
     def _add(self, make: Callable[..., tuple[_Step, set[int]]], *what: Any) -> None:
         if not self.repeats:
@@ -245,7 +252,7 @@ class _Recorder(TorchDispatchMode):
                     patches.append((len(template), place.buffer, place.offset))
                 argument = 0
             template.append(argument)
-        step = _Step(allocate, (compiled[(*grid, 1, 1)], template, patches), None, [])
+        step = _Step(allocate, (runner(compiled, grid), template, patches), None, [])
         return step, {buffer for _, buffer, _ in patches}
 
     def _call(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[_Step, set[int]]:
@@ -319,7 +326,10 @@ def _distinct(tensors: list[torch.Tensor]) -> bool:
 
 
 def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
-    """``op``, from tensors on one GPU and plain values to a tuple of new tensors, recorded as the head says."""
+    """``op``, recorded as the head says: from tensors on one GPU, plain values and lists of those to new tensors.
+
+    One, or a tuple or a list of them.
+    """
     recordings: OrderedDict[Any, _Recording | bool] = OrderedDict()
 
     @functools.wraps(op)
@@ -329,6 +339,8 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
             [
                 (a.shape, a.stride(), a.dtype, a.device, a.data_ptr() & 15)
                 if isinstance(a, torch.Tensor)
+                else tuple(a)
+                if isinstance(a, list)
                 else a
                 for a in args
             ]
@@ -346,7 +358,10 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
             return op(*args)
         with _Recorder(inputs) as recorder:
             outputs = op(*args)
-        recorded = recorder.recording(outputs) if _distinct([*inputs, *outputs]) else None
+        results = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+        recorded = None
+        if _distinct([*inputs, *results]):
+            recorded = recorder.recording(results, type(outputs))
         recordings[key] = recorded or False
         return outputs
 

@@ -17,6 +17,7 @@ import torch
 from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.ops._arguments import check_on_device_of, check_order
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 from torchao_mx.ops.mm import rows_functions
 
 
@@ -41,7 +42,7 @@ combine_op = define_op(
     "combine",
     "(Tensor y, Tensor weights, Tensor order) -> Tensor",
     cpu=_combine,
-    cuda=_combine,
+    cuda=replayed(_combine),
     fake=_combine_fake,
     setup_context=_combine_setup,
     backward=_combine_autograd,
@@ -70,7 +71,7 @@ combine_backward_op = define_op(
     "combine_backward",
     "(Tensor dout, Tensor y, Tensor weights, Tensor order) -> (Tensor, Tensor)",
     cpu=_combine_backward,
-    cuda=_combine_backward,
+    cuda=replayed(_combine_backward),
     fake=_combine_backward_fake,
     setup_context=lambda ctx, inputs, output: None,
     backward=_refuse_second_derivative,

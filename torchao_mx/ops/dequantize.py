@@ -16,6 +16,7 @@ from torchao_mx.formats import BlockFormat, format_by_name
 from torchao_mx.ops import _tile
 from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
@@ -170,7 +171,7 @@ dequantize_op = define_op(
     "(Tensor qdata, Tensor scale, str fmt, ScalarType dtype, int axis, Tensor? per_tensor_scale)"
     " -> Tensor",
     cpu=_dequantize_cpu,
-    cuda=_dequantize_triton,
+    cuda=replayed(_dequantize_triton),
     fake=_dequantize_fake,
 )
 

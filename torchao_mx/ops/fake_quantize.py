@@ -25,6 +25,7 @@ from torchao_mx.ops._launch import (
     row_layout,
 )
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 from torchao_mx.ops.quantize import check_operand, per_tensor_kind, rounds_products
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
@@ -181,7 +182,7 @@ fake_quantize_op = define_op(
     "fake_quantize",
     "(Tensor x, str fmt, str scaling_mode, int axis, Tensor? per_tensor_scale) -> Tensor",
     cpu=_fake_quantize_cpu,
-    cuda=_fake_quantize_triton,
+    cuda=replayed(_fake_quantize_triton),
     fake=_fake_quantize_fake,
     setup_context=_setup_context,
     backward=_straight_through,

@@ -34,6 +34,7 @@ from torchao_mx.ops._launch import (
     row_layout,
 )
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
 ROW_TILE, ROW_WARPS = 64, 2
@@ -272,7 +273,7 @@ quantize_op = define_op(
     "quantize",
     "(Tensor x, str fmt, str scaling_mode, int axis, Tensor? per_tensor_scale) -> (Tensor, Tensor)",
     cpu=_quantize_cpu,
-    cuda=_quantize_triton,
+    cuda=replayed(_quantize_triton),
     fake=_quantize_fake,
 )
 
@@ -318,7 +319,7 @@ quantize_with_values_op = define_op(
     "(Tensor x, str fmt, str scaling_mode, ScalarType dtype, Tensor? per_tensor_scale)"
     " -> (Tensor, Tensor, Tensor)",
     cpu=_with_values_cpu,
-    cuda=_with_values_triton,
+    cuda=replayed(_with_values_triton),
     fake=_with_values_fake,
 )
 
@@ -412,7 +413,7 @@ per_tensor_scale_op = define_op(
     "per_tensor_scale",
     "(Tensor x, str fmt, bool per_expert) -> Tensor",
     cpu=_per_tensor_scale_cpu,
-    cuda=_per_tensor_scale_triton,
+    cuda=replayed(_per_tensor_scale_triton),
     fake=_per_tensor_scale_fake,
 )
 

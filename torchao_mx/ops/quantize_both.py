@@ -32,6 +32,7 @@ from torchao_mx.formats import (
 from torchao_mx.ops import _both_tile
 from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 from torchao_mx.ops.matmul import spec_strings
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind, rounds_products
 from torchao_mx.reference import BothDirections
@@ -255,7 +256,7 @@ quantize_both_op = define_op(
     "(Tensor x, str row_format, str row_mode, str column_format, str column_mode, str[] forms,"
     " ScalarType dtype, Tensor? row_scale, Tensor? column_scale, Tensor? seed, Tensor? index) -> Tensor[]",
     cpu=_quantize_both_cpu,
-    cuda=_quantize_both_triton,
+    cuda=replayed(_quantize_both_triton),
     fake=_quantize_both_fake,
 )
 

@@ -31,6 +31,7 @@ from torchao_mx.ops._arguments import as_rows, check_on_device_of, operands
 from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._launch import cdiv, launched, next_power_of_2, on_device_of
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 
 # A program finds its expert and loads the bias once for ROWS * STEPS rows. Of 65,536 rows of 2 x 2,880 columns, gpt-oss's
 # form with biases reaches 93 / 95 % of the copy bandwidth so (interleaved 83 / 94 %), with one step of 8 rows of 256
@@ -225,7 +226,7 @@ swiglu_op = define_op(
     "(Tensor x, Tensor? bias, Tensor? offs, bool interleaved, float alpha, float? limit,"
     " float up_offset) -> Tensor",
     cpu=reference.swiglu,
-    cuda=_swiglu_triton,
+    cuda=replayed(_swiglu_triton),
     fake=_swiglu_fake,
     setup_context=_swiglu_setup,
     backward=_swiglu_autograd,
@@ -291,7 +292,7 @@ swiglu_backward_op = define_op(
     "(Tensor dy, Tensor x, Tensor? bias, Tensor? offs, bool interleaved, float alpha, float? limit,"
     " float up_offset, bool needs_dbias) -> (Tensor, Tensor)",
     cpu=_swiglu_backward_cpu,
-    cuda=_swiglu_backward_triton,
+    cuda=replayed(_swiglu_backward_triton),
     fake=_swiglu_backward_fake,
     setup_context=lambda ctx, inputs, output: None,
     backward=_refuse_second_derivative,

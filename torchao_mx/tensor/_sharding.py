@@ -154,12 +154,22 @@ def _dense_bytes(x: MXTensor) -> list[torch.Tensor]:
     return data if x.per_tensor_scale is None else [*data, x.per_tensor_scale]
 
 
+def _waited(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The work of a collective, after its end.
+
+    Asked to wait itself, NCCL returns none, an object which must not be touched.
+    """
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    _, work = func(**given | {"async_op": True})
+    work.wait()
+    return work
+
+
 @MXTensor.implements(torch.ops.c10d.broadcast_.default)
 def _broadcast_(func, types, args, kwargs):
     (x,), *others = args
     for t in _dense_bytes(x):
-        _, work = func([t], *others, **kwargs)
-        work.wait()
+        work = _waited(func, ([t], *others), kwargs)
     return [x], work
 
 
@@ -168,6 +178,5 @@ def _scatter_(func, types, args, kwargs):
     (out,), inputs, *others = args
     parts = [[_dense_bytes(x.contiguous()) for x in row] for row in inputs]
     for i, t in enumerate(_dense_bytes(out)):
-        _, work = func([t], [[part[i] for part in row] for row in parts], *others, **kwargs)
-        work.wait()
+        work = _waited(func, ([t], [[part[i] for part in row] for row in parts], *others), kwargs)
     return [out], work
