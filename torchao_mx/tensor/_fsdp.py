@@ -5,8 +5,8 @@ is the bytes of qdata and scale and, for NVFP4, of the per-tensor scale; blocks 
 that no shard cuts one. A bf16 copy of the weight exists nowhere. The gathered tensor is made once, over
 buffers that FSDP2 frees and fills again.
 
-A model should be on its GPU before ``fully_shard``, which else moves it there: tensors of subclasses, frozen ones
-too, as parameters that require gradients (torch 2.11 to 2.13).
+A model should be on its GPU before ``fully_shard``, which else moves it there: tensors of subclasses, frozen
+ones too, as parameters that require gradients (torch 2.11 to 2.13).
 
 FSDP2 pads shards to one length along axis 0, in tensors from ``new_zeros`` of which the shard is a view: what
 is gathered is the padded one.
