@@ -27,6 +27,7 @@ import hashlib
 import json
 import math
 import os
+import pathlib
 import resource
 import statistics
 import time
@@ -54,6 +55,7 @@ from torchao_mx.experts import local_of
 
 LORA, BF16_LORA = "lora", "bf16-lora"
 WARMUP = 2
+KEYS = ["model", "method", "attention", "compiled", "ranks", "ep"]  # of a row
 COLUMNS = dict(
     model="shape", method="experts", ranks="ranks", ep="ep", tokens="tokens a step", ms="ms a step",
     tokens_per_s="tok/s", peak_gb="peak GB, largest rank", all_gather_mb="all-gather MB a step",
@@ -276,11 +278,48 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> harness.Row:
     peaks = gathered(peak_gb(args.device))
     ms, tokens = statistics.median(times), ids.numel() * ranks
     return dict(
-        model=args.model, method=args.method, ranks=ranks, ep=args.ep, compiled=args.compile, tokens=tokens,
-        ms=ms, tokens_per_s=tokens / ms * 1e3, peak_gb=max(peaks), peak_gb_by_rank=peaks,
-        all_gather_mb=traffic.gathered / 1e6, all_to_all_mb=traffic.exchanged / 1e6, first_s=first_s,
-        first_loss=losses[0], last_loss=losses[-1],
+        model=args.model, method=args.method, attention=args.attention, compiled=args.compile, ranks=ranks,
+        ep=args.ep, tokens=tokens, ms=ms, tokens_per_s=tokens / ms * 1e3, peak_gb=max(peaks),
+        peak_gb_by_rank=peaks, all_gather_mb=traffic.gathered / 1e6, all_to_all_mb=traffic.exchanged / 1e6,
+        first_s=first_s, first_loss=losses[0], last_loss=losses[-1],
     )  # fmt: skip
+
+
+def save(row: harness.Row, args: argparse.Namespace) -> None:
+    """Beside the rows of other runs, which one machine or another measured."""
+    rows = harness.with_saved_rows("train_distributed", [row], KEYS)
+    rows.sort(key=lambda r: [list(MODELS).index(r["model"]), *(r[key] for key in KEYS[1:])])
+    meta = dict(rank=RANK, batch=args.batch, sequence=args.seq)
+    png = harness.save("train_distributed", meta, rows)
+    plot(rows, png, f"{torch.cuda.get_device_name()}: LoRA on gpt-oss, {args.seq} tokens a GPU")
+
+
+def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    labels = [
+        f"{r['model']}, {r['method']}, {r['attention']}{', compiled' * r['compiled']}: {r['ranks']} GPU"
+        + "s" * (r["ranks"] > 1)
+        + f", experts over {r['ep']}" * (r["ep"] > 1)
+        for r in rows
+    ]
+    colors = ["#888888" if r["method"] == BF16_LORA else "#4c72b0" for r in rows]
+    figure, axes = plt.subplots(1, 2, figsize=(14, 1.2 + 0.35 * len(rows)), sharey=True)
+    for ax, key, heading in zip(
+        axes, ("tokens_per_s", "peak_gb"), ("tokens a second", "peak GB a GPU"), strict=True
+    ):
+        bars = ax.barh(labels, [r[key] for r in rows], color=colors)
+        ax.bar_label(bars, fmt="{:,.0f}" if key == "tokens_per_s" else "{:.1f}", padding=3)
+        ax.set_xlabel(heading)
+        ax.margins(x=0.12)
+    axes[0].invert_yaxis()
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 @contextlib.contextmanager
@@ -329,9 +368,7 @@ def main() -> None:
         if rank != 0:
             return
     if args.device == "cuda" and args.model != "tiny":
-        variant = f"{args.model}-{args.method}-{ranks}ranks{'-compiled' if args.compile else ''}"
-        meta = dict(rank=RANK, attention=args.attention, batch=args.batch, sequence=args.seq)
-        harness.save(f"train_distributed-{variant}-ep{args.ep}", meta, [row])
+        save(row | dict(host_us=harness.host_us()), args)
     print(json.dumps(row))
     print(harness.markdown([row], COLUMNS))
 
