@@ -14,6 +14,7 @@ import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, reference
 from torchao_mx.ops import _replay, mm
 from torchao_mx.ops._launch import launched, launches, runner
+from torchao_mx.ops._library import define_op
 
 on_gpu = pytest.mark.gpu
 E, N, K, RANK, TOP_K = 6, 96, 128, 8, 2
@@ -229,6 +230,37 @@ def test_launches_are_replayed(replays):
         held.append(torch.arange(3) + seed)
         assert_equal(call(held[-1]), (held[-1] + 6,))
     assert len(replays) == 3
+
+
+def test_an_op_in_an_op_is_its_own_launches_and_calls(replays):
+    """Not a call of the dispatcher's."""
+
+    def inner(x):
+        y = torch.empty_like(x)
+        AddOne().launch(x, y)
+        return y * 2
+
+    options = dict(cpu=inner, cuda=inner, fake=torch.empty_like)
+    inner_op = define_op("add_one_and_double", "(Tensor x) -> Tensor", **options)
+
+    def outer(x):
+        y = torch.empty_like(x)
+        AddOne().launch(inner_op(x + 1), y)
+        return (inner_op(y),)
+
+    call, seen = _replay.replayed(outer), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for n in range(4):
+        x = torch.arange(3) + n
+        with Watch():
+            assert_equal(call(x), ((((x + 2) * 2) + 2) * 2,))
+    assert len(replays) == 2
+    assert seen.count(inner_op) == 2  # of the first call alone
 
 
 def test_profilers_hear_of_replayed_launches(monkeypatch):
