@@ -154,13 +154,16 @@ def _dense_bytes(x: MXTensor) -> list[torch.Tensor]:
     return data if x.per_tensor_scale is None else [*data, x.per_tensor_scale]
 
 
-def _waited(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
+def _waited(func: Any, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> Any:
     """The work of a collective, after its end.
 
-    Asked to wait itself, NCCL returns none, an object which must not be touched.
+    NCCL, asked to wait itself, returns none: an object that must not be touched. (Gloo is left as it is: its
+    threads, if not waited for at once, free tensors of Python's, which crashed now and then.)
     """
     given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-    _, work = func(**given | {"async_op": True})
+    if device.type == "cuda":
+        given["async_op"] = True
+    _, work = func(**given)
     work.wait()
     return work
 
@@ -169,7 +172,7 @@ def _waited(func: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
 def _broadcast_(func, types, args, kwargs):
     (x,), *others = args
     for t in _dense_bytes(x):
-        work = _waited(func, ([t], *others), kwargs)
+        work = _waited(func, x.device, ([t], *others), kwargs)
     return [x], work
 
 
@@ -178,5 +181,6 @@ def _scatter_(func, types, args, kwargs):
     (out,), inputs, *others = args
     parts = [[_dense_bytes(x.contiguous()) for x in row] for row in inputs]
     for i, t in enumerate(_dense_bytes(out)):
-        work = _waited(func, ([t], [[part[i] for part in row] for row in parts], *others), kwargs)
+        given = [t], [[part[i] for part in row] for row in parts], *others
+        work = _waited(func, out.device, given, kwargs)
     return [out], work
