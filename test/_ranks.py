@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 180  # seconds for all ranks together
+PRELOADED = ["torch.distributed.fsdp", "torchao_mx.distributed"]
 PATIENCE = 2  # seconds in which ranks that failed with the first are heard
 each_backend = pytest.mark.parametrize(
     "backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]
@@ -50,7 +51,8 @@ class Ranks:
     """``ranks`` processes in a group of ``backend``."""
 
     def __init__(self, ranks, backend="gloo"):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)  # imported once, and not by each rank
         self.folder = tempfile.mkdtemp()
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(ranks)]
