@@ -51,8 +51,10 @@ class Ranks:
     """``ranks`` processes in a group of ``backend``."""
 
     def __init__(self, ranks, backend="gloo"):
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)  # imported once, and not by each rank
+        # From a process that has imported PRELOADED, and may have looked for GPUs, none can use one.
+        context = mp.get_context("spawn" if backend == "nccl" else "forkserver")
+        if backend != "nccl":
+            context.set_forkserver_preload(PRELOADED)
         self.folder = tempfile.mkdtemp()
         self.results = context.Queue()
         self.tasks = [context.Queue() for _ in range(ranks)]
