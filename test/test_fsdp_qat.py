@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from _experts import Concatenated, GptOss
 from _grids import assert_close
@@ -20,11 +21,12 @@ from _sharded import (
 )
 from _tiny_moe import TinyMoE, batch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torchao.quantization import quantize_
+from torchao.quantization.qat import QATConfig
 
-from torchao_mx import (
-    MXWeightOnlyConfig,
-)
+from torchao_mx import MXTensor, MXWeightOnlyConfig, is_experts, is_linear
 from torchao_mx.distributed import gather_packed
 
 
@@ -106,6 +108,38 @@ def _mixed_precision_in_training(device):
 @each_backend
 def test_mixed_precision_in_training_quantizes_the_master(backend):
     run_ranks(_mixed_precision_in_training, 2, backend=backend)
+
+
+def _converted_after_sharded_training(device, base):
+    """As the error says: from the whole state, in a model that is not sharded."""
+    model = shard(qat_model(base).to(device), mesh_of(device))
+    train(model, device, mesh_of(device), steps=2)
+    x = batch(ROWS)[0].to(device)
+    trained = model(x).detach()
+    for wanted in (is_experts, lambda m, n: n.endswith("proj")):
+        with pytest.raises(TypeError, match="sharded by FSDP2; call quantize_ before fully_shard"):
+            convert(model, base, wanted)
+    with pytest.raises(TypeError, match="its weight is a DTensor"):
+        quantize_(model, base, filter_fn=lambda m, n: n.endswith("router"))
+    assert torch.equal(model(x), trained)
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = get_model_state_dict(model, options=options)
+    if dist.get_rank() == 0:  # the others get nothing
+        plain = qat_model(base).to(device)
+        plain.load_state_dict(state)
+        for wanted in (is_experts, is_linear):
+            convert(plain, base, lambda m, n, wanted=wanted: wanted(m, n) and "router" not in n)
+        assert isinstance(plain.blocks[0].proj.weight, MXTensor)
+        assert torch.equal(plain(x), trained)
+
+
+def convert(model, base, filter_fn):
+    quantize_(model, QATConfig(base, step="convert"), filter_fn=filter_fn)
+
+
+@each_backend
+def test_a_model_trained_in_shards_converts_whole(backend):
+    run_ranks(_converted_after_sharded_training, 2, W4A8, backend=backend)
 
 
 def test_gather_packed_twice_and_of_tied_weights():

@@ -8,7 +8,17 @@ from torch import nn
 
 
 def twin_of(cls: type[nn.Module], module: nn.Module) -> Any:
-    """A ``cls`` that shares everything ``module`` holds: parameters, buffers, hooks, training mode."""
+    """A ``cls`` that shares everything ``module`` holds: parameters, buffers, hooks, training mode.
+
+    Raises:
+        TypeError: FSDP2 shards ``module``, and would go on to gather into it and not into its twin.
+    """
+    if getattr(module, "_is_fsdp_managed_module", False):
+        raise TypeError(
+            f"{type(module).__name__} is sharded by FSDP2; call quantize_ before fully_shard, or load the "
+            f"whole state (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model that "
+            f"is not sharded, and quantize or convert that"
+        )
     twin = cls.__new__(cls)
     state = module.__dict__.copy()
     for name, value in state.items():

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torchao.core.config import AOBaseConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
@@ -239,6 +240,12 @@ def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSp
         raise TypeError(
             f"{name}: its weight is not a parameter but computed, as by a parametrization or weight_norm; "
             f"remove that first, or leave this layer out with filter_fn"
+        )
+    if isinstance(module.weight, DTensor):
+        raise TypeError(
+            f"{name}: its weight is a DTensor, of which this rank has a part; call quantize_ before it is "
+            f"split, or load the whole state (torch.distributed.checkpoint.state_dict, full_state_dict=True) "
+            f"into a model that is not, and quantize or convert that"
         )
     if type(module.weight.data) is not torch.Tensor:
         raise TypeError(
