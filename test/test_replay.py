@@ -8,11 +8,12 @@ import weakref
 import pytest
 import torch
 import triton
+from _grids import assert_same_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, reference
-from torchao_mx.ops import _replay, mm
+from torchao_mx.ops import _replay, mm, recipe_linear
 from torchao_mx.ops._launch import launched, launches, runner
 from torchao_mx.ops._library import define_op
 
@@ -119,6 +120,34 @@ def test_8_bit_products(replays):
         forward, _ = calls(MXFP4, *operands(seed), strategy="auto", compute="float8_e4m3fn")
         assert_equal(mm.mm_op(*forward), mm._mm(*forward))
     assert len(replays) == 2
+
+
+@on_gpu
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_a_step_of_the_recipe_is_one_replay_a_direction(stochastic, replays):
+    forward, backward = ("nvfp4", "rceil"), ("mxfp8_e4m3", "rceil")
+    held = []
+    for n in range(5):
+        g = torch.Generator("cuda").manual_seed(n)
+        x, w, bias, dy = (
+            torch.randn(*shape, device="cuda", generator=g).bfloat16()
+            for shape in ((40, K), (N, K), (N,), (40, N))
+        )
+        seed = torch.tensor(n, device="cuda") if stochastic else None
+        args = (x, w, bias, *forward, *backward, False, True)
+        y, *x_columns = recipe_linear._forward(*args)
+        assert_same_bytes_each(recipe_linear.recipe_linear_op(*args), (y, *x_columns))
+        args = (dy, w, *x_columns, seed, *backward, *backward, False, w.dtype, bias.dtype)
+        wanted = recipe_linear._backward(*args)
+        assert_same_bytes_each(recipe_linear.recipe_linear_backward_op(*args), wanted)
+        held += [x, w, bias, dy]
+    # Those of the other calls are of single quantizers.
+    assert sum(len(r.steps) >= 5 for r in replays) == 6
+
+
+def assert_same_bytes_each(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert_same_bytes(a, b)
 
 
 @on_gpu
