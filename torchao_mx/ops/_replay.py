@@ -3,7 +3,7 @@
 An op that is a handful of small kernels spends more time in Python (tiles, grids, strides, checks) than the GPU
 spends in the kernels. All of that follows from the arguments' shapes, strides, dtypes and alignment. So a call
 of a kind met before is recorded: the launches of ``launched`` kernels and the calls of torch's ops, in turn,
-each tensor as a place in "input 3", "output 0" or "scratch 1"; an op of ours is the launches that it makes. The next ones allocate each scratch when it is
+each tensor as a place in "input 3", "output 0" or "scratch 1". The next ones allocate each scratch when it is
 first needed, launch, call, and drop it after its last use, as the op itself did. Nothing depends on values: those
 stay on the device, and a call that brings one to the host is not recorded. It is no CUDA graph: streams,
 allocator and capture work as they do for single launches.
@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from torchao_mx.ops._launch import Launch, launches, on_device_of, runner
-from torchao_mx.ops._library import implementations
 
 MAX_RECORDINGS = 512  # of an op; the oldest goes first
 _ALLOCATIONS = {
@@ -180,14 +179,11 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        implementation = implementations.get((func, self.device.type))
-        if implementation is not None:
-            try:
-                with self:
-                    return implementation(*args, **kwargs)
-            finally:
-                launches.recording = self
-        result = func(*args, **kwargs)
+        launches.recording = None  # an op of ours is one call, its launches its own
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            launches.recording = self
         if func in _ALLOCATIONS:
             if result.numel():
                 self.known.pop(_storage(result), None)
