@@ -220,10 +220,7 @@ def verdicts(rows: list[harness.Row]) -> None:
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     cases, modes = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "mode"))
     figure, ax = plt.subplots(figsize=(9, 1 + 0.7 * len(cases)))
@@ -237,10 +234,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
     ax.invert_yaxis()
     ax.margins(x=0.1)
     ax.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(figure, path, title)
 
 
 def main() -> None:

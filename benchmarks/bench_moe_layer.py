@@ -215,10 +215,7 @@ def bench(tokens: int, layers: dict[str, tuple[nn.Module, dict]]) -> list[harnes
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     sizes = sorted({row["tokens"] for row in rows})
     figure, axes = plt.subplots(
@@ -232,11 +229,11 @@ def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
         ax.set(xlabel="forward + backward, ms", title=f"{tokens} tokens")
         ax.margins(x=0.12)
     axes[0][0].invert_yaxis()
-    figure.suptitle(
-        f"{torch.cuda.get_device_name()}, a gpt-oss-20b layer of experts, LoRA r={RANK}"
+    harness.save_figure(
+        figure,
+        path,
+        f"{torch.cuda.get_device_name()}, a gpt-oss-20b layer of experts, LoRA r={RANK}",
     )
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
 
 
 def main() -> None:

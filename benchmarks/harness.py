@@ -164,6 +164,23 @@ def save(name: str, meta: Row, rows: list[Row]) -> pathlib.Path:
     return stem.with_suffix(".png")
 
 
+def pyplot() -> Any:
+    """matplotlib's, which needs no display; imported by scripts that draw alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_figure(figure: Any, path: pathlib.Path, title: str) -> None:
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot().close(figure)
+
+
 def with_saved_rows(name: str, rows: list[Row], keys: list[str]) -> list[Row]:
     """``rows`` behind those of ``results/<name>-<gpu>.json`` that have other values of ``keys``."""
     path = (RESULTS / f"{name}-{gpu_slug()}").with_suffix(".json")

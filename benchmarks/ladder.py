@@ -103,10 +103,7 @@ def climb_all(rungs: list[str], sequence: int, device: str) -> list[harness.Row]
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     panels = dict(warm_s="first step, warm, s", ms="a step, ms", peak_gb="peak memory, GB")
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8))
@@ -118,10 +115,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         ax.set(xlabel="layers", ylabel=label, xlim=(0, None), ylim=(0, None))
         ax.grid(alpha=0.25)
     axes[0].legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(figure, path, title)
 
 
 def parse() -> argparse.Namespace:

@@ -102,10 +102,7 @@ def report(name: str, meta: harness.Row, rows: list[harness.Row], target: float 
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str, target: float) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     shape = rows[0]["shape"]
     rows = [r for r in rows if r["shape"] == shape]
@@ -125,6 +122,4 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str, target: float)
         ax.margins(x=0.12)
     left.axvline(target, color="black", lw=0.8, ls="--")
     left.invert_yaxis()
-    figure.suptitle(f"{title}, one linear layer {shape} (M x K x N)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    harness.save_figure(figure, path, f"{title}, one linear layer {shape} (M x K x N)")

@@ -215,10 +215,7 @@ class Panel(NamedTuple):
 
 def plot_ratios(panels: list[Panel], path: pathlib.Path, title: str) -> None:
     """Ratios on logarithmic axes, the baseline at 1, targets as bars in the colour of their variant."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
     from matplotlib.lines import Line2D
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
@@ -264,10 +261,7 @@ def plot_ratios(panels: list[Panel], path: pathlib.Path, title: str) -> None:
     for ax in axes[len(panels) :]:
         ax.axis("off")
     axes[len(panels)].legend(handles.values(), handles.keys(), loc="center", frameon=False)
-    figure.suptitle(f"{title}: time as a ratio to bf16 weights (lower is faster)")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(figure, path, f"{title}: time as a ratio to bf16 weights (lower is faster)")
 
 
 def _lines(panel: Panel) -> Iterator[tuple[str, list[harness.Row]]]:

@@ -130,10 +130,7 @@ def table(rows: list[harness.Row]) -> str:
 
 def plot(comparisons: list[Comparison], path: pathlib.Path, title: str) -> None:
     """A panel for each model: the gaps of arms 1 and 2 to arm 0 in each format."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     models = list(dict.fromkeys(c.model for c in comparisons))
     figure, panels = plt.subplots(1, len(models), figsize=(6 * len(models), 4.5), squeeze=False)
@@ -154,7 +151,6 @@ def plot(comparisons: list[Comparison], path: pathlib.Path, title: str) -> None:
         ax.set_title(model)
         ax.grid(alpha=0.3, axis="y")
         ax.legend()
-    figure.suptitle(f"{title}: mean and standard deviation over seeds, and each seed")
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(
+        figure, path, f"{title}: mean and standard deviation over seeds, and each seed"
+    )

@@ -292,10 +292,7 @@ def summary(rows: list[harness.Row]) -> harness.Row:
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     figure, (memory, loss) = plt.subplots(2, 1, figsize=(9, 6), sharex=True)
     steps = [row["step"] for row in rows]
@@ -311,10 +308,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         if row["skipped"]:
             loss.axvline(row["step"], color="#b2182b", lw=0.5)
     loss.set(xlabel="step (red: poisoned, skipped)", ylabel="loss")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(figure, path, title)
 
 
 def main() -> None:

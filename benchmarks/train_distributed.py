@@ -295,10 +295,7 @@ def save(row: harness.Row, args: argparse.Namespace) -> None:
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     labels = [
         f"{r['model']}, {r['method']}, {r['attention']}{', compiled' * r['compiled']}: {r['ranks']} GPU"
@@ -316,10 +313,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         ax.set_xlabel(heading)
         ax.margins(x=0.12)
     axes[0].invert_yaxis()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+    harness.save_figure(figure, path, title)
 
 
 @contextlib.contextmanager

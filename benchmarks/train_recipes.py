@@ -249,10 +249,7 @@ def _curve(losses: list[float]) -> list[float]:
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 4.5))
     base = dict(rows[0]["heldout"])
@@ -272,9 +269,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
         ax.legend()
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    harness.save_figure(figure, path, title)
 
 
 def parse() -> argparse.Namespace:

@@ -127,10 +127,7 @@ def bench_torchao(xs: list[torch.Tensor], fmt: BlockFormat, copy_gbs: float) -> 
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     figure, axes = plt.subplots(1, len(FORMATS), figsize=(16, 4.2), sharex=True)
     for ax, fmt in zip(axes, FORMATS, strict=True):
@@ -144,9 +141,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         ax.invert_yaxis()
         ax.tick_params(axis="y", labelsize=7)
         ax.set_xlabel("% of copy bandwidth")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    harness.save_figure(figure, path, title)
 
 
 def main() -> None:

@@ -129,10 +129,7 @@ def sweep(xs: list[torch.Tensor], copy_gbs: float) -> None:
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     figure, ax = plt.subplots(figsize=(10, 4))
     bars = ax.barh([r["case"] for r in rows], [100 * r["share"] for r in rows], color="#4c72b0")
@@ -141,9 +138,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
     ax.set_xlim(0, 108)
     ax.invert_yaxis()
     ax.set_xlabel("% of copy bandwidth, one read and all forms counted")
-    ax.set_title(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    harness.save_figure(figure, path, title)
 
 
 def main() -> None:

@@ -135,10 +135,7 @@ def bench_torch(
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = harness.pyplot()
 
     sizes = sorted({r["rows"] for r in rows})
     figure, axes = plt.subplots(1, len(sizes), figsize=(6.5 * len(sizes), 5), squeeze=False)
@@ -153,9 +150,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         ax.invert_yaxis()
         ax.tick_params(axis="y", labelsize=7)
         ax.set_xlabel("% of copy bandwidth")
-    figure.suptitle(title)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    harness.save_figure(figure, path, title)
 
 
 def main() -> None:
