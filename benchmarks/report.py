@@ -138,6 +138,101 @@ def recipe_linear() -> str:
     return _linear(rows_of("recipe_linear"))
 
 
+# --- training -------------------------------------------------------------------------------------
+
+
+def train_recipes() -> str:
+    lines = [
+        [
+            r["arm"], number(r["final"], 4), number(r["ratio"], 4), number(r["final_nvfp4"], 4),
+            number(r["step_ms"], 1),
+        ]
+        for r in rows_of("train_recipes")
+    ]  # fmt: skip
+    heads = ["trained in", "held-out loss", "ratio to bf16", "held-out loss in NVFP4", "ms a step"]
+    return table(heads, lines)
+
+
+def quality() -> str:
+    found = result("quality")
+    formats = {"mxfp4-weight-only": "MXFP4 weights", "w4a8": "W4A8", "mxfp4": "W4A4"}
+
+    def gap(row: Row) -> str:
+        return f"+{row['gap']:.4f} ± {row['gap_std']:.4f}"
+
+    lines = []
+    for verdict in found["meta"]["verdicts"]:
+        model, fmt = verdict["model"], verdict["format"]
+        arms = [r for r in found["rows"] if r["model"] == model]
+        base = find(arms, format=None)
+        ptq, qat = (r for r in arms if r["format"] == fmt)
+        gains = [a - b for a, b in zip(ptq["losses"], qat["losses"], strict=True)]
+        lines.append(
+            [
+                f"{model}, {found['meta']['models'][model]['parameters'] / 1e6:.0f} M", formats[fmt],
+                f"{base['loss']:.4f} ± {base['loss_std']:.4f}", gap(ptq), gap(qat),
+                f"{1 - qat['gap'] / ptq['gap']:.0%}", f"{min(gains):+.4f}",
+                "yes" if verdict["holds"] else "**no**",
+            ]
+        )  # fmt: skip
+    heads = [
+        "model", "format", "(0) bf16", "(1) PTQ over it", "(2) QAT over it", "recovered",
+        "(1) - (2), the least of the seeds", "(0) ≥ (2) > (1) in every seed",
+    ]  # fmt: skip
+    return table(heads, lines, numbers_from=2)
+
+
+def compiled_blocks() -> str:
+    models = {"llama": "Llama-3-8B", "gpt_oss": "gpt-oss-20b"}
+    rows, lines = rows_of("compile"), []
+    for case in values(rows, "case"):
+        eager, plain, reduced = (
+            find(rows, case=case, mode=mode) for mode in ("eager", "compiled", "reduce-overhead")
+        )
+        config, model = case.split(", ")
+        cells = [models[model], config, number(eager["ms"])]
+        for r in (plain, reduced):
+            cells += [number(r["ms"]), number(r["ratio"])]
+        lines.append([*cells, number(plain["limit"]), number(plain["first_s"], 1)])
+    heads = [
+        "block of", "", "eager, ms", "compiled, ms", "ratio", "reduce-overhead, ms", "ratio", "limit",
+        "first compiled step, s",
+    ]  # fmt: skip
+    return table(heads, lines, numbers_from=2)
+
+
+def ladder() -> str:
+    lines = [
+        [
+            r["model"], f"{r['layers']}", number(r["cold_s"], 1), number(r["warm_s"]), number(r["ms"], 1),
+            f"{r['tokens_per_s']:,.0f}", number(r["weights_gb"], 1), number(r["peak_gb"], 1),
+        ]
+        for r in rows_of("ladder")
+    ]  # fmt: skip
+    heads = [
+        "gpt-oss", "layers", "first step, s: Triton's cache empty", "warm", "ms a step", "tokens/s",
+        "weights, GB", "peak, GB",
+    ]  # fmt: skip
+    return table(heads, lines)
+
+
+def soak() -> str:
+    m = result("soak")["meta"]
+    lines = [
+        ["steps, of them poisoned and skipped", f"{m['steps']:,}, {m['skipped']}"],
+        ["different numbers of tokens", f"{m['sizes']:,}"],
+    ]
+    for key, what in (
+        ("allocated", "allocated on the GPU"),
+        ("reserved", "reserved on the GPU"),
+        ("resident", "the process on the host"),
+    ):
+        first, most = m[f"{key}_mb_first"], m[f"{key}_mb_max"]
+        what += ", behind the first step and the most, MB"
+        lines.append([what, f"{first:,.0f}, {most:,.0f}"])
+    return table(["", "found"], lines)
+
+
 # --- LoRA -----------------------------------------------------------------------------------------
 
 
@@ -301,12 +396,25 @@ def cost_model() -> str:
     return table(["point", "time", "", "model, ms", "measured, ms", "error"], lines, numbers_from=3)
 
 
+def cost_scaling() -> str:
+    lines = [
+        [
+            r["model"], f"{r['gpus']:,}", r["plan"], number(r["weights_gb"], 1), number(r["ms"], 0),
+            f"{r['tokens_per_s']:,.0f}", r["efficiency"],
+        ]
+        for r in result("cost_model", gpu="")["scaling"]
+        if r["gpus"] in (1, 8, 1000)
+    ]  # fmt: skip
+    heads = ["gpt-oss", "GPUs", "plan", "weights a GPU, GB", "ms a step", "tokens/s", "efficiency"]
+    return table(heads, lines, numbers_from=3)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     function.__name__: function
     for function in (
-        quantize, quantize_both, swiglu, qat_linear, qat_linear_headline, recipe_linear, lora_grouped,
-        lora_grouped_headline, lora_missed, lora_linear, first_step, moe_layer, gpt_oss, distributed,
-        fp8_accuracy, cost_model,
+        quantize, quantize_both, swiglu, qat_linear, qat_linear_headline, recipe_linear, train_recipes,
+        quality, compiled_blocks, ladder, soak, lora_grouped, lora_grouped_headline, lora_missed,
+        lora_linear, first_step, moe_layer, gpt_oss, distributed, fp8_accuracy, cost_model, cost_scaling,
     )
 }  # fmt: skip
 
