@@ -235,96 +235,87 @@ def _gram(
     return torch.mm(first.t(), second).to(dtype)
 
 
-def _mm(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    scaling: float,
-    fmt: str,
-    transpose_weight: bool,
-    strategy: str,
-    compute: str,
-    grad_compute: str,
-    max_scratch_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    x = with_unit_rows(x)
-    n_rows = x.shape[0] if order is None else order.shape[0]
-    top_k = reference.rows_per_token(x.shape[0], order)
-    h = None if down is None else _low_rank(x, down, offs, order, top_k, n_rows)
+class Arguments(NamedTuple):
+    """Those of ``mm``, in its schema's order; ``bias`` is ``[E, C]`` or ``[C]``, dtypes are named, "" for x's."""
+
+    x: torch.Tensor
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    per_tensor_scale: torch.Tensor | None
+    bias: torch.Tensor | None
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+    offs: torch.Tensor | None
+    order: torch.Tensor | None
+    scaling: float
+    fmt: str
+    transpose_weight: bool
+    strategy: str
+    compute: str
+    grad_compute: str
+    max_scratch_bytes: int
+
+    @property
+    def weight(self) -> Packed:
+        return _packed(self.qdata, self.scale, self.per_tensor_scale, self.fmt)
+
+    @property
+    def n_rows(self) -> int:
+        return self.x.shape[0] if self.order is None else self.order.shape[0]
+
+
+def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    a = Arguments(*args)
+    x = with_unit_rows(a.x)
+    top_k = reference.rows_per_token(x.shape[0], a.order)
+    h = None if a.down is None else _low_rank(x, a.down, a.offs, a.order, top_k, a.n_rows)
     y = _product(
-        x, _packed(qdata, scale, per_tensor_scale, fmt), offs, order, top_k, n_rows,
-        transpose_weight, h, up, scaling, bias, strategy, compute, max_scratch_bytes,
+        x, a.weight, a.offs, a.order, top_k, a.n_rows, a.transpose_weight, h, a.up, a.scaling, a.bias,
+        a.strategy, a.compute, a.max_scratch_bytes,
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h
 
 
-def _mm_fake(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    scaling: float,
-    fmt: str,
-    transpose_weight: bool,
-    strategy: str,
-    compute: str,
-    grad_compute: str,
-    max_scratch_bytes: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    w = _packed(qdata, scale, per_tensor_scale, fmt)
-    n_rows = x.shape[0] if order is None else order.shape[0]
-    y = x.new_empty((n_rows, w.n if transpose_weight else w.k))
-    return y, x.new_empty(0 if down is None else (n_rows, down.shape[-2]))
+def _mm_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    a = Arguments(*args)
+    y = a.x.new_empty((a.n_rows, a.weight.n if a.transpose_weight else a.weight.k))
+    return y, a.x.new_empty(0 if a.down is None else (a.n_rows, a.down.shape[-2]))
 
 
 def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    (
-        x, qdata, scale, per_tensor_scale, bias, down, up, offs, order, scaling, fmt,
-        transpose_weight, strategy, _compute, grad_compute, max_scratch_bytes,
-    ) = inputs  # fmt: skip
-    h = output[1]
+    a, h = Arguments(*inputs), output[1]
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
-    _, _, _, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
+    needed = Arguments(*ctx.needs_input_grad[:-1])  # without the dispatcher's keys
     ctx.save_for_backward(
-        x if needs_down else None, h if needs_up else None,
-        qdata, scale, per_tensor_scale, down, up, offs, order,
+        a.x if needed.down else None, h if needed.up else None,
+        a.qdata, a.scale, a.per_tensor_scale, a.down, a.up, a.offs, a.order,
     )  # fmt: skip
-    ctx.n_tokens = x.shape[0]
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    takes = {"unpack8": bool(grad_compute), "fused8": grad_compute == "float8_e4m3fn"}
-    if not takes.get(strategy, True):
-        strategy = "auto"
-    ctx.options = (scaling, fmt, transpose_weight, strategy, grad_compute, max_scratch_bytes)
+    ctx.n_tokens = a.x.shape[0]
+    ctx.bias_dtype = None if a.bias is None else a.bias.dtype
+    takes = {"unpack8": bool(a.grad_compute), "fused8": a.grad_compute == "float8_e4m3fn"}
+    strategy = a.strategy if takes.get(a.strategy, True) else "auto"
+    ctx.options = (
+        a.scaling, a.fmt, a.transpose_weight, strategy, a.grad_compute, a.max_scratch_bytes,
+    )  # fmt: skip
 
 
 def _mm_autograd(
     ctx: Any, dy: torch.Tensor | None, _dh: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
-    needs_x, _, _, _, needs_bias, needs_down, needs_up, *_ = ctx.needs_input_grad
+    needed = Arguments(*ctx.needs_input_grad[:-1])
     dx = dbias = d_down = d_up = None
     if dy is not None:
         dx, dbias, d_down, d_up = mm_backward_op(
-            dy, *ctx.saved_tensors, *ctx.options, needs_x, ctx.n_tokens,
-            ctx.bias_dtype if needs_bias else None,
+            dy, *ctx.saved_tensors, *ctx.options, needed.x, ctx.n_tokens,
+            ctx.bias_dtype if needed.bias else None,
         )  # fmt: skip
     return (
-        dx if needs_x else None,
+        dx if needed.x else None,
         None, None, None,  # qdata, scale, per_tensor_scale
-        dbias if needs_bias else None,
-        d_down if needs_down else None,
-        d_up if needs_up else None,
+        dbias if needed.bias else None,
+        d_down if needed.down else None,
+        d_up if needed.up else None,
         None, None, None, None, None,  # offs, order, scaling, fmt, transpose_weight
         None, None, None, None,  # strategy, compute, grad_compute, max_scratch_bytes
     )  # fmt: skip
@@ -343,102 +334,94 @@ mm_op = define_op(
 )
 
 
-def _mm_backward(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    h: torch.Tensor | None,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    scaling: float,
-    fmt: str,
-    transpose_weight: bool,
-    strategy: str,
-    compute: str,
-    max_scratch_bytes: int,
-    needs_dx: bool,
-    n_tokens: int,
-    bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    dy = with_unit_rows(dy)
+class BackwardArguments(NamedTuple):
+    """Those of ``mm_backward``: x where down is trained, h where up is, ``bias_dtype`` where bias is."""
+
+    dy: torch.Tensor
+    x: torch.Tensor | None
+    h: torch.Tensor | None
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    per_tensor_scale: torch.Tensor | None
+    down: torch.Tensor | None
+    up: torch.Tensor | None
+    offs: torch.Tensor | None
+    order: torch.Tensor | None
+    scaling: float
+    fmt: str
+    transpose_weight: bool
+    strategy: str
+    compute: str
+    max_scratch_bytes: int
+    needs_dx: bool
+    n_tokens: int
+    bias_dtype: torch.dtype | None
+
+    @property
+    def weight(self) -> Packed:
+        return _packed(self.qdata, self.scale, self.per_tensor_scale, self.fmt)
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # dx, dbias, d_down, d_up
+
+
+def _mm_backward(*args: Any) -> Gradients:
+    a = BackwardArguments(*args)
+    dy = with_unit_rows(a.dy)
     n_rows = dy.shape[0]
-    top_k = 1 if order is None or n_tokens == 0 else n_rows // n_tokens
+    top_k = 1 if a.order is None or a.n_tokens == 0 else n_rows // a.n_tokens
     dx, dbias, d_down, d_up = (dy.new_empty(0) for _ in range(4))
     g = None
-    if down is not None and (needs_dx or x is not None):
-        g = _low_rank(dy, up.mT, offs, None, 1, n_rows, scaling)
-    if needs_dx:
+    if a.down is not None and (a.needs_dx or a.x is not None):
+        g = _low_rank(dy, a.up.mT, a.offs, None, 1, n_rows, a.scaling)
+    if a.needs_dx:
         dx = _product(
-            dy, _packed(qdata, scale, per_tensor_scale, fmt), offs, None, 1, n_rows,
-            not transpose_weight, g, None if down is None else down.mT, 1.0, None, strategy, compute,
-            max_scratch_bytes, None if order is None else _unpack.TokenSum(order, top_k),
+            dy, a.weight, a.offs, None, 1, n_rows, not a.transpose_weight, g,
+            None if a.down is None else a.down.mT, 1.0, None, a.strategy, a.compute, a.max_scratch_bytes,
+            None if a.order is None else _unpack.TokenSum(a.order, top_k),
         )  # fmt: skip
     # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
-    if x is not None:
-        x = with_unit_rows(x)
-        d_down = _gram(g, x, offs, order, top_k, 1.0, down.dtype, not transpose_weight)
-        d_down = d_down if transpose_weight else d_down.mT
-    if h is not None:
-        d_up = _gram(h, dy, offs, None, 1, scaling, up.dtype, transpose_weight)
-        d_up = d_up if transpose_weight else d_up.mT
-    if bias_dtype is not None:
-        dbias = rows_functions(dy).group_sum(dy, offs, bias_dtype)
+    if a.x is not None:
+        x = with_unit_rows(a.x)
+        d_down = _gram(g, x, a.offs, a.order, top_k, 1.0, a.down.dtype, not a.transpose_weight)
+        d_down = d_down if a.transpose_weight else d_down.mT
+    if a.h is not None:
+        d_up = _gram(a.h, dy, a.offs, None, 1, a.scaling, a.up.dtype, a.transpose_weight)
+        d_up = d_up if a.transpose_weight else d_up.mT
+    if a.bias_dtype is not None:
+        dbias = rows_functions(dy).group_sum(dy, a.offs, a.bias_dtype)
     return dx, dbias, d_down, d_up
 
 
-def _mm_backward_fake(
-    dy: torch.Tensor,
-    x: torch.Tensor | None,
-    h: torch.Tensor | None,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    down: torch.Tensor | None,
-    up: torch.Tensor | None,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    scaling: float,
-    fmt: str,
-    transpose_weight: bool,
-    strategy: str,
-    compute: str,
-    max_scratch_bytes: int,
-    needs_dx: bool,
-    n_tokens: int,
-    bias_dtype: torch.dtype | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    w = _packed(qdata, scale, per_tensor_scale, fmt)
+def _mm_backward_fake(*args: Any) -> Gradients:
+    a = BackwardArguments(*args)
+    dy = a.dy
 
     def gradient(adapter: torch.Tensor) -> torch.Tensor:
-        if transpose_weight:
+        if a.transpose_weight:
             return dy.new_empty(adapter.shape, dtype=adapter.dtype)
         return dy.new_empty(adapter.mT.shape, dtype=adapter.dtype).mT
 
     dx, dbias, d_down, d_up = (dy.new_empty(0) for _ in range(4))
-    if needs_dx:
-        n_rows = dy.shape[0] if order is None else n_tokens
-        dx = dy.new_empty((n_rows, w.k if transpose_weight else w.n))
-    if bias_dtype is not None:
-        lead = () if offs is None else offs.shape
-        dbias = dy.new_empty((*lead, dy.shape[1]), dtype=bias_dtype)
-    d_down = d_down if x is None else gradient(down)
-    d_up = d_up if h is None else gradient(up)
+    if a.needs_dx:
+        n_rows = dy.shape[0] if a.order is None else a.n_tokens
+        dx = dy.new_empty((n_rows, a.weight.k if a.transpose_weight else a.weight.n))
+    if a.bias_dtype is not None:
+        lead = () if a.offs is None else a.offs.shape
+        dbias = dy.new_empty((*lead, dy.shape[1]), dtype=a.bias_dtype)
+    d_down = d_down if a.x is None else gradient(a.down)
+    d_up = d_up if a.h is None else gradient(a.up)
     return dx, dbias, d_down, d_up
 
 
 def _mm_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    dy, _x, _h, *operands = inputs[:10]
-    ctx.dtype = dy.dtype
+    a = BackwardArguments(*inputs)
+    ctx.dtype, ctx.n_tokens, ctx.max_scratch_bytes = a.dy.dtype, a.n_tokens, a.max_scratch_bytes
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*operands)
-    *ctx.options, _compute, ctx.max_scratch_bytes = inputs[10:16]
-    ctx.n_tokens = inputs[17]
-    _, needs_x, _, _, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
-    ctx.trains_adapters = needs_x or needs_down or needs_up
+    ctx.save_for_backward(a.qdata, a.scale, a.per_tensor_scale, a.down, a.up, a.offs, a.order)
+    ctx.options = (a.scaling, a.fmt, a.transpose_weight, a.strategy)
+    needed = BackwardArguments(*ctx.needs_input_grad[:-1])
+    ctx.trains_adapters = needed.x or needed.down or needed.up
 
 
 def _mm_backward_autograd(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
