@@ -15,7 +15,7 @@ import pathlib
 import torch
 
 from torchao_mx import MXFP4, ops, reference
-from torchao_mx.reference import fp8
+from torchao_mx.reference import Added, Rows, fp8
 
 ROWS, K, N = 1024, 2048, 512
 DISTRIBUTIONS = ("Gaussian", "Student t3", "Gaussian x lognormal channels")
@@ -53,9 +53,8 @@ def main() -> None:
             (torch.float8_e5m2, False),
         ):
             x = operand(distribution, K if forward else N)
-            y = fp8.fp8_product(
-                x, qdata, scale, MXFP4, None, None, 1, ROWS, forward, None, None, 1.0, None, dtype
-            )
+            rows_of_x = Rows(None, None, 1, ROWS)
+            y = fp8.fp8_product(x, qdata, scale, MXFP4, rows_of_x, forward, Added(), dtype)
             error, worst = relative_error(y, x.double() @ (w.T if forward else w))
             name, product = str(dtype).removeprefix("torch."), "x W^T" if forward else "x W"
             print(f"| {distribution} | {name} | {product} | {error:.2%} | {worst:.2%} |")

@@ -5,6 +5,8 @@ import torch
 from _grids import generator
 
 from torchao_mx import MXFP4, reference
+from torchao_mx.ops._packed import Packed
+from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -58,11 +60,20 @@ def dense(args):
     return {**args, **one, "offs": None}
 
 
-def call(function, args, transpose_weight, *rest, pts=False, fmt=True):
-    a = dict(args, transpose_weight=transpose_weight, per_tensor_scale=None, fmt=MXFP4)
-    names = ("x", "qdata", "scale", *("per_tensor_scale",) * pts, *("fmt",) * fmt)
-    names += ("offs", "order", "top_k", "n_rows", "transpose_weight", "h", "up", "scaling", "bias")
-    return function(*(a[name] for name in names), *rest)
+def rows_and_added(args):
+    rows, added = ([args[name] for name in of._fields] for of in (Rows, Added))
+    return Rows(*rows), Added(*added)
+
+
+def call(function, args, transpose_weight, *rest, packed=False, fmt=MXFP4):
+    """A product of ``args``: its weight as one operand or as several, the format among them unless None."""
+    rows, added = rows_and_added(args)
+    weight = (args["qdata"], args["scale"])
+    if packed:
+        weight = (Packed(*weight, None, fmt),)
+    elif fmt is not None:
+        weight += (fmt,)
+    return function(args["x"], *weight, rows, transpose_weight, added, *rest)
 
 
 def expected(args, transpose_weight, dtype=E4M3, **changes):

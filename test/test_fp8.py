@@ -59,11 +59,13 @@ def run(kernel_device, monkeypatch):
     def on_device(args, transpose_weight, scratch=everything, fits=None, kind="float8_e4m3fn"):
         there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
         fits = fits.cuda() if isinstance(fits, torch.Tensor) else fits
-        return call(_fp8.fp8_product, there, transpose_weight, kind, scratch, fits, pts=True).cpu()
+        return call(
+            _fp8.fp8_product, there, transpose_weight, kind, scratch, fits, packed=True
+        ).cpu()
 
     def interpreted(args, transpose_weight, scratch=everything, fits=None, kind="float8_e4m3fn"):
         rest = (_fp8.KINDS[kind], scratch, fits, tl.float32)
-        return call(_fp8._product_on_gpu, args, transpose_weight, *rest, fmt=False)
+        return call(_fp8._product_on_gpu, args, transpose_weight, *rest, fmt=None)
 
     if kernel_device == "cuda":
         return on_device
@@ -185,7 +187,7 @@ def test_product_past_one_tile(transpose_weight):
     assert torch.equal(fits.cpu(), definition.fits_fp8(qdata, scale, transpose_weight))
     for scratch in (2**28, 2**20):
         y = call(
-            _fp8.fp8_product, there, transpose_weight, "float8_e4m3fn", scratch, pts=True
+            _fp8.fp8_product, there, transpose_weight, "float8_e4m3fn", scratch, packed=True
         ).cpu()
         assert relative_error(y, want) < 4e-3
         assert (y[3990:] == 0).all()
@@ -237,11 +239,11 @@ def test_flagged_columns_see_x_unrounded(transpose_weight):
 
 def test_the_verb_on_the_cpu_is_the_reference():
     a = operands(True, dtype=torch.bfloat16, powers=20, top_k=4)
-    y = call(_fp8.fp8_product, a, True, pts=True)
+    y = call(_fp8.fp8_product, a, True, packed=True)
     assert y.dtype == torch.bfloat16
     assert_same_bytes(y, expected(a, True))
     fits = _fp8.fits_fp8(a["qdata"], a["scale"], MXFP4)
-    assert_same_bytes(call(_fp8.fp8_product, a, True, "float8_e4m3fn", 1, fits, pts=True), y)
+    assert_same_bytes(call(_fp8.fp8_product, a, True, "float8_e4m3fn", 1, fits, packed=True), y)
 
 
 # --- scratch and refusals -------------------------------------------------------------------------
@@ -262,16 +264,19 @@ def test_scratch_is_bounded_in_equal_parts():
 
 def test_refusals():
     a = operands(True, dtype=torch.bfloat16)
-    kwargs = dict(transpose_weight=True, per_tensor_scale=None)
     odd = {**a, "qdata": a["qdata"][:, :72], "scale": a["scale"][:, :72]}
+
+    def product(args, *kind, fmt=MXFP4):
+        return call(_fp8.fp8_product, args, True, *kind, packed=True, fmt=fmt)
+
     calls = [
-        lambda: _fp8.fp8_product(**a, **kwargs, fmt=MXFP8_E4M3),
-        lambda: _fp8.fp8_product(**a, **kwargs, fmt=NVFP4),
+        lambda: product(a, fmt=MXFP8_E4M3),
+        lambda: product(a, fmt=NVFP4),
         lambda: _fp8.fits_fp8(a["qdata"], a["scale"], NVFP4),
-        lambda: _fp8.fp8_product(**a, **kwargs, fmt=MXFP4, kind="float8_e5m2"),
-        lambda: _fp8.fp8_product(**a, **kwargs, fmt=MXFP4, kind="int8"),
-        lambda: _fp8.fp8_product(**{**a, "x": a["x"].float()}, **kwargs, fmt=MXFP4),
-        lambda: _fp8.fp8_product(**odd, **kwargs, fmt=MXFP4),
+        lambda: product(a, "float8_e5m2"),
+        lambda: product(a, "int8"),
+        lambda: product({**a, "x": a["x"].float()}),
+        lambda: product(odd),
     ]
     errors = (TypeError, ValueError, NotImplementedError)
     assert_expected_inline(

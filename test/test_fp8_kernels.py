@@ -21,10 +21,12 @@ from _fp8_operands import (
     operands,
     packed,
     randn,
+    rows_and_added,
 )
 from _grids import assert_same_bytes, generator, relative_error
 
 from torchao_mx.ops import _add, _fp8_kernels, _fp8_lowered, _fp8_weight
+from torchao_mx.reference import Added
 from torchao_mx.reference import fp8 as definition
 
 each_dtype = pytest.mark.parametrize("dtype", [E4M3, E5M2], ids=["e4m3", "e5m2"])
@@ -255,7 +257,7 @@ def test_low_rank_term(kernel_device, in_place, grouped, terms):
     part, offs, h, up, bias = there
     whole = torch.full((ROWS, 2 * N), 7.0, device=kernel_device)
     y = part if in_place else whole[:, N:]
-    _add.finish(part, y, offs, h, up, 0.5, bias, tl.float32)
+    _add.finish(part, y, offs, Added(h, up, 0.5, bias), tl.float32)
     # A float32 dot runs in tf32 on the GPU.
     assert relative_error(y.cpu(), want) < (1e-6 if kernel_device == "cpu" else 1e-3)
     assert (y[start:] == 0).all() and (whole[:, :N] == 7).all()
@@ -281,10 +283,11 @@ def test_flagged_columns_are_recomputed_and_no_others(
     if not grouped:
         t.update({k: t[k][None] for k in ("qdata", "scale", "up", "bias")})
     y = torch.full(want.shape, 7.0, device=kernel_device)
+    found = (1 - flags, 0) if known else (flags, 1)
+    rows, added = rows_and_added(t)
     _fp8_kernels.recompute_flagged(
-        y, t["x"], t["qdata"], t["scale"], (1 - flags if known else flags).to(kernel_device),
-        0 if known else 1, t["offs"], t["order"], 4, transpose_weight, t["h"], t["up"], 0.5,
-        t["bias"], tl.float32,
+        y, t["x"], t["qdata"], t["scale"], found[0].to(kernel_device), found[1], rows, transpose_weight,
+        added, tl.float32,
     )  # fmt: skip
     y = y.cpu()
     assert mine.any() and (y[~mine] == 7).all()

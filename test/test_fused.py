@@ -6,6 +6,8 @@ from _grids import FORMATS, as_bytes, assert_same_values, generator, name_of, re
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, reference
 from torchao_mx.ops import _fused
+from torchao_mx.ops._packed import Packed
+from torchao_mx.reference import Added, Rows
 
 # The only dtype that the interpreter multiplies rightly is float32.
 EACH_DTYPE = [
@@ -77,7 +79,7 @@ def values(w, dtype):
 
 
 def operands(routing, dtype, fmt, transpose_weight, n, k, *, top_k=None, rank=0, bias=False):
-    """The arguments of ``fused_product``, on the CPU."""
+    """The arguments of ``product``, on the CPU."""
     ends, n_rows = ROUTINGS[routing]
     lead = () if ends is None else (len(ends),)
     offs = None if ends is None else torch.tensor(ends, dtype=torch.int32)
@@ -109,8 +111,15 @@ def expected(args):
     return y
 
 
+def product(args):
+    """``fused_product`` of what ``operands`` returned."""
+    x, *w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias = args
+    rows, added = Rows(offs, order, top_k, n_rows), Added(h, up, scaling, bias)
+    return _fused.fused_product(x, Packed(*w), rows, transpose_weight, added)
+
+
 def fused(device, args):
-    return _fused.fused_product(*(on(device, a) for a in args))
+    return product([on(device, a) for a in args])
 
 
 def check(device, args):
@@ -225,7 +234,7 @@ def test_views_of_a_weight(device, dtype, fmt, transpose_weight, view):
     args[1:4] = qdata.cpu(), scale.cpu(), pts
     there = [on(device, a) for a in args]
     there[1:3] = qdata, scale
-    y = _fused.fused_product(*there)
+    y = product(there)
     assert relative_error(y.cpu(), expected(args)) < BOUNDS[dtype]
 
 
@@ -243,7 +252,7 @@ def test_strides_of_the_others(device, dtype, transpose_weight):
         args[10] = on(device, h.t().contiguous()).t()
         args[11] = on(device, up.mT.contiguous()).mT
         args[13] = on(device, bias.repeat_interleave(2, 1))[:, ::2]
-        y = _fused.fused_product(*args).cpu()
+        y = product(args).cpu()
         assert relative_error(y, wanted) < BOUNDS[dtype]
 
 
@@ -333,7 +342,7 @@ def test_swapped_nibbles_would_show(device, dtype, transpose_weight):
 def test_operands_are_left_alone(device, dtype):
     args = operands("ragged", dtype, MXFP4, True, 64, 64, top_k=1, rank=8, bias=True)
     there = [on(device, a) for a in args]
-    _fused.fused_product(*there)
+    product(there)
     for before, after in zip(args, there, strict=True):
         if isinstance(before, torch.Tensor):
             assert torch.equal(as_bytes(before), as_bytes(after.cpu()))
@@ -351,9 +360,8 @@ def test_weights_past_2_31_elements(device, transpose_weight):
     offs = torch.zeros(e, dtype=torch.int32, device=device)
     offs[-1] = 24
     x = randn(24, k if transpose_weight else n, dtype=torch.bfloat16).to(device)
-    y = _fused.fused_product(
-        x, qdata, scale, None, MXFP4, offs, None, 1, 24, transpose_weight, None, None, 1.0, None
-    )
+    w, rows = Packed(qdata, scale, None, MXFP4), Rows(offs, None, 1, 24)
+    y = _fused.fused_product(x, w, rows, transpose_weight, Added())
     w = reference.dequantize(qdata[-1], scale[-1], MXFP4, torch.float32).double()
     wanted = x.double() @ (w.mT if transpose_weight else w)
     assert relative_error(y, wanted) < BOUNDS[x.dtype]

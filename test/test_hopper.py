@@ -6,6 +6,7 @@ from _grids import generator, relative_error
 
 from torchao_mx import MXFP4, MXFP8_E4M3, reference
 from torchao_mx.ops import _hopper, mm
+from torchao_mx.reference import Added, Rows
 
 BOUND = 4e-3  # of bf16 results
 FORWARD_TILES = [(rows, 128, 4, two, None) for rows in (16, 32, 64, 128) for two in (False, True)]
@@ -92,10 +93,10 @@ class Problem:
         def cuda(t):
             return None if t is None else t.cuda()
 
+        rows = Rows(cuda(self.offs), cuda(self.order), self.top_k, self.rows)
+        added = Added(cuda(self.h), cuda(self.up), 0.5, cuda(self.bias))
         y = _hopper.hopper_product(
-            cuda(self.x), cuda(self.qdata), cuda(self.scale), cuda(self.offs), cuda(self.order),
-            self.top_k, self.rows, self.transpose_weight, cuda(self.h), cuda(self.up), 0.5,
-            cuda(self.bias), tile, splits,
+            cuda(self.x), cuda(self.qdata), cuda(self.scale), rows, self.transpose_weight, added, tile, splits
         )  # fmt: skip
         return y.cpu()
 
@@ -179,9 +180,8 @@ def test_a_nan_scale_reaches_its_block_and_no_other(transpose_weight):
     scale = torch.full((64, 4), 120, dtype=torch.uint8, device="cuda")
     scale[3, 1] = 255
     x = torch.randn(5, 128 if transpose_weight else 64, device="cuda").bfloat16()
-    y = _hopper.hopper_product(
-        x, qdata, scale, None, None, 1, 5, transpose_weight, None, None, 1.0, None
-    )
+    rows = Rows(None, None, 1, 5)
+    y = _hopper.hopper_product(x, qdata, scale, rows, transpose_weight, Added())
     columns = [3] if transpose_weight else list(range(32, 64))
     assert y.isnan().all(0).nonzero().flatten().tolist() == columns
     assert y.isnan().any(0).nonzero().flatten().tolist() == columns
@@ -207,9 +207,8 @@ def test_more_than_2_31_elements():
     w = mm._unpack.dequantize_op(qdata[-1], e8m0, "mxfp4", torch.bfloat16, -1, None)
     for transpose_weight in (True, False):
         x = torch.randn(4, k if transpose_weight else n, device="cuda").bfloat16()
-        y = _hopper.hopper_product(
-            x, qdata, scale, offs, None, 1, 4, transpose_weight, None, None, 1.0, None
-        )
+        rows = Rows(offs, None, 1, 4)
+        y = _hopper.hopper_product(x, qdata, scale, rows, transpose_weight, Added())
         assert relative_error(y, x.double() @ (w.T if transpose_weight else w).double()) < BOUND
 
 

@@ -14,6 +14,7 @@ from _fp8_operands import (
     operands,
     packed,
     randn,
+    rows_and_added,
 )
 from _grids import generator, relative_error
 
@@ -53,7 +54,7 @@ def on_gpu(args):
 
 def product(args, transpose_weight):
     rest = ("float8_e4m3fn", _fp8.MAX_SCRATCH_BYTES, None, True)
-    return call(_fp8.fp8_product, on_gpu(args), transpose_weight, *rest, pts=True).cpu()
+    return call(_fp8.fp8_product, on_gpu(args), transpose_weight, *rest, packed=True).cpu()
 
 
 def kernel(args, transpose_weight, tile):
@@ -62,10 +63,10 @@ def kernel(args, transpose_weight, tile):
     lower = _fp8_lowered.lowered_rows if transpose_weight else _fp8_lowered.lowered_columns
     lowered, w_scale, flags = lower(a["qdata"], a["scale"])
     x = _fp8_kernels.permuted_rows(a["x"], "halves" if transpose_weight else "pairs")
+    rows, added = rows_and_added(a)
     y = _hopper.hopper_fp8_product(
-        *x, a["qdata"], lowered, w_scale, a["offs"], a["order"], a["top_k"], a["n_rows"],
-        transpose_weight, a["h"], a["up"], a["scaling"], a["bias"], tile,
-    )  # fmt: skip
+        *x, a["qdata"], lowered, w_scale, rows, transpose_weight, added, tile
+    )
     return y.cpu(), flags.cpu()
 
 
@@ -160,4 +161,4 @@ def test_where_it_is_not_for():
     args = dense(on_gpu(operands(True, dtype=BF16)))
     rest = ("float8_e5m2", _fp8.MAX_SCRATCH_BYTES, None, True)
     with pytest.raises(NotImplementedError, match="fused8"):
-        call(_fp8.fp8_product, args, True, *rest, pts=True)
+        call(_fp8.fp8_product, args, True, *rest, packed=True)

@@ -9,6 +9,7 @@ from torch.library import opcheck
 
 from torchao_mx import MXFP4, NVFP4, QuantizeSpec, ops, reference
 from torchao_mx.ops import _add, _skinny, _unpack, mm
+from torchao_mx.ops._packed import Packed
 from torchao_mx.ops.mm import DEFAULT_SCRATCH, choose_strategy
 
 OPS = torch.ops.torchao_mx
@@ -65,9 +66,9 @@ def test_decode_into(fmt, columns, kernel_device, poisoned):
     """Into rows with room behind, from slices along N and K."""
     w = randn(3, 20, columns, seed=1)
     pts = ops.per_tensor_scale(w, fmt, True) if fmt.has_per_tensor_scale else None
-    packed = _unpack.Packed(*ops.quantize(w, fmt, per_tensor_scale=pts), pts, fmt)
+    packed = Packed(*ops.quantize(w, fmt, per_tensor_scale=pts), pts, fmt)
     for part in (packed, packed.slice_n(3, 20), packed.slice_k(32, 64)):
-        there = _unpack.Packed(*[None if t is None else t.to(kernel_device) for t in part[:3]], fmt)
+        there = Packed(*[None if t is None else t.to(kernel_device) for t in part[:3]], fmt)
         wide = torch.empty(3, part.n, part.k + 8, device=kernel_device)
         behind = wide[..., part.k :].clone()
         _unpack._decode_into_triton(wide[..., : part.k], there)
@@ -77,7 +78,7 @@ def test_decode_into(fmt, columns, kernel_device, poisoned):
 
 
 def test_decode_into_leaves_experts_without_rows_alone(kernel_device):
-    packed = _unpack.Packed(*ops.quantize(randn(4, 20, 64), MXFP4), None, MXFP4)
+    packed = Packed(*ops.quantize(randn(4, 20, 64), MXFP4), None, MXFP4)
     there = packed._replace(
         qdata=packed.qdata.to(kernel_device), scale=packed.scale.to(kernel_device)
     )

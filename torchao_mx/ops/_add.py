@@ -17,6 +17,7 @@ import triton.language as tl
 from torchao_mx import reference
 from torchao_mx.ops import _groups
 from torchao_mx.ops._launch import DOT_DTYPES, cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.reference import Added
 
 # 3.0 TB/s of an H200's 4.2; tiles of twice the rows 2.8, of twice the columns too 1.3.
 ROWS, COLUMNS, STEPS, MAX_RANKS = 32, 128, 8, 32
@@ -85,10 +86,7 @@ def finish(
     part: torch.Tensor,
     y: torch.Tensor,
     offs: torch.Tensor | None,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     dot_dtype: tl.dtype | None = None,
 ) -> None:
     """``y = part + s * h up^T + bias`` on ``[R, C]``, zeros behind the last group.
@@ -97,12 +95,10 @@ def finish(
         part: ``[R, C]``, of unit stride along C; it may be y itself, where only what is added is computed.
         y: likewise, of part's dtype.
         offs: int32 ``[E]`` end offsets, or None for one expert.
-        h: ``[R, r]`` or None.
-        up: ``[E, C, r]`` of any strides and float dtype, cast to y's; None without h.
-        scaling: s.
-        bias: ``[E, C]`` of unit stride along C, or None.
+        added: h ``[R, r]``, up ``[E, C, r]``, cast to y's dtype, and bias ``[E, C]``, of unit stride along C.
         dot_dtype: of the product; y's unless a test says otherwise.
     """
+    h, up, scaling, bias = added
     in_place = part.data_ptr() == y.data_ptr()
     n_rows, columns = part.shape
     if in_place and h is None and bias is None:
@@ -110,7 +106,7 @@ def finish(
             zero_behind(y, offs)
         return
     if not y.is_cuda and dot_dtype is None:
-        y.copy_(reference.add_low_rank(part, offs, h, up, scaling, bias))
+        y.copy_(reference.add_low_rank(part, offs, added))
         return
     rank = 0 if h is None else h.shape[1]
     h = h if h is None or h.stride(1) == 1 else h.contiguous()

@@ -37,6 +37,8 @@ from torchao_mx.ops._fp8_weight import (
 )
 from torchao_mx.ops._hopper import hopper_fp8_product, takes_hopper_fp8
 from torchao_mx.ops._launch import capability, cdiv
+from torchao_mx.ops._packed import Packed
+from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 
 MAX_SCRATCH_BYTES = 256 * 2**20
@@ -78,19 +80,10 @@ def fits_fp8(
 
 def fp8_product(
     x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    fmt: BlockFormat,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    w: Packed,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     kind: str = "float8_e4m3fn",
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
     fits: torch.Tensor | bool | None = None,
@@ -105,19 +98,10 @@ def fp8_product(
 
     Args:
         x: ``[T, K]`` (``[T, N]`` without ``transpose_weight``) bfloat16.
-        qdata: ``[E, N, K / 2]``, or ``[N, K / 2]`` for a dense weight. N is a multiple of 16.
-        scale: ``[E, N, K / 32]`` or ``[N, K / 32]``.
-        per_tensor_scale: NVFP4's, hence None.
-        fmt: MXFP4.
-        offs: int32 ``[E]``, end offsets of the experts' rows; None for a dense weight.
-        order: ``[n_rows]``; row i of the groups is token ``order[i] // top_k``. None: x lies in groups.
-        top_k: rows a token.
-        n_rows: rows of the result, ``T * top_k``.
+        w: ``[E, N, K]`` in MXFP4, or ``[N, K]`` for a dense product. N is a multiple of 16.
+        rows: on x's device, ``offs`` and ``order`` int32.
         transpose_weight: reduce over K; otherwise over N.
-        h: ``[n_rows, r]``, in the groups' order, or None.
-        up: ``[E, C, r]`` (``[C, r]`` dense) for C result columns, any strides and float dtype; None without h.
-        scaling: s.
-        bias: ``[E, C]`` (``[C]`` dense) or None.
+        added: h ``[n_rows, r]``, up ``[E, C, r]`` (``[C, r]`` dense), bias ``[E, C]`` (``[C]`` dense).
         kind: ``"float8_e4m3fn"``, or for a dense weight ``"float8_e5m2"``.
         max_scratch_bytes: bound of the decoded weight, unless 32 columns of each expert need more.
         fits: what :func:`fits_fp8` returned for this weight and ``transpose_weight``, True where it is known to
@@ -134,38 +118,27 @@ def fp8_product(
         TypeError: x's dtype.
         ValueError: an unknown kind; N not a multiple of 16.
     """
-    n = qdata.shape[-2]
-    _check(x, fmt, n, kind, offs is not None)
+    _check(x, w, kind, rows.offs is not None)
     dtype = KINDS[kind]
     if not x.is_cuda:
         known = None if fits is True else fits
         return definition.fp8_product(
-            x, qdata, scale, fmt, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias,
-            dtype, known,
-        )  # fmt: skip
+            x, w.qdata, w.scale, w.fmt, rows, transpose_weight, added, dtype, known
+        )
     if fused:
-        return _fused_on_gpu(
-            x, qdata, scale, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias, dtype
-        )  # fmt: skip
+        return _fused_on_gpu(x, w.qdata, w.scale, rows, transpose_weight, added, dtype)
     return _product_on_gpu(
-        x, qdata, scale, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias, dtype,
-        max_scratch_bytes, fits,
-    )  # fmt: skip
+        x, w.qdata, w.scale, rows, transpose_weight, added, dtype, max_scratch_bytes, fits
+    )
 
 
 def _product_on_gpu(
     x: torch.Tensor,
     qdata: torch.Tensor,
     scale: torch.Tensor,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     dtype: torch.dtype,
     max_scratch_bytes: int,
     fits: torch.Tensor | bool | None,
@@ -173,32 +146,26 @@ def _product_on_gpu(
 ) -> torch.Tensor:
     """The launches of the file's head."""
     columns = qdata.shape[-2] if transpose_weight else qdata.shape[-1] * MXFP4.elems_per_byte
-    if n_rows == 0:
+    if rows.n_rows == 0:
         return x.new_empty((0, columns))
-    x, h, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, h, bias))
-    if offs is None:
-        qdata, scale = qdata[None], scale[None]
-        up, bias = (None if t is None else t[None] for t in (up, bias))
-    x8, x_scale = quantize_rows(x, order, top_k, n_rows, dtype)
+    x, added = _of_unit_strides(x, added)
+    if rows.offs is None:
+        qdata, scale, added = qdata[None], scale[None], added.at(None)
+    x8, x_scale = quantize_rows(x, *rows[1:], dtype)
     flags = row_flags(qdata) if transpose_weight else column_flags(scale)
     width = columns_at_a_time(qdata.shape[0], columns, x.shape[1], max_scratch_bytes)
-    y = None if width == columns else x.new_empty((n_rows, columns))
+    y = None if width == columns else x.new_empty((rows.n_rows, columns))
     for first in range(0, columns, width):
         part = slice(first, min(first + width, columns))
-        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags, offs)
-        product = _scaled_product(x8, w8, x_scale, w_scale, offs)
+        w8, w_scale = _decode(qdata, scale, part, transpose_weight, flags, rows.offs)
+        product = _scaled_product(x8, w8, x_scale, w_scale, rows.offs)
         del w8  # the next part decodes into the same memory
-        finish(
-            product, product if y is None else y[:, part], offs, h,
-            None if up is None else up[:, part], scaling, None if bias is None else bias[:, part],
-        )  # fmt: skip
+        target = product if y is None else y[:, part]
+        finish(product, target, rows.offs, added.at((slice(None), part)))
     y = product if y is None else y
     if fits is not True:
         found = (flags, 1) if fits is None else (fits.view(torch.uint8).contiguous(), 0)
-        recompute_flagged(
-            y, x, qdata, scale, *found, offs, order, top_k, transpose_weight, h, up, scaling, bias,
-            dot_dtype,
-        )  # fmt: skip
+        recompute_flagged(y, x, qdata, scale, *found, rows, transpose_weight, added, dot_dtype)
     return y
 
 
@@ -206,15 +173,9 @@ def _fused_on_gpu(
     x: torch.Tensor,
     qdata: torch.Tensor,
     scale: torch.Tensor,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     if dtype != torch.float8_e4m3fn or not takes_hopper_fp8(x):
@@ -222,24 +183,25 @@ def _fused_on_gpu(
             "strategy='fused8' is for rows of torch.float8_e4m3fn and GPUs of compute capability 9.0: leave "
             "strategy out, or use 'unpack8'"
         )
-    if n_rows == 0:
+    if rows.n_rows == 0:
         return x.new_empty((0, qdata.shape[-2] if transpose_weight else 2 * qdata.shape[-1]))
-    x, h, bias = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, h, bias))
-    if transpose_weight:
-        lowered, w_scale, flags = lowered_rows(qdata, scale, offs)
-    else:
-        lowered, w_scale, flags = lowered_columns(qdata, scale, offs)
-    y = hopper_fp8_product(
-        *permuted_rows(x, "halves" if transpose_weight else "pairs"), qdata, lowered, w_scale, offs,
-        order, top_k, n_rows, transpose_weight, h, up, scaling, bias,
-    )  # fmt: skip
-    if offs is None:
-        qdata, scale, flags = qdata[None], scale[None], flags[None]
-        up, bias = (None if t is None else t[None] for t in (up, bias))
-    recompute_flagged(
-        y, x, qdata, scale, flags, 1, offs, order, top_k, transpose_weight, h, up, scaling, bias
-    )
+    x, added = _of_unit_strides(x, added)
+    lower = lowered_rows if transpose_weight else lowered_columns
+    lowered, w_scale, flags = lower(qdata, scale, rows.offs)
+    x8, x_scale = permuted_rows(x, "halves" if transpose_weight else "pairs")
+    y = hopper_fp8_product(x8, x_scale, qdata, lowered, w_scale, rows, transpose_weight, added)
+    if rows.offs is None:
+        qdata, scale, flags, added = qdata[None], scale[None], flags[None], added.at(None)
+    recompute_flagged(y, x, qdata, scale, flags, 1, rows, transpose_weight, added)
     return y
+
+
+def _of_unit_strides(x: torch.Tensor, added: Added) -> tuple[torch.Tensor, Added]:
+    """x, h and bias with neighbouring elements along their rows."""
+    x, h, bias = (
+        t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, added.h, added.bias)
+    )
+    return x, added._replace(h=h, bias=bias)
 
 
 def _decode(
@@ -289,8 +251,8 @@ def _check_format(fmt: BlockFormat) -> None:
         )
 
 
-def _check(x: torch.Tensor, fmt: BlockFormat, n: int, kind: str, grouped: bool) -> None:
-    _check_format(fmt)
+def _check(x: torch.Tensor, w: Packed, kind: str, grouped: bool) -> None:
+    _check_format(w.fmt)
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r} is no fp8 dtype for rows; use one of {sorted(KINDS)}")
     if grouped and kind != "float8_e4m3fn":
@@ -303,9 +265,9 @@ def _check(x: torch.Tensor, fmt: BlockFormat, n: int, kind: str, grouped: bool) 
             f"x has dtype {x.dtype}; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave "
             f"compute_dtype out"
         )
-    if n % _ALIGNMENT:
+    if w.n % _ALIGNMENT:
         raise ValueError(
-            f"the weight has N={n} rows, not a multiple of {_ALIGNMENT}, which the 8-bit GEMMs want of every "
+            f"the weight has N={w.n} rows, not a multiple of {_ALIGNMENT}, which the 8-bit GEMMs want of every "
             f"axis: pad the weight, or leave compute_dtype out"
         )
     if x.is_cuda:

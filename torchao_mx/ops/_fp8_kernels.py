@@ -17,6 +17,7 @@ from torchao_mx.ops._launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 
 QUANTIZE_TILE = 4096
@@ -222,14 +223,9 @@ def recompute_flagged(
     scale: torch.Tensor,
     flags: torch.Tensor,
     flagged: int,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     dot_dtype: tl.dtype = tl.bfloat16,
 ) -> None:
     """Overwrite the columns of ``y [R, C]`` whose flag equals ``flagged`` by the whole product in bf16.
@@ -237,7 +233,9 @@ def recompute_flagged(
     ``flags [E, C]`` with ``transpose_weight``, else ``[E, C / 32]``, contiguous; the weight ``[E, N, ...]``.
     """
     words, scale = words_of(qdata, scale)
-    n_rows, columns = y.shape
+    offs, order, top_k, n_rows = rows
+    h, up, scaling, bias = added
+    columns = y.shape[1]
     experts, n, per_row = words.shape
     programs = cdiv(experts * cdiv(columns, FLAGGED_TILE_N), FLAGGED_PAIRS)
     shares = min(cdiv(2 * multiprocessors(y.device), programs), cdiv(n_rows, FLAGGED_TILE_M))

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torchao_mx.formats import MXFP4, BlockFormat
+from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._launch import (
@@ -43,7 +43,9 @@ from torchao_mx.ops._launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops._packed import Packed
 from torchao_mx.ops.quantize import per_tensor_kind
+from torchao_mx.reference import Added, Rows
 
 BAND = 8  # row tiles that run side by side: an expert's share the weights that they read in L2
 MAX_TILE_RANK = 64
@@ -377,20 +379,7 @@ def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_p
 
 
 def fused_product(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    fmt: BlockFormat,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
-    transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    x: torch.Tensor, w: Packed, rows: Rows, transpose_weight: bool, added: Added
 ) -> torch.Tensor:
     """``y [n_rows, N]`` (``[n_rows, K]`` without ``transpose_weight``) in x's dtype; see the file's head.
 
@@ -400,21 +389,15 @@ def fused_product(
     Args:
         x: ``[n_rows, K]`` (``[n_rows, N]``), or with an ``order`` ``[n_rows / top_k, ..]``; bfloat16, float16
             or float32.
-        qdata: ``[E, N, K / elems_per_byte]``, or without E for a dense product.
-        scale: ``[E, N, K / block_size]``.
-        per_tensor_scale: fp32, 0-d or ``[E, 1, 1]``, or None.
-        fmt: the weight's format.
-        offs: int32 ``[E]`` end offsets of the experts' rows; None: dense.
-        order: int32 ``[n_rows]``, row i being row ``order[i] // top_k`` of x; None: x is grouped.
-        top_k: rows of y to a row of x.
-        n_rows: rows of y.
+        w: ``[E, N, K]``, or without E for a dense product; a per-tensor scale is 0-d or ``[E, 1, 1]``.
+        rows: on x's device, ``offs`` and ``order`` int32.
         transpose_weight: reduce over K, the packed axis; otherwise over N.
-        h: ``[n_rows, r]``, or None without adapters.
-        up: ``[E, columns of y, r]`` (without E for a dense product) of any strides and float dtype.
-        scaling: of the adapters' product.
-        bias: ``[E, columns of y]`` or ``[columns of y]``, or None.
+        added: without E for a dense product; ``[columns of y]`` will do for a bias in any case.
     """
-    n, k = qdata.shape[-2], qdata.shape[-1] * fmt.elems_per_byte
+    qdata, scale, per_tensor_scale, fmt = w
+    offs, order, top_k, n_rows = rows
+    h, up, scaling, bias = added
+    n, k = w.n, w.k
     columns, reduced = (n, k) if transpose_weight else (k, n)
     y = x.new_empty((n_rows, columns))
     if y.numel() == 0:

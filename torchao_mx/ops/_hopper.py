@@ -14,6 +14,7 @@ from torchao_mx.ops._launch import (
     on_device_of,
 )
 from torchao_mx.ops._skinny import add_splits, partial_sums
+from torchao_mx.reference import Added, Rows
 
 # (rows a tile, rows of W a tile, stages, two operands, registers a thread or None)
 ForwardTile = tuple[int, int, int, bool, int | None]
@@ -110,15 +111,9 @@ def hopper_product(
     x: torch.Tensor,
     qdata: torch.Tensor,
     scale: torch.Tensor,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     tile: ForwardTile | BackwardTile | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
@@ -128,6 +123,8 @@ def hopper_product(
     """
     from torchao_mx.ops import _hopper_backward, _hopper_forward
 
+    offs, order, top_k, n_rows = rows
+    h, up, scaling, bias = added
     n, k = qdata.shape[-2], 2 * qdata.shape[-1]
     y = torch.empty((n_rows, n if transpose_weight else k), dtype=x.dtype, device=x.device)
     if n_rows == 0:
@@ -206,15 +203,9 @@ def hopper_fp8_product(
     qdata: torch.Tensor,
     lowered: torch.Tensor,
     w_scale: torch.Tensor,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     tile: Fp8Tile | None = None,
 ) -> torch.Tensor:
     """``y [n_rows, N]`` (``[n_rows, K]``), bf16, of ``_fp8.fp8_product``, flagged columns aside.
@@ -228,6 +219,8 @@ def hopper_fp8_product(
     """
     from torchao_mx.ops import _hopper_fp8, _hopper_fp8_backward
 
+    offs, order, top_k, n_rows = rows
+    h, up, scaling, bias = added
     n, k = qdata.shape[-2], 2 * qdata.shape[-1]
     columns = n if transpose_weight else k
     y = torch.empty((n_rows, columns), dtype=torch.bfloat16, device=x8.device)

@@ -24,48 +24,19 @@ import triton
 import triton.language as tl
 
 from torchao_mx import reference
-from torchao_mx.formats import BlockFormat
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._add import finish
 from torchao_mx.ops._gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
+from torchao_mx.ops._packed import Packed
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.quantize import per_tensor_kind
+from torchao_mx.reference import Added, Rows
 
 DECODE_TILE, DECODE_WARPS = 256, 4  # words of eight elements, as in dequantize.py
 WIDE_ROWS, WIDE_COLUMNS = 4, 1024
 ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
 SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
-
-
-class Packed(NamedTuple):
-    """A packed ``W [N, K]`` or ``[E, N, K]``: qdata ``[.., N, K / elems_per_byte]`` and its scales."""
-
-    qdata: torch.Tensor
-    scale: torch.Tensor
-    per_tensor_scale: torch.Tensor | None
-    fmt: BlockFormat
-
-    @property
-    def n(self) -> int:
-        return self.qdata.shape[-2]
-
-    @property
-    def k(self) -> int:
-        return self.qdata.shape[-1] * self.fmt.elems_per_byte
-
-    def slice_n(self, first: int, end: int) -> Packed:
-        return self._replace(
-            qdata=self.qdata[..., first:end, :], scale=self.scale[..., first:end, :]
-        )
-
-    def slice_k(self, first: int, end: int) -> Packed:
-        """Of whole blocks."""
-        per_byte, block = self.fmt.elems_per_byte, self.fmt.block_size
-        return self._replace(
-            qdata=self.qdata[..., first // per_byte : end // per_byte],
-            scale=self.scale[..., first // block : end // block],
-        )
 
 
 @launched
@@ -191,16 +162,10 @@ def round_up(size: int, multiple: int) -> int:
 
 
 def dense_product(
-    x: torch.Tensor,
-    w: Packed,
-    transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
-    max_scratch_bytes: int,
+    x: torch.Tensor, w: Packed, transpose_weight: bool, added: Added, max_scratch_bytes: int
 ) -> torch.Tensor:
     """``y = x W^T + scaling * h up^T + bias`` (``x W``) of a dense ``w [N, K]``; bias in x's dtype."""
+    h, up, scaling, bias = added
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
     parts = list(slices(columns, reduced * x.itemsize, unit, max_scratch_bytes))
@@ -238,14 +203,9 @@ class TokenSum(NamedTuple):
 def grouped_product(
     x: torch.Tensor,
     w: Packed,
-    offs: torch.Tensor,
-    order: torch.Tensor | None,
-    top_k: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     max_scratch_bytes: int,
     token_sum: TokenSum | None = None,
 ) -> torch.Tensor:
@@ -254,27 +214,20 @@ def grouped_product(
     With ``token_sum`` its sums ``[T, D]``: no more than a slice of y is there at a time.
     """
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
-    wide = order is not None or reduced <= columns
-    along, behind = ((h, bias), (None, None)) if wide else ((None, None), (h, bias))
-    n_rows = x.shape[0] if order is None else order.shape[0]
+    wide = rows.order is not None or reduced <= columns
+    along, behind = (added, Added()) if wide else (Added(), added)
     y = None
     if token_sum is not None:
-        y = x.new_empty((n_rows // token_sum.top_k, columns))
+        y = x.new_empty((rows.n_rows // token_sum.top_k, columns))
         slots = inverse(token_sum.order) if x.is_cuda else None
-    products = _products(
-        x, w, offs, order, top_k, transpose_weight, *along, up, scaling, max_scratch_bytes
-    )
+    products = _products(x, w, rows, transpose_weight, along, max_scratch_bytes)
     for first, end, product in products:
         part = product[:, : end - first]
         target = part
         if token_sum is None and end - first < columns:
-            y = x.new_empty((n_rows, columns)) if y is None else y
+            y = x.new_empty((rows.n_rows, columns)) if y is None else y
             target = y[:, first:end]
-        h_behind, bias_behind = behind
-        finish(
-            part, target, offs, h_behind, None if h_behind is None else up[:, first:end], scaling,
-            None if bias_behind is None else bias_behind[:, first:end],
-        )  # fmt: skip
+        finish(part, target, rows.offs, behind.at((slice(None), slice(first, end))))
         if token_sum is not None:
             _sum_into(y[:, first:end], part, token_sum, slots)
     return part.contiguous() if y is None else y
@@ -283,22 +236,18 @@ def grouped_product(
 def _products(
     x: torch.Tensor,
     w: Packed,
-    offs: torch.Tensor,
-    order: torch.Tensor | None,
-    top_k: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
+    added: Added,
     max_scratch_bytes: int,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """``(first, end, y[:, first:end])``, with h and bias along in the GEMM; what follows the columns is to be dropped."""
+    """``(first, end, y[:, first:end])``, with ``added`` along in the GEMM; what follows the columns is to be dropped."""
+    h, up, scaling, bias = added
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     rank = 0 if h is None else h.shape[1]
     used = reduced + rank + (bias is not None)
     depth = round_up(used, ROW_MULTIPLE)
-    rows = _wide_rows(x, order, top_k, h, bias is not None, depth)
+    x_RD = _wide_rows(x, rows.order, rows.top_k, h, bias is not None, depth)
     unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
     experts = w.qdata.shape[0]
     scratch = None
@@ -315,7 +264,7 @@ def _products(
             w_EDC = w_ECD.mT
         wanted_EDC = w_EDC[:, : end - first]
         values_EDC = wanted_EDC[..., :reduced]
-        decode_into(values_EDC if transpose_weight else values_EDC.mT, part, offs)
+        decode_into(values_EDC if transpose_weight else values_EDC.mT, part, rows.offs)
         if h is not None:
             scaled = scaled_adapter(up[:, first:end], scaling, x.dtype)
             wanted_EDC[..., reduced : reduced + rank].copy_(scaled)
@@ -323,7 +272,7 @@ def _products(
             wanted_EDC[..., reduced + rank].copy_(bias[:, first:end])
         if depth > used:
             wanted_EDC[..., used:].zero_()
-        product = torch._grouped_mm(rows, w_ECD, offs=offs)
+        product = torch._grouped_mm(x_RD, w_ECD, offs=rows.offs)
         yield first, end, product if product.stride(1) == 1 else product.contiguous()
 
 

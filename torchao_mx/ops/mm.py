@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import torch
 
 from torchao_mx import reference
-from torchao_mx.formats import BlockFormat, format_by_name
+from torchao_mx.formats import format_by_name
 from torchao_mx.ops import _fp8, _fused, _hopper, _skinny, _unpack
 from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._packed import Packed
 from torchao_mx.ops._replay import replayed
-from torchao_mx.ops._unpack import Packed
+from torchao_mx.reference import Added, Rows
 
 DEFAULT_SCRATCH = 256 * 2**20  # bytes; or as many as the rows of x and y take, where that is more
 STRATEGIES = ("auto", "fused", "unpack", "fused8", "unpack8")
@@ -121,15 +122,9 @@ class _DecodedOnDemand:
 def _product(
     x: torch.Tensor,
     w: Packed,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     strategy: str,
     compute: str,
     max_scratch_bytes: int,
@@ -139,10 +134,12 @@ def _product(
 
     With ``token_sum`` y's rows are summed to those of tokens.
     """
+    n_rows, columns = rows.n_rows, w.n if transpose_weight else w.k
     if n_rows == 0:
-        return x.new_empty((0, w.n if transpose_weight else w.k))
-    bias = None if bias is None else bias.to(x.dtype)
-    groups = None if offs is None else offs.shape[0]
+        return x.new_empty((0, columns))
+    if added.bias is not None:
+        added = added._replace(bias=added.bias.to(x.dtype))
+    groups = None if rows.offs is None else rows.offs.shape[0]
     if max_scratch_bytes == 0:
         rows_bytes = n_rows * (w.n + w.k) * x.itemsize
         # Slices that are summed at once cost no copy of y.
@@ -152,42 +149,27 @@ def _product(
     strategy = choose_strategy(
         strategy, compute, x.device, x.dtype, n_rows, groups, hopper, transpose_weight
     )
+    if strategy == "unpack" and groups is not None:
+        return _unpack.grouped_product(
+            x, w, rows, transpose_weight, added, max_scratch_bytes, token_sum
+        )
     if strategy == "reference":
-        if offs is None:
+        if groups is None:
             values = reference.dequantize(w.qdata, w.scale, w.fmt, x.dtype, -1, w.per_tensor_scale)
         else:
             values = _DecodedOnDemand(w, x.dtype)
-        y = reference.product(x, values, h, up, offs, order, top_k, scaling, bias, transpose_weight)
-        return y if token_sum is None else reference.sum_rows(y, *token_sum, None)
-    if strategy == "unpack":
-        if offs is None:
-            return _unpack.dense_product(
-                x, w, transpose_weight, h, up, scaling, bias, max_scratch_bytes
-            )
-        return _unpack.grouped_product(
-            x, w, offs, order, top_k, transpose_weight, h, up, scaling, bias, max_scratch_bytes,
-            token_sum,
+        y = reference.product(x, values, rows, transpose_weight, added)
+    elif strategy == "unpack":
+        y = _unpack.dense_product(x, w, transpose_weight, added, max_scratch_bytes)
+    elif compute:
+        y = _fp8.fp8_product(
+            x, w, rows, transpose_weight, added, compute, max_scratch_bytes, fused=strategy == "fused8"
         )  # fmt: skip
-    args = (*w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias)
-    if compute:
-        fused = strategy == "fused8"
-        y = _fp8.fp8_product(x, *args, compute, max_scratch_bytes, fused=fused)
+    elif hopper:
+        y = _hopper.hopper_product(x, w.qdata, w.scale, rows, transpose_weight, added)
     else:
-        y = _fused_product(x, *args)
+        y = _fused.fused_product(x, w, rows, transpose_weight, added)
     return y if token_sum is None else rows_functions(y).sum_rows(y, *token_sum, None)
-
-
-def _fused_product(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    fmt: BlockFormat,
-    *rest: Any,
-) -> torch.Tensor:
-    if _hopper.takes_hopper(x, qdata, fmt):
-        return _hopper.hopper_product(x, qdata, scale, *rest)
-    return _fused.fused_product(x, qdata, scale, per_tensor_scale, fmt, *rest)
 
 
 def _takes_torch_mm(x: torch.Tensor, r: int, offs: torch.Tensor | None) -> bool:
@@ -202,17 +184,11 @@ def rows_functions(x: torch.Tensor) -> Any:
 
 
 def _low_rank(
-    x: torch.Tensor,
-    down: torch.Tensor,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
-    scale_by: float = 1.0,
+    x: torch.Tensor, down: torch.Tensor, rows: Rows, scale_by: float = 1.0
 ) -> torch.Tensor:
-    if _takes_torch_mm(x, down.shape[-2], offs):
+    if _takes_torch_mm(x, down.shape[-2], rows.offs):
         return torch.mm(x, _unpack.scaled_adapter(down, scale_by, x.dtype).to(x.dtype).t())
-    return rows_functions(x).low_rank(x, down, offs, order, top_k, n_rows, scale_by=scale_by)
+    return rows_functions(x).low_rank(x, down, *rows, scale_by=scale_by)
 
 
 def _gram(
@@ -259,27 +235,24 @@ class Arguments(NamedTuple):
     def weight(self) -> Packed:
         return _packed(self.qdata, self.scale, self.per_tensor_scale, self.fmt)
 
-    @property
-    def n_rows(self) -> int:
-        return self.x.shape[0] if self.order is None else self.order.shape[0]
-
 
 def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     a = Arguments(*args)
     x = with_unit_rows(a.x)
-    top_k = reference.rows_per_token(x.shape[0], a.order)
-    h = None if a.down is None else _low_rank(x, a.down, a.offs, a.order, top_k, a.n_rows)
+    rows = Rows.of(x, a.offs, a.order)
+    h = None if a.down is None else _low_rank(x, a.down, rows)
     y = _product(
-        x, a.weight, a.offs, a.order, top_k, a.n_rows, a.transpose_weight, h, a.up, a.scaling, a.bias,
-        a.strategy, a.compute, a.max_scratch_bytes,
+        x, a.weight, rows, a.transpose_weight, Added(h, a.up, a.scaling, a.bias), a.strategy, a.compute,
+        a.max_scratch_bytes,
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h
 
 
 def _mm_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     a = Arguments(*args)
-    y = a.x.new_empty((a.n_rows, a.weight.n if a.transpose_weight else a.weight.k))
-    return y, a.x.new_empty(0 if a.down is None else (a.n_rows, a.down.shape[-2]))
+    n_rows = a.x.shape[0] if a.order is None else a.order.shape[0]
+    y = a.x.new_empty((n_rows, a.weight.n if a.transpose_weight else a.weight.k))
+    return y, a.x.new_empty(0 if a.down is None else (n_rows, a.down.shape[-2]))
 
 
 def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -368,17 +341,18 @@ Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # dx,
 def _mm_backward(*args: Any) -> Gradients:
     a = BackwardArguments(*args)
     dy = with_unit_rows(a.dy)
-    n_rows = dy.shape[0]
-    top_k = 1 if a.order is None or a.n_tokens == 0 else n_rows // a.n_tokens
+    rows = Rows(a.offs, None, 1, dy.shape[0])
+    top_k = 1 if a.order is None or a.n_tokens == 0 else rows.n_rows // a.n_tokens
     dx, dbias, d_down, d_up = (dy.new_empty(0) for _ in range(4))
     g = None
     if a.down is not None and (a.needs_dx or a.x is not None):
-        g = _low_rank(dy, a.up.mT, a.offs, None, 1, n_rows, a.scaling)
+        g = _low_rank(dy, a.up.mT, rows, a.scaling)
     if a.needs_dx:
+        added = Added() if a.down is None else Added(g, a.down.mT)
+        token_sum = None if a.order is None else _unpack.TokenSum(a.order, top_k)
         dx = _product(
-            dy, a.weight, a.offs, None, 1, n_rows, not a.transpose_weight, g,
-            None if a.down is None else a.down.mT, 1.0, None, a.strategy, a.compute, a.max_scratch_bytes,
-            None if a.order is None else _unpack.TokenSum(a.order, top_k),
+            dy, a.weight, rows, not a.transpose_weight, added, a.strategy, a.compute,
+            a.max_scratch_bytes, token_sum,
         )  # fmt: skip
     # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
     if a.x is not None:

@@ -1,6 +1,8 @@
 """Plain PyTorch: the definition of every op, what runs on the CPU, and the oracle of the kernels."""
 
 from torchao_mx.reference.mm import (
+    Added,
+    Rows,
     add_low_rank,
     combine_backward,
     gram,
@@ -22,7 +24,9 @@ from torchao_mx.reference.recipes import (
 from torchao_mx.reference.swiglu import swiglu, swiglu_backward
 
 __all__ = [
+    "Added",
     "BothDirections",
+    "Rows",
     "add_low_rank",
     "combine_backward",
     "dequantize",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 
 from torchao_mx.formats import MXFP4, BlockFormat
+from torchao_mx.reference.mm import Added, Rows
 from torchao_mx.reference.quantize import dequantize
 
 # e2m1 * 2**(6 - spread) is an e4m3 number for spreads of 0 .. 14.
@@ -65,21 +66,17 @@ def fp8_product(
     qdata: torch.Tensor,
     scale: torch.Tensor,
     fmt: BlockFormat,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    n_rows: int,
+    rows: Rows,
     transpose_weight: bool,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
+    added: Added,
     dtype: torch.dtype,
     fits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`torchao_mx.ops._fp8.fp8_product`; sums in fp32, rounded once to x's dtype."""
-    rows = x if order is None else x[order.long() // top_k]
-    q, row_scale = quantize_rows(rows, dtype)
+    offs, order, top_k, n_rows = rows
+    h, up, scaling, bias = added
+    x_rows = x if order is None else x[order.long() // top_k]
+    q, row_scale = quantize_rows(x_rows, dtype)
     rounded = q.float() * row_scale.unsqueeze(-1)
     w = dequantize(qdata, scale, fmt, torch.float32)
     w = w.mT if transpose_weight else w
@@ -94,7 +91,7 @@ def fp8_product(
         y[mine] = rounded[mine] @ w[of]
         unfit = ~fits[of]
         if unfit.any():
-            y[mine, unfit] = rows[mine].float() @ w[of][:, unfit]
+            y[mine, unfit] = x_rows[mine].float() @ w[of][:, unfit]
         if h is not None:
             y[mine] += scaling * (h[mine].float() @ up[of].to(x.dtype).float().mT)
         if bias is not None:

@@ -16,9 +16,38 @@ Products are in x's dtype; sums over rows are in fp32, or float64 where the oper
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+
+class Rows(NamedTuple):
+    """Which rows of x meet which expert's weight, as above."""
+
+    offs: torch.Tensor | None
+    order: torch.Tensor | None
+    top_k: int
+    n_rows: int  # R
+
+    @classmethod
+    def of(cls, x: torch.Tensor, offs: torch.Tensor | None, order: torch.Tensor | None) -> Rows:
+        n_rows = x.shape[0] if order is None else order.shape[0]
+        return cls(offs, order, rows_per_token(x.shape[0], order), n_rows)
+
+
+class Added(NamedTuple):
+    """What is added to a product, ``scaling * h up_e^T + bias_e``, or None for what is not."""
+
+    h: torch.Tensor | None = None  # [R, r]
+    up: torch.Tensor | None = None  # [E, D, r], of any strides and float dtype
+    scaling: float = 1.0
+    bias: torch.Tensor | None = None  # [E, D]
+
+    def at(self, index: Any) -> Added:
+        """Of an expert, or of a slice of the columns: ``up[index]`` and ``bias[index]``."""
+        up, bias = (None if t is None else t[index] for t in (self.up, self.bias))
+        return self._replace(up=up, bias=bias)
 
 
 def mm(
@@ -37,59 +66,37 @@ def mm(
     ``w_values``: see :func:`product`. ``down [E, r, C]``, ``up [E, D, r]``, ``bias [E, D]``; all without E
     for a dense product.
     """
-    n_rows = x.shape[0] if order is None else order.shape[0]
-    top_k = rows_per_token(x.shape[0], order)
-    h = None if down is None else low_rank(x, down, offs, order, top_k, n_rows)
-    y = product(x, w_values, h, up, offs, order, top_k, scaling, bias, transpose_weight)
+    rows = Rows.of(x, offs, order)
+    h = None if down is None else low_rank(x, down, *rows)
+    y = product(x, w_values, rows, transpose_weight, Added(h, up, scaling, bias))
     return y, x.new_empty(0) if h is None else h
 
 
 def product(
-    x: torch.Tensor,
-    w_values: torch.Tensor,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    offs: torch.Tensor | None,
-    order: torch.Tensor | None,
-    top_k: int,
-    scaling: float,
-    bias: torch.Tensor | None,
-    transpose_weight: bool,
+    x: torch.Tensor, w_values: torch.Tensor, rows: Rows, transpose_weight: bool, added: Added
 ) -> torch.Tensor:
     """``y [R, D]`` of the file's head, given h.
 
     ``w_values [E, N, K]`` in x's dtype, or anything with that ``shape`` whose item e is ``[N, K]``: only the
     experts that have rows are asked for.
     """
-    if offs is None:
-        return _one_product(x, w_values, h, up, scaling, bias, transpose_weight)
+    if rows.offs is None:
+        return _one_product(x, w_values, transpose_weight, added)
     columns = w_values.shape[-2 if transpose_weight else -1]
-    y = x.new_zeros((x.shape[0] if order is None else order.shape[0], columns))
-    for e, rows in _groups(offs, y.shape[0]):
-        y[rows] = _one_product(
-            _rows_of(x, rows, order, top_k),
-            w_values[e],
-            None if h is None else h[rows],
-            None if up is None else up[e],
-            scaling,
-            None if bias is None else bias[e],
-            transpose_weight,
-        )
+    y = x.new_zeros((rows.n_rows, columns))
+    for e, mine in _groups(rows.offs, rows.n_rows):
+        own = added.at(e)._replace(h=None if added.h is None else added.h[mine])
+        x_own = _rows_of(x, mine, rows.order, rows.top_k)
+        y[mine] = _one_product(x_own, w_values[e], transpose_weight, own)
     return y
 
 
-def add_low_rank(
-    y: torch.Tensor,
-    offs: torch.Tensor | None,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
+def add_low_rank(y: torch.Tensor, offs: torch.Tensor | None, added: Added) -> torch.Tensor:
     """``y + scaling * h up_e^T + bias_e`` of the rows of each expert e, zeros behind; fp32, rounded once.
 
     ``up [E, C, r]`` and ``bias [E, C]``, E = 1 without ``offs``.
     """
+    h, up, scaling, bias = added
     out = torch.zeros_like(y)
     for e, rows in _groups(offs, y.shape[0]):
         total = y[rows].to(_sum_dtype(y))
@@ -104,14 +111,9 @@ def add_low_rank(
 
 
 def _one_product(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    h: torch.Tensor | None,
-    up: torch.Tensor | None,
-    scaling: float,
-    bias: torch.Tensor | None,
-    transpose_weight: bool,
+    x: torch.Tensor, w: torch.Tensor, transpose_weight: bool, added: Added
 ) -> torch.Tensor:
+    h, up, scaling, bias = added
     bias = None if bias is None else bias.to(x.dtype)
     y = F.linear(x, w if transpose_weight else w.mT, bias)
     return y if h is None else torch.addmm(y, h, up.to(x.dtype).mT, alpha=scaling)
