@@ -24,6 +24,8 @@ SHAPES = {
     "B": "32 of 2880 → 5760, top 4",
     "deepseek": "256 of 7168 → 4096, top 8",
 }
+WAYS = ("forward", "backward")
+COUNTS = {"kb": "KB", "mflop": "MFLOP", "decoded_k": "thousand weights decoded"}
 VARIANTS = ("bf16 weights (baseline)", "bf16", "fp8", "fp8, dX too")
 Row = dict[str, Any]
 
@@ -396,6 +398,24 @@ def cost_model() -> str:
     return table(["point", "time", "", "model, ms", "measured, ms", "error"], lines, numbers_from=3)
 
 
+def cost_work() -> str:
+    lines = [
+        [r["model"], r["part"], *(number(r[f"{way}_{key}"]) for way in WAYS for key in COUNTS)]
+        for r in result("cost_model", gpu="")["work"]
+    ]
+    heads = [f"{way}: {what}" for way in WAYS for what in COUNTS.values()]
+    return table(["gpt-oss", "part", *heads], lines, numbers_from=2)
+
+
+def cost_verdict() -> str:
+    found = result("cost_model", gpu="")
+    meta, predicted = found["meta"], [r for r in found["rows"] if r["use"] == "predicted"]
+    worst = max(predicted, key=lambda r: abs(r["error"]))
+    line = [f"{meta['close']} of {meta['predicted']}"]
+    line.append(f"{worst['error']:+.0%}: {worst['point']}, {worst['column']}")
+    return table(["predicted within 20 %", "the largest error"], [line])
+
+
 def cost_scaling() -> str:
     lines = [
         [
@@ -414,7 +434,8 @@ TABLES: dict[str, Callable[[], str]] = {
     for function in (
         quantize, quantize_both, swiglu, qat_linear, qat_linear_headline, recipe_linear, train_recipes,
         quality, compiled_blocks, ladder, soak, lora_grouped, lora_grouped_headline, lora_missed,
-        lora_linear, first_step, moe_layer, gpt_oss, distributed, fp8_accuracy, cost_model, cost_scaling,
+        lora_linear, first_step, moe_layer, gpt_oss, distributed, fp8_accuracy, cost_model,
+        cost_work, cost_verdict, cost_scaling,
     )
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ from torchao.quantization.qat import QATConfig
 from torchao_mx import (
     MXDynamicActivationMXWeightConfig,
     MXTensor,
+    NVFP4ForwardMXFP8BackwardConfig,
     is_experts,
     is_linear,
 )
@@ -96,6 +97,17 @@ def qat_model(base, family=Concatenated):
         quantize_(
             model, QATConfig(base, step="prepare"),
             filter_fn=lambda m, n, wanted=wanted: wanted(m, n) and not n.endswith("router"),
+        )  # fmt: skip
+    return model
+
+
+def recipe_model():
+    torch.manual_seed(0)
+    model = TinyMoE(experts=Concatenated)
+    for wanted in (is_experts, is_linear):
+        quantize_(
+            model, NVFP4ForwardMXFP8BackwardConfig(),
+            filter_fn=lambda m, n, wanted=wanted: wanted(m, n) and not n.endswith(("router", "head")),
         )  # fmt: skip
     return model
 

@@ -1,6 +1,8 @@
 """accelerate's FSDP2 with our adapters on packed experts: on two GPUs, and its code for FSDP2 on two CPU ranks."""
 
 import os
+import pathlib
+import re
 
 import pytest
 import torch
@@ -17,22 +19,8 @@ pytest.importorskip("transformers", "5.8")
 
 RANKS, STEPS, BATCH = 2, 5, 4
 LAYER = "GptOssDecoderLayer"
-# What `accelerate launch --config_file` takes, as the README has it.
-LAUNCH = f"""\
-compute_environment: LOCAL_MACHINE
-distributed_type: FSDP
-fsdp_config:
-  fsdp_version: 2
-  fsdp_reshard_after_forward: true
-  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
-  fsdp_transformer_layer_cls_to_wrap: {LAYER}
-  fsdp_cpu_ram_efficient_loading: false
-  fsdp_state_dict_type: SHARDED_STATE_DICT
-  fsdp_activation_checkpointing: true
-mixed_precision: "no"
-num_machines: 1
-num_processes: 2
-"""
+README = pathlib.Path(__file__).parents[1] / "README.md"
+(LAUNCH,) = re.findall(r"```yaml\n(.*?)```", README.read_text(), re.DOTALL)
 
 
 def model_of(device):

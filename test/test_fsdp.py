@@ -19,6 +19,7 @@ from _sharded import (
     mesh_of,
     own_rows,
     qat_model,
+    recipe_model,
     shard,
     train,
     whole,
@@ -397,6 +398,24 @@ def test_a_shard_that_is_moved_keeps_its_padding_and_none_is_saved(fmt, trained)
             assert saved.__getstate__().keys() == w.__getstate__().keys()
 
 
+def _recipe(device):
+    """Sharded and not: the same outputs and gradients, bit for bit, where a mean of equal numbers is exact."""
+    x, target = (t.to(device) for t in batch(ROWS))
+    runs = []
+    for prepare in (lambda model: model, lambda model: shard(model, mesh_of(device))):
+        model = prepare(recipe_model().to(device))
+        out = model(x)
+        F.cross_entropy(out, target).backward()
+        runs.append((out, whole_gradients(model)))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert_same_tensors(runs[1][1], runs[0][1])
+
+
+@each_backend
+def test_the_recipe(backend):
+    run_ranks(_recipe, 2, backend=backend)
+
+
 def _in_inference_mode(device):
     """From the first forward pass on, in which FSDP2 pads shards."""
     x = batch(ROWS)[0].to(device)
@@ -426,6 +445,13 @@ def _refusals(device):
     sharded = fully_shard(qat_model(MXWeightOnlyConfig()).to(device), mesh=mesh)
     with pytest.raises(ValueError, match=r"blocks\.0\.proj\.weight is a DTensor"):
         gather_packed(sharded)
+    recipe = nn.ModuleDict({"qat": qat_model(MXWeightOnlyConfig()), "recipe": recipe_model()})
+    before = dict(recipe.named_parameters())
+    with pytest.raises(
+        TypeError, match=r"recipe\.blocks\.0.*: NVFP4MXFP8.* leave gather_packed out"
+    ):
+        gather_packed(recipe)
+    assert all(p is before[name] for name, p in recipe.named_parameters())
 
 
 @each_backend

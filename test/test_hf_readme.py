@@ -1,6 +1,7 @@
 """The README's examples of checkpoints, on a tiny one."""
 
 import json
+import os
 import pathlib
 import re
 
@@ -8,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from _ranks import run_ranks
 from test_hf_load import config_of, tensors_of, write
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
@@ -45,6 +47,42 @@ def test_the_example_runs(run, tmp_path):
     run("save_pretrained(")
     assert {file.name for file in (tmp_path / "adapter").iterdir()} == ADAPTER
     assert (tmp_path / "copy" / "model.safetensors").is_file()
+
+
+STEP = """\
+ids = torch.randint(3, 90, (2, 12))
+model(input_ids=ids, labels=ids).loss.backward()
+norm = clip_grad_norm_(model.parameters(), 1.0)
+#"""
+
+
+def train_on_ranks(device, folder):
+    """The README's script for eight GPUs, on four CPU ranks, with a step of training in it."""
+    os.chdir(folder)
+    factor = "layer.mlp.experts.set_gradient_divide_factor"
+    replaced = {
+        'torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))': "",
+        'init_device_mesh("cuda", (2, 4)': 'init_device_mesh("cpu", (2, 2)',
+        'init_device_mesh("cuda", (8,))': 'init_device_mesh("cpu", (4,))',
+        '"openai/gpt-oss-120b", device_map="cuda"': '"model"',
+        # gloo does not scale while it sums
+        f"{factor}(8)": f"{factor}(4); layer.mlp.experts.set_force_sum_reduction_for_comms(True)",
+        "...  # train;": STEP,
+    }
+    code, names = example("init_device_mesh"), {}
+    for old, new in replaced.items():
+        assert old in code, old
+        code = code.replace(old, new)
+    exec(code, names)
+    trained = [p for p in names["model"].parameters() if p.requires_grad]
+    assert all(p.grad is not None for p in trained) and names["norm"] > 0
+    return len(trained)
+
+
+def test_many_gpus(run, tmp_path):
+    trained = run_ranks(train_on_ranks, 4, str(tmp_path))
+    assert trained == [2 * 2 * 2] * 4  # A and B of two weights in two layers
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == ADAPTER
 
 
 def test_fine_tuning_with_trl(run, tmp_path, monkeypatch):

@@ -28,6 +28,7 @@ from torchao_mx import (
     MXLoRAExperts,
     MXLoRALinear,
     MXTensor,
+    MXWeightOnlyConfig,
     MXWeightOnlyLoRAConfig,
     check_model,
     is_experts,
@@ -177,6 +178,15 @@ def test_hooks_mode_and_attributes_stay():
     ours(*inputs(Concatenated, 3)[0])
     assert seen == [MXLoRAExperts] and not ours.training
     assert ours.config == "the model's" and ours.lora_config == CONFIG
+
+
+@each_family
+@pytest.mark.parametrize("config", [CONFIG, MXWeightOnlyConfig()], ids=["lora", "packed"])
+def test_a_weight_whose_gradient_is_asked_for_is_refused(family, config):
+    _, ours = module_of(family, config=config)
+    ours.requires_grad_(True)
+    with pytest.raises(NotImplementedError, match=r"frozen but requires_grad=True; call .requires"):
+        ours(*inputs(family, 9)[0])
 
 
 def test_adapters_keep_their_dtype():

@@ -1,6 +1,7 @@
 """MXLoRALinear as a module: what it is made of, merging, moving, saving, and what is refused."""
 
 import copy
+import dataclasses
 import io
 import math
 import pickle
@@ -325,6 +326,24 @@ TypeError: x has dtype torch.float64; block formats are quantized from and dequa
 ValueError: x has shape (3, 32); the weight reduces over 64 elements, which x's last axis must have
 ValueError: x has shape (); the weight reduces over 64 elements, which x's last axis must have""",
     )
+
+
+def test_a_weight_whose_gradient_is_asked_for_is_refused():
+    """Rather than trained by nobody; not where no gradient is computed."""
+    model = lora(Config(r=R)).requires_grad_(True)
+    assert_expected_inline(
+        refusals([lambda: model(randn(3, K))], NotImplementedError),
+        """\
+NotImplementedError: MXLoRALinear: the MXTensor weight is frozen but requires_grad=True; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting""",
+    )
+    with torch.no_grad():
+        assert model(randn(3, K)).shape == (3, N)
+
+
+def test_configs_are_frozen():
+    config = Config(r=R)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.r = 2 * R
 
 
 def test_scaling():

@@ -6,7 +6,7 @@ import torch
 from _grids import name_of, relative_error
 from conftest import CUDA
 
-from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
+from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, QuantizeSpec, ops, reference
 from torchao_mx.ops.mm import DEFAULT_SCRATCH
 
 OPS = torch.ops.torchao_mx
@@ -149,6 +149,15 @@ def test_grouped_lora(fmt, transpose_weight, way, routing, ordered):
 
 
 @each_direction
+@pytest.mark.parametrize("way", ["reference", "slices"])
+@pytest.mark.parametrize("fmt", [MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4], ids=name_of)
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_grouped_lora_of_all_formats(fmt, transpose_weight, way, routing):
+    """And routings, here without a GPU's other ways."""
+    check_grouped(fmt, transpose_weight, way, routing, True, lora=True, bias=True)
+
+
+@each_direction
 @each_way
 @pytest.mark.parametrize(
     ("routing", "fmt"), [("ragged", MXFP4), ("rows_behind", NVFP4)], ids=name_of
@@ -277,6 +286,44 @@ def test_eight_bit_compute(grouped):
     grads = torch.autograd.grad(y, list(inputs.values()), dy)
     wanted = torch.autograd.grad(expected, list(exact.values()), dy.double())
     assert 1e-2 < relative_error(grads[0], wanted[0]) < 8e-2
+    check(grads[1], wanted[1], 1e-2, "a")
+    check(grads[2], wanted[2], 1e-2, "b")
+
+
+@each_direction
+@pytest.mark.parametrize("ordered", [True, False], ids=["order", "grouped"])
+@pytest.mark.parametrize(
+    "routing", ["even", "ragged", "first_and_last_empty", "one_expert", "rows_behind"]
+)
+@pytest.mark.parametrize("strategy", ["fused8", "unpack8"])
+def test_eight_bit_compute_of_groups(strategy, routing, ordered, transpose_weight):
+    """Both ways round, the gradient too; the adapters' own gradients are not rounded to 8 bits."""
+    counts, behind = ROUTINGS[routing]
+    n, n_rows = 48, sum(counts) + behind
+    (qdata, scale, _), w = weight(MXFP4, E, n=n)
+    reduced, columns = (K, n) if transpose_weight else (n, K)
+    gen = torch.manual_seed(0)
+    order = torch.randperm(n_rows, generator=gen) if ordered else None
+    inputs = leaves(
+        "cpu",
+        x=torch.randn(n_rows // 2 if ordered else n_rows, reduced, generator=gen).bfloat16(),
+        a=torch.randn(E, RANK, K, generator=gen) / 8,
+        b=torch.randn(E, n, RANK, generator=gen) / 8,
+    )
+    eight = torch.float8_e4m3fn
+    y = ops.lora_grouped_mm(
+        inputs["x"], qdata, scale, MXFP4, offsets(counts), inputs["a"], inputs["b"], S, order=order,
+        transpose_weight=transpose_weight, strategy=strategy, compute_dtype=eight, grad_compute_dtype=eight,
+    )  # fmt: skip
+    exact = doubled(inputs)
+    a, b = exact["a"], exact["b"]
+    expected = grouped_float64(exact["x"], w, counts, order, transpose_weight, a, b)
+    assert 1e-2 < relative_error(y, expected) < 4e-2
+    assert y[sum(counts) :].eq(0).all()
+    dy = torch.randn(n_rows, columns, generator=gen).bfloat16()
+    grads = torch.autograd.grad(y, list(inputs.values()), dy)
+    wanted = torch.autograd.grad(expected, list(exact.values()), dy.double())
+    assert 1e-2 < relative_error(grads[0], wanted[0]) < 4e-2
     check(grads[1], wanted[1], 1e-2, "a")
     check(grads[2], wanted[2], 1e-2, "b")
 

@@ -1,6 +1,7 @@
 """NVFP4MXFP8Experts: each product against an expert at a time, modules of experts as they are called."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from _experts import (
 from _grids import BASES, assert_close, generator, name_of, randn, relative_error
 from _recipes import CONFIG, CONFIGS, CONVERT, STOCHASTIC
 from torch import nn
+from torchao.prototype.mx_formats.mx_tensor import MXTensor as TorchAOMXTensor
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
@@ -24,6 +26,7 @@ from torchao_mx import (
     MXExperts,
     MXWeightOnlyLoRAConfig,
     NVFP4MXFP8Experts,
+    ScaleCalculationMode,
     check_model,
     is_experts,
     reference,
@@ -130,6 +133,61 @@ def test_product(config, groups, top_k, with_bias, transposed, device):
     assert y[behind].eq(0).all()
     if order is None:
         assert leaf.grad[behind].eq(0).all()
+
+
+@pytest.mark.parametrize("k", [32, 96])
+def test_backward_operands_are_torchaos(k):
+    """dX and dW of an expert from torchao's own quantizer, along the axis that each product reduces."""
+    module = Concatenated()
+    w, ends = randn(EXPERTS, 64, k, seed=1), GROUPS["ragged"]
+    module._parameters["gate_up_proj"] = nn.Parameter(w)
+    ours = NVFP4MXFP8Experts.from_experts(module, CONFIG)
+    x, dy = randn(ends[-1], k).requires_grad_(), randn(ends[-1], 64, seed=3)
+    ours.weight("gate_up_proj")(x, torch.tensor(ends, dtype=torch.int32), None, None).backward(dy)
+    for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
+        if start == end:
+            continue
+        mine = slice(start, end)
+        pad = -(end - start) % 32
+        dyt, xt = (F.pad(t[mine].detach(), (0, 0, 0, pad)).t() for t in (dy, x))
+        assert_close(x.grad[mine], torchao_values(dy[mine]) @ torchao_values(w[e].t()).t())
+        grad = module._parameters["gate_up_proj"].grad[e]
+        assert_close(grad, torchao_values(dyt) @ torchao_values(xt).t())
+
+
+def torchao_values(t):
+    """float64 of MXFP8 E4M3 (RCEIL) in blocks along the last axis."""
+    quantized = TorchAOMXTensor.to_mx(
+        t.contiguous(), torch.float8_e4m3fn, 32, ScaleCalculationMode.RCEIL
+    )
+    return quantized.dequantize(torch.float32).double()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_value_that_is_not_finite_reaches_all_rows(value):
+    """By the per-tensor scale, rows of nobody included, as in the converted module."""
+    ours = NVFP4MXFP8Experts.from_experts(Concatenated(), CONFIG)
+    x, offs = randn(9, HIDDEN), torch.tensor([2, 5, 5, 7], dtype=torch.int32)
+    for row in (0, 8):
+        poisoned = x.clone()
+        poisoned[row, 0] = value
+        y = ours.weight("gate_up_proj")(poisoned, offs, None, None)
+        assert y[: offs[-1]].isnan().all() and y[offs[-1] :].eq(0).all()
+
+
+def test_zeros_give_zeros():
+    """A per-tensor amax of 0, of tokens and of one expert's weight."""
+    module = Concatenated()
+    with torch.no_grad():
+        module.gate_up_proj[1] = 0
+    ours = NVFP4MXFP8Experts.from_experts(module, CONFIG)
+    offs = torch.tensor([2, 5, 5, 7], dtype=torch.int32)
+    assert ours.weight("gate_up_proj")(torch.zeros(7, HIDDEN), offs, None, None).eq(0).all()
+    x = randn(7, HIDDEN).requires_grad_()
+    y = ours.weight("gate_up_proj")(x, offs, None, None)
+    y.backward(randn(*y.shape))
+    assert y[2:5].eq(0).all() and x.grad[2:5].eq(0).all()
+    assert y[:2].ne(0).any() and module.gate_up_proj.grad.isfinite().all()
 
 
 def test_blocks_of_tokens_mix_no_experts():

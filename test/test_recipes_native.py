@@ -196,6 +196,15 @@ NATIVE = {"e4m3": CONFIG, "grad_e5m2": NVFP4ForwardMXFP8BackwardConfig(E4M3, E5M
           "stochastic": NVFP4ForwardMXFP8BackwardConfig(stochastic_rounding=True)}  # fmt: skip
 
 
+def test_no_rows_need_no_product(calls):
+    x = randn(0, K, dtype=torch.bfloat16)
+    y, dx, *gradients = step(
+        quantize(linear(dtype=torch.bfloat16), CONFIG), x, randn(0, N).bfloat16()
+    )
+    assert y.shape == (0, N) and dx.shape == (0, K) and not calls
+    assert all(g.eq(0).all() for g in gradients)
+
+
 @pytest.mark.parametrize("rows", [1, 33, 128])
 @pytest.mark.parametrize("config", NATIVE.values(), ids=NATIVE)
 def test_a_layer_runs_natively(calls, config, rows):

@@ -28,6 +28,7 @@ import torch
 from torchao_mx import ops
 from torchao_mx.formats import BlockFormat
 from torchao_mx.tensor import LoRATensor, MXTensor
+from torchao_mx.tensor._matmul import check_frozen
 
 Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -79,10 +80,12 @@ def grouped_linear(
         ``[R, D]`` in x's dtype; zeros behind ``offs[-1]``.
 
     Raises:
-        NotImplementedError: a plain weight on a GPU that is not bfloat16.
+        NotImplementedError: a plain weight on a GPU that is not bfloat16; a packed one whose gradient is
+            asked for.
         TypeError, ValueError: as in the ops.
     """
     if isinstance(weight, (LoRATensor, AdaptedWeight)):
+        check_frozen(weight.base, "grouped_linear")
         is_adapted = isinstance(weight, AdaptedWeight)
         return ops.lora_grouped_mm(
             x, *_packed(weight.base), offs, weight.lora_a, weight.lora_b, weight.scaling, order=order,
@@ -90,6 +93,7 @@ def grouped_linear(
             transpose_weight=is_adapted or transpose_weight != weight.transposed, **options,
         )  # fmt: skip
     if isinstance(weight, MXTensor):
+        check_frozen(weight, "grouped_linear")
         reduces_packed = transpose_weight == (weight.packed_axis == -1)
         return ops.grouped_mm(
             x, *_packed(weight), offs, order=order, bias=bias, per_tensor_scale=weight.per_tensor_scale,

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
 from torchao_mx.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
+from torchao_mx.recipes import NVFP4MXFP8Experts, NVFP4MXFP8Linear
 from torchao_mx.tensor.master_tensor import MasterTensor
 
 
@@ -30,6 +32,8 @@ def gather_packed(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
+        TypeError: a layer of :class:`NVFP4ForwardMXFP8BackwardConfig`, which quantizes its weight again, and
+            in another way, in backward.
         ValueError: a weight is a DTensor: the model is sharded already.
 
     Example::
@@ -40,26 +44,41 @@ def gather_packed(model: nn.Module) -> nn.Module:
             fully_shard(block)
         fully_shard(model)
     """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts))
+    }
+    for name, module in layers.items():
+        _check(name, module)
     masters: dict[int, nn.Parameter] = {}  # tied weights stay tied
-    found = False
-    for name, module in model.named_modules():
-        if not isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
-            continue
-        found = True
-        is_experts = isinstance(module, MXFakeQuantizedExperts)
-        spec = module.weight_config.spec
-        for key in module.layout.weights if is_experts else ("weight",):
+    for module in layers.values():
+        transposed = isinstance(module, MXFakeQuantizedExperts) and module.layout.transposed
+        for key in _weights(module):
             weight = module._parameters[key]
-            if isinstance(weight, DTensor):
-                raise ValueError(
-                    f"{name}.{key} is a DTensor, sharded already; call gather_packed before fully_shard"
-                )
             if isinstance(weight, MasterTensor):
                 continue
             if id(weight) not in masters:
-                data = MasterTensor(weight.detach(), spec, is_experts and module.layout.transposed)
+                data = MasterTensor(weight.detach(), module.weight_config.spec, transposed)
                 masters[id(weight)] = nn.Parameter(data, weight.requires_grad)
             module._parameters[key] = masters[id(weight)]
-    if not found:
+    if not layers:
         warnings.warn("gather_packed found no fake-quantized layer; nothing changed", stacklevel=2)
     return model
+
+
+def _weights(module: nn.Module) -> Sequence[str]:
+    return module.layout.weights if isinstance(module, MXFakeQuantizedExperts) else ("weight",)
+
+
+def _check(name: str, module: nn.Module) -> None:
+    if isinstance(module, (NVFP4MXFP8Linear, NVFP4MXFP8Experts)):
+        raise TypeError(
+            f"{name}: {type(module).__name__} quantizes its weight in another way for backward, and needs it "
+            f"whole: leave gather_packed out, fully_shard gathers that weight in its own dtype"
+        )
+    for key in _weights(module):
+        if isinstance(module._parameters[key], DTensor):
+            raise ValueError(
+                f"{name}.{key} is a DTensor, sharded already; call gather_packed before fully_shard"
+            )

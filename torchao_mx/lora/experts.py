@@ -93,7 +93,10 @@ class MXLoRAExperts(MXExperts):
         self.register_parameter(f"{name}_lora_B", nn.Parameter(placed_like(b, weight)))
 
     def reset_parameters(self) -> None:
-        """Initialise the adapters, each expert's as those of a linear layer."""
+        """Initialise the adapters, each expert's as those of a linear layer.
+
+        Of experts that are split over ranks each rank draws its own: seed ranks differently, as for dropout.
+        """
         for name in self.layout.weights:
             for a in self.local_parameter(f"{name}_lora_A").detach():
                 nn.init.kaiming_uniform_(a, a=math.sqrt(5))

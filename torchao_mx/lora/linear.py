@@ -26,6 +26,7 @@ from torchao_mx.modules import twin_of
 from torchao_mx.ptq import check_linear, is_linear
 from torchao_mx.qat.linear import MXFakeQuantizedLinear
 from torchao_mx.tensor import LoRATensor, MXTensor
+from torchao_mx.tensor._matmul import check_frozen
 from torchao_mx.tensor.lora_tensor import check_base
 
 
@@ -124,6 +125,7 @@ class MXLoRALinear(nn.Linear):
         if self.merged:
             return F.linear(x, self.weight, self.bias)
         config, w = self.config, self.weight
+        check_frozen(w, type(self).__name__)
         options = {
             "per_tensor_scale": w.per_tensor_scale,
             "bias": self.bias,

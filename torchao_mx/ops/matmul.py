@@ -280,7 +280,9 @@ def grouped_mm(
 
     Rows behind ``offs[-1]`` belong to no expert and are zero, in y and in x's gradient. Nothing waits for the
     GPU, whose ``offs`` and ``order`` are therefore not looked at: where they are not as said here, results
-    are undefined and memory may be read or written out of bounds, as in ``torch._grouped_mm``.
+    are undefined and memory may be read or written out of bounds, as in ``torch._grouped_mm``. An
+    ``activation`` in NVFP4 has one per-tensor scale, of all rows, those of no expert included: with the ids of
+    other ranks' experts in them a rank then quantizes as one process does, and a NaN anywhere reaches all rows.
 
     Args:
         x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in the order of the groups; with an

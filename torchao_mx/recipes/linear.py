@@ -226,6 +226,7 @@ def _is_native(x: torch.Tensor, config: NVFP4ForwardMXFP8BackwardConfig) -> bool
     forward = config.forward_spec.format
     return (
         config.kernel_preference == KernelPreference.AUTO
+        and x.shape[0] > 0
         and takes_block_scaled_mm(x, x.shape[1], (forward, forward))
         and takes_block_scaled_mm(x, config.grad_spec.format.block_size, formats)
     )

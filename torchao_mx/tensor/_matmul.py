@@ -28,7 +28,8 @@ def _packed_last(w: MXTensor) -> MXTensor:
     return w if w.packed_axis == -1 else w.transpose(-2, -1)
 
 
-def _check_frozen(w: MXTensor | LoRATensor, name: str) -> None:
+def check_frozen(w: MXTensor | LoRATensor, name: str) -> None:
+    """Raise NotImplementedError where a gradient of the packed weight ``w`` is asked for: there is none."""
     if w.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
             f"{name}: the {type(w).__name__} weight is frozen but requires_grad=True; call "
@@ -42,7 +43,7 @@ def _check_weight(x: Any, w: Any, name: str) -> None:
             f"{name} takes an MXTensor or a LoRATensor as its second matrix only, the weight; call "
             f".dequantize() on the others first"
         )
-    _check_frozen(w, name)
+    check_frozen(w, name)
 
 
 def _product(
@@ -147,7 +148,7 @@ def _with_update(
     w: MXTensor, lhs: torch.Tensor, rhs: torch.Tensor, beta: float, alpha: float, name: str
 ) -> LoRATensor:
     """``w + alpha * lhs @ rhs`` for low-rank factors, not computed."""
-    _check_frozen(w, name)
+    check_frozen(w, name)
     if beta != 1:
         raise NotImplementedError(
             f"{name} onto {w} with beta={beta}; a weight with a low-rank update has beta=1: call "

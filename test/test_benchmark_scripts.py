@@ -1,0 +1,45 @@
+"""The scripts that need transformers run on a CPU, in small: what they check of themselves passes there."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("transformers")
+BENCHMARKS = pathlib.Path(__file__).parent.parent / "benchmarks"
+
+
+def output_of(*command):
+    found = subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stdout[-2000:] + found.stderr[-4000:]
+    return found.stdout
+
+
+def test_soak():
+    """Repeats, resumes and skips, bit for bit; a step of each poison."""
+    printed = output_of(BENCHMARKS / "soak.py", "--tiny", "--device", "cpu", "--steps", 32)
+    for name in ("a second run", "a run from a checkpoint", "a run without poison"):
+        assert f"{name}: the same, bit for bit, to step 32" in printed
+    assert "| 32 | 3 |" in printed  # steps, skipped
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_train_distributed(ep):
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
+    options = ("--model", "tiny", "--device", "cpu", "--steps", 2, "--ep", ep)
+    printed = output_of(*torchrun, BENCHMARKS / "train_distributed.py", *options)
+    row = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
+    assert (row["ranks"], row["ep"], row["tokens"]) == (2, ep, 128)
+    assert row["all_gather_mb"] > 0 and (row["all_to_all_mb"] > 0) == (ep > 1)
+
+
+def test_bench_compile():
+    case = "LoRA, llama"
+    options = ("--tiny", "--device", "cpu", "--case", case)
+    assert f"{case}, compiled: relative error" in output_of(
+        BENCHMARKS / "bench_compile.py", *options
+    )
