@@ -1,5 +1,6 @@
 """torch.distributed.checkpoint of packed models: any number of ranks to any other, bit for bit."""
 
+import math
 import os
 import signal
 import time
@@ -30,9 +31,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, MXTensor, MXWeightOnlyConfig
-from torchao_mx.distributed import gather_packed
+from torchao_mx.distributed import ExpertParallel, gather_packed
 
 
 def model_of(fmt, seed=0):
@@ -69,6 +73,45 @@ def test_any_number_of_ranks_to_any_other(fmt, backend, tmp_path):
         for target in {2, 4, 1, 3} - {size}:
             ranks = {1: 2}.get(target, target)
             run_ranks(_load, ranks, tmp_path / str(size), fmt, target, backend=backend)
+
+
+SPLITS = {"ep2": (1, 2), "dp2_ep2": (2, 2)}  # ranks of FSDP2, of expert parallelism
+
+
+def _split_by_experts(device, fmt, split, seed=0):
+    mesh = init_device_mesh(device, SPLITS[split], mesh_dim_names=("dp", "ep"))
+    model = parallelize_module(
+        model_of(fmt, seed).to(device), mesh["ep"], {"blocks.*.experts": ExpertParallel()}
+    )
+    for block in model.blocks:
+        fully_shard(block.experts, mesh=mesh["dp"])
+    return shard(model, init_device_mesh(device, (dist.get_world_size(),)))
+
+
+def _save_by_experts(device, folder, fmt, split):
+    dcp.save(get_model_state_dict(_split_by_experts(device, fmt, split)), checkpoint_id=folder)
+
+
+def _load_by_experts(device, folder, fmt, split):
+    model = _split_by_experts(device, fmt, split, seed=1)
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state)
+    assert_same_tensors(whole_state(model), whole_state(model_of(fmt)))
+
+
+@pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
+@each_backend
+def test_experts_that_are_split_over_ranks(fmt, backend, tmp_path):
+    """Any split to any other, and to and from FSDP2 alone."""
+    for split, sizes in SPLITS.items():
+        run_ranks(_save_by_experts, math.prod(sizes), tmp_path / split, fmt, split, backend=backend)
+    run_ranks(_save, 2, tmp_path / "fsdp", fmt, 2, backend=backend)
+    for source in (*SPLITS, "fsdp"):
+        for split, sizes in SPLITS.items():
+            ranks = math.prod(sizes)
+            run_ranks(_load_by_experts, ranks, tmp_path / source, fmt, split, backend=backend)
+        run_ranks(_load, 2, tmp_path / source, fmt, 2, backend=backend)
 
 
 @pytest.mark.parametrize("fmt", [MXFP4, NVFP4], ids=str)
