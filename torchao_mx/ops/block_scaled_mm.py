@@ -76,23 +76,28 @@ def takes_block_scaled_mm(
     )
 
 
-def _native(
-    a_qdata: torch.Tensor,
-    a_scale: torch.Tensor,
-    a_per_tensor: torch.Tensor | None,
-    b_qdata: torch.Tensor,
-    b_scale: torch.Tensor,
-    b_per_tensor: torch.Tensor | None,
-    a_format: str,
-    b_format: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    a, b = format_by_name(a_format), format_by_name(b_format)
-    scales_a, recipes_a, swizzles_a = _scaling(a, a_scale, a_per_tensor)
-    scales_b, recipes_b, swizzles_b = _scaling(b, b_scale, b_per_tensor)
+class Arguments(NamedTuple):
+    """Those of the op, in its schema's order: two packed operands ``[R, C]`` and ``[S, C]``, y's dtype."""
+
+    a_qdata: torch.Tensor
+    a_scale: torch.Tensor
+    a_per_tensor: torch.Tensor | None
+    b_qdata: torch.Tensor
+    b_scale: torch.Tensor
+    b_per_tensor: torch.Tensor | None
+    a_format: str
+    b_format: str
+    dtype: torch.dtype
+
+
+def _native(*args: Any) -> torch.Tensor:
+    t = Arguments(*args)
+    a, b = format_by_name(t.a_format), format_by_name(t.b_format)
+    scales_a, recipes_a, swizzles_a = _scaling(a, t.a_scale, t.a_per_tensor)
+    scales_b, recipes_b, swizzles_b = _scaling(b, t.b_scale, t.b_per_tensor)
     return F.scaled_mm(
-        a_qdata.view(a.elem_dtype), b_qdata.view(b.elem_dtype).t(), scales_a, recipes_a, scales_b,
-        recipes_b, swizzles_a, swizzles_b, output_dtype=dtype,
+        t.a_qdata.view(a.elem_dtype), t.b_qdata.view(b.elem_dtype).t(), scales_a, recipes_a, scales_b,
+        recipes_b, swizzles_a, swizzles_b, output_dtype=t.dtype,
     )  # fmt: skip
 
 
@@ -113,38 +118,20 @@ def _scaling(
     return scales, recipes, swizzles
 
 
-def _decoded(
-    a_qdata: torch.Tensor,
-    a_scale: torch.Tensor,
-    a_per_tensor: torch.Tensor | None,
-    b_qdata: torch.Tensor,
-    b_scale: torch.Tensor,
-    b_per_tensor: torch.Tensor | None,
-    a_format: str,
-    b_format: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    a = dequantize_op(a_qdata, a_scale, a_format, dtype, -1, a_per_tensor)
-    b = dequantize_op(b_qdata, b_scale, b_format, dtype, -1, b_per_tensor)
+def _decoded(*args: Any) -> torch.Tensor:
+    t = Arguments(*args)
+    a = dequantize_op(t.a_qdata, t.a_scale, t.a_format, t.dtype, -1, t.a_per_tensor)
+    b = dequantize_op(t.b_qdata, t.b_scale, t.b_format, t.dtype, -1, t.b_per_tensor)
     return a @ b.mT
 
 
-def _fake(
-    a_qdata: torch.Tensor,
-    a_scale: torch.Tensor,
-    a_per_tensor: torch.Tensor | None,
-    b_qdata: torch.Tensor,
-    b_scale: torch.Tensor,
-    b_per_tensor: torch.Tensor | None,
-    a_format: str,
-    b_format: str,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    return a_qdata.new_empty((a_qdata.shape[0], b_qdata.shape[0]), dtype=dtype)
+def _fake(*args: Any) -> torch.Tensor:
+    t = Arguments(*args)
+    return t.a_qdata.new_empty((t.a_qdata.shape[0], t.b_qdata.shape[0]), dtype=t.dtype)
 
 
-def _cuda(a_qdata: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return (_native if has_block_scaled_gemms(a_qdata.device) else _decoded)(a_qdata, *rest)
+def _cuda(*args: Any) -> torch.Tensor:
+    return (_native if has_block_scaled_gemms(args[0].device) else _decoded)(*args)
 
 
 # An op, so that torch.compile does not look into it: inductor's lowering of scaled_mm refuses swizzled scales.

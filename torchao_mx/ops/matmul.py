@@ -15,7 +15,7 @@ between the passes. Gradients go to X (straight through its quantization) and to
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,40 +69,39 @@ def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torc
     return out if bias is None else out + bias
 
 
-def _matmul(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    fmt: str,
-    transpose_weight: bool,
-    activation: str,
-    activation_mode: str,
-) -> torch.Tensor:
-    if transpose_weight and takes_mxfp4_product(x, qdata.shape[0], fmt, activation):
-        return mxfp4_product_op(
-            *quantize_op(x, activation, activation_mode, -1, None), qdata, scale, bias
-        )
-    x = fake_quantize_activation(x, activation, activation_mode)
-    w = dequantize_op(qdata, scale, fmt, x.dtype, -1, per_tensor_scale)
-    return product(x, w if transpose_weight else w.mT, bias)
+class Arguments(NamedTuple):
+    """Those of ``matmul`` in its schema's order, and of ``grouped_mm``, which has ``offs`` in bias's place."""
+
+    x: torch.Tensor
+    qdata: torch.Tensor
+    scale: torch.Tensor
+    per_tensor_scale: torch.Tensor | None
+    bias_or_offs: torch.Tensor | None
+    fmt: str
+    transpose_weight: bool
+    activation: str
+    activation_mode: str
+
+    def values(self, dtype: torch.dtype) -> torch.Tensor:
+        """The decoded weight, ``[.., columns, reduced]``."""
+        w = dequantize_op(self.qdata, self.scale, self.fmt, dtype, -1, self.per_tensor_scale)
+        return w if self.transpose_weight else w.mT
 
 
-def _matmul_fake(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    fmt: str,
-    transpose_weight: bool,
-    activation: str,
-    activation_mode: str,
-) -> torch.Tensor:
-    n, packed = qdata.shape[-2:]
-    columns = n if transpose_weight else packed * format_by_name(fmt).elems_per_byte
-    return x.new_empty((*x.shape[:-1], columns))
+def _matmul(*args: Any) -> torch.Tensor:
+    a = Arguments(*args)
+    if a.transpose_weight and takes_mxfp4_product(a.x, a.qdata.shape[0], a.fmt, a.activation):
+        quantized = quantize_op(a.x, a.activation, a.activation_mode, -1, None)
+        return mxfp4_product_op(*quantized, a.qdata, a.scale, a.bias_or_offs)
+    x = fake_quantize_activation(a.x, a.activation, a.activation_mode)
+    return product(x, a.values(x.dtype), a.bias_or_offs)
+
+
+def _matmul_fake(*args: Any) -> torch.Tensor:
+    a = Arguments(*args)
+    n, packed = a.qdata.shape[-2:]
+    columns = n if a.transpose_weight else packed * format_by_name(a.fmt).elems_per_byte
+    return a.x.new_empty((*a.x.shape[:-1], columns))
 
 
 def _save_packed(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
@@ -138,20 +137,10 @@ matmul_op = define_op(
 )
 
 
-def _grouped_mm(
-    x: torch.Tensor,
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    per_tensor_scale: torch.Tensor | None,
-    offs: torch.Tensor,
-    fmt: str,
-    transpose_weight: bool,
-    activation: str,
-    activation_mode: str,
-) -> torch.Tensor:
-    x = fake_quantize_activation(x, activation, activation_mode)
-    w = dequantize_op(qdata, scale, fmt, x.dtype, -1, per_tensor_scale)
-    w = w.mT if transpose_weight else w
+def _grouped_mm(*args: Any) -> torch.Tensor:
+    a = Arguments(*args)
+    x, offs = fake_quantize_activation(a.x, a.activation, a.activation_mode), a.bias_or_offs
+    w = a.values(x.dtype).mT
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
     out = torch._grouped_mm(aligned_rows(x), w, offs=offs).contiguous()

@@ -15,7 +15,7 @@ drawing one neither waits for the GPU nor repeats itself in the replays of a CUD
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -146,65 +146,57 @@ def unflattened(tensors: list[torch.Tensor], forms: tuple[str, ...]) -> BothDire
     return BothDirections(**found)
 
 
-def _quantize_both_cpu(
-    x: torch.Tensor,
-    row_format: str,
-    row_mode: str,
-    column_format: str,
-    column_mode: str,
-    forms: list[str],
-    dtype: torch.dtype,
-    row_scale: torch.Tensor | None,
-    column_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> list[torch.Tensor]:
+class Arguments(NamedTuple):
+    """Those of the op, in its schema's order; formats and modes are empty where there is no such form."""
+
+    x: torch.Tensor
+    row_format: str
+    row_mode: str
+    column_format: str
+    column_mode: str
+    forms: list[str]
+    dtype: torch.dtype
+    row_scale: torch.Tensor | None
+    column_scale: torch.Tensor | None
+    seed: torch.Tensor | None
+    index: torch.Tensor | None
+
+    @property
+    def row(self) -> tuple[str, str]:
+        return self.row_format, self.row_mode
+
+    @property
+    def column(self) -> tuple[str, str]:
+        return self.column_format, self.column_mode
+
+
+def _quantize_both_cpu(*args: Any) -> list[torch.Tensor]:
+    a = Arguments(*args)
     row, column = (
         QuantizeSpec(format_by_name(name), ScaleCalculationMode(mode)) if name else None
-        for name, mode in ((row_format, row_mode), (column_format, column_mode))
+        for name, mode in (a.row, a.column)
     )
     both = reference.quantize_both(
-        x, row, column, tuple(forms), dtype, row_scale, column_scale, seed, index
+        a.x, row, column, tuple(a.forms), a.dtype, a.row_scale, a.column_scale, a.seed, a.index
     )
     return _flat(both)
 
 
-def _quantize_both_triton(
-    x: torch.Tensor,
-    row_format: str,
-    row_mode: str,
-    column_format: str,
-    column_mode: str,
-    forms: list[str],
-    dtype: torch.dtype,
-    row_scale: torch.Tensor | None,
-    column_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    row, column = (row_format, row_mode), (column_format, column_mode)
-    both = _empty_results(x, row, column, forms, dtype, index)
-    n_rows = _column_rows(x, index)
-    if n_rows and x.shape[1]:
-        _launch(x, row, column, both, n_rows, row_scale, column_scale, seed, index)
+def _quantize_both_triton(*args: Any) -> list[torch.Tensor]:
+    a = Arguments(*args)
+    both = _empty_results(a.x, a.row, a.column, a.forms, a.dtype, a.index)
+    n_rows = _column_rows(a.x, a.index)
+    if n_rows and a.x.shape[1]:
+        _launch(a, both, n_rows)
     return _flat(both)
 
 
-def _launch(
-    x: torch.Tensor,
-    row: tuple[str, str],
-    column: tuple[str, str],
-    both: BothDirections,
-    n_rows: int,
-    row_scale: torch.Tensor | None,
-    column_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> None:
-    row_fmt, column_fmt = _format_of(row, column), _format_of(column, row)
+def _launch(a: Arguments, both: BothDirections, n_rows: int) -> None:
+    x, row_scale, column_scale, seed, index = a.x, a.row_scale, a.column_scale, a.seed, a.index
+    row_fmt, column_fmt = _format_of(a.row, a.column), _format_of(a.column, a.row)
     constants: dict[str, Any] = {}
     for name, fmt, mode, pts in (
-        ("ROW", row_fmt, row[1], row_scale), ("COLUMN", column_fmt, column[1], column_scale),
+        ("ROW", row_fmt, a.row_mode, row_scale), ("COLUMN", column_fmt, a.column_mode, column_scale),
     ):  # fmt: skip
         of_format = format_constants(fmt, x.device)
         fp8_instructions = of_format.pop("FP8_INSTRUCTIONS")
@@ -234,21 +226,9 @@ def _launch(
         )  # fmt: skip
 
 
-def _quantize_both_fake(
-    x: torch.Tensor,
-    row_format: str,
-    row_mode: str,
-    column_format: str,
-    column_mode: str,
-    forms: list[str],
-    dtype: torch.dtype,
-    row_scale: torch.Tensor | None,
-    column_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    index: torch.Tensor | None,
-) -> list[torch.Tensor]:
-    row, column = (row_format, row_mode), (column_format, column_mode)
-    return _flat(_empty_results(x, row, column, forms, dtype, index))
+def _quantize_both_fake(*args: Any) -> list[torch.Tensor]:
+    a = Arguments(*args)
+    return _flat(_empty_results(a.x, a.row, a.column, a.forms, a.dtype, a.index))
 
 
 quantize_both_op = define_op(
