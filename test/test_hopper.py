@@ -4,8 +4,8 @@ import pytest
 import torch
 from _grids import generator, relative_error
 
-from torchao_mx import MXFP4, MXFP8_E4M3, reference
-from torchao_mx.ops import _hopper, mm
+from torchao_mx import MXFP4, MXFP8_E4M3, ops, reference
+from torchao_mx.ops import _hopper
 from torchao_mx.reference import Added, Rows
 
 BOUND = 4e-3  # of bf16 results
@@ -204,7 +204,7 @@ def test_more_than_2_31_elements():
     scale = torch.randint(115, 125, (e, n, k // 32), dtype=torch.uint8, device="cuda")
     offs = torch.tensor([0] * (e - 1) + [4], dtype=torch.int32, device="cuda")
     e8m0 = scale[-1].view(torch.float8_e8m0fnu)
-    w = mm._unpack.dequantize_op(qdata[-1], e8m0, "mxfp4", torch.bfloat16, -1, None)
+    w = ops.dequantize(qdata[-1], e8m0, MXFP4, torch.bfloat16)
     for transpose_weight in (True, False):
         x = torch.randn(4, k if transpose_weight else n, device="cuda").bfloat16()
         rows = Rows(offs, None, 1, 4)
