@@ -461,7 +461,7 @@ w.split([1, 2])  ->  ValueError: split of <w> along axis 0 into [1, 2]: they mus
 w.copy_(other)  ->  ValueError: copy_ into <w> from <other>: they differ in format: mxfp4 and mxfp8_e4m3; quantize both alike, or assign instead of copying: load_state_dict(..., assign=True)
 w.copy_(w.dequantize())  ->  ValueError: copy_ into <w> from a Tensor of shape (4, 64) and torch.bfloat16; both need to be MXTensors: quantize the source with MXTensor.from_hp, or call .dequantize() on it
 torch.cat([w, other])  ->  ValueError: cat along axis 0: the tensors differ in format: mxfp4 and mxfp8_e4m3; make them alike, or call .dequantize() on them first
-torch.cat([w, w.dequantize()])  ->  TypeError: cat of MXTensors and a Tensor of shape (4, 64) and torch.bfloat16: quantize it with MXTensor.from_hp, or call .dequantize() on the MXTensors
+torch.cat([w, w.dequantize()])  ->  TypeError: cat of MXTensors and a Tensor of shape (4, 64) and torch.bfloat16: quantize it with MXTensor.from_hp, or call .dequantize() on the MXTensors; in DistributedDataParallel, give it init_sync=False
 torch.cat([w, w[:, :32]])  ->  ValueError: cat along axis 0: the tensors differ in shape: (4, 64) and (4, 32); make them alike, or call .dequantize() on them first
 torch.cat([a, b])  ->  ValueError: cat along axis 0: the tensors have different per_tensor_scales, and the result has one: torch.stack makes them experts with a scale each, or concatenate what .dequantize() gives and quantize it with MXTensor.from_hp
 torch.cat([a, a.replace(per_tensor_scale=None)])  ->  ValueError: cat along axis 0: some of the tensors have a per_tensor_scale and some do not; requantize them alike with MXTensor.from_hp

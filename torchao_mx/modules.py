@@ -24,5 +24,22 @@ def twin_of(cls: type[nn.Module], module: nn.Module) -> Any:
     for name, value in state.items():
         if isinstance(value, dict):  # _parameters, _buffers, _modules and the hooks
             state[name] = value.copy()
+    hooks = {key: _bound_to(hook, twin) for key, hook in module._load_state_dict_pre_hooks.items()}
+    state["_load_state_dict_pre_hooks"] = type(module._load_state_dict_pre_hooks)(hooks)
     twin.__dict__.update(state)
     return twin
+
+
+def in_place_of(module: nn.Module, twin: nn.Module) -> nn.Module:
+    """``twin``, whose hooks the handles of ``module``'s remove from now on: ``module`` leaves the model."""
+    if twin is not module:
+        for name, hooks in list(vars(module).items()):
+            # Those of load_state_dict know their module.
+            if "_hooks" in name and name != "_load_state_dict_pre_hooks":
+                vars(module)[name], vars(twin)[name] = vars(twin)[name], hooks
+    return twin
+
+
+def _bound_to(hook: Any, module: nn.Module) -> Any:
+    """A hook of ``load_state_dict``, its module being ``module``."""
+    return type(hook)(hook.hook, module) if getattr(hook, "with_module", False) else hook

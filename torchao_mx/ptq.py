@@ -27,6 +27,7 @@ from torchao_mx.experts import (
     quantize_experts,
 )
 from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
+from torchao_mx.modules import in_place_of
 from torchao_mx.tensor import MXTensor
 
 
@@ -191,6 +192,7 @@ def _check_of(config: Any) -> Callable[[nn.Module], None]:
     """What raises for a layer that ``quantize_`` would refuse; those that it leaves as they are pass."""
     from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
     from torchao_mx.lora.handler import check_lora_module
+    from torchao_mx.qat.handler import check_qat_module
     from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
     from torchao_mx.recipes.handler import check_recipe_module
 
@@ -199,8 +201,14 @@ def _check_of(config: Any) -> Callable[[nn.Module], None]:
     if isinstance(config, NVFP4ForwardMXFP8BackwardConfig):
         return lambda module: check_recipe_module(module, config)
     weight, activation = _specs_of(config)
+    step = getattr(config, "step", None)  # of a QATConfig
+    if step == "convert":
+        return lambda module: None
+    if step is not None:
+        return lambda module: check_qat_module(module, weight, activation)
 
     def check(module: nn.Module) -> None:
+        _check_not_in_training(module)
         if is_experts(module):
             if not is_packed(module):
                 check_experts(module, weight, activation)
@@ -236,11 +244,12 @@ def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSp
         f"{type(module).__name__}(in_features={module.in_features}, "
         f"out_features={module.out_features})"
     )
-    if "weight" not in module._parameters:
-        raise TypeError(
-            f"{name}: its weight is not a parameter but computed, as by a parametrization or weight_norm; "
-            f"remove that first, or leave this layer out with filter_fn"
-        )
+    for what in ("weight", "bias"):
+        if what not in module._parameters:
+            raise TypeError(
+                f"{name}: its {what} is not a parameter but computed, as by a parametrization or "
+                f"weight_norm; remove that first, or leave this layer out with filter_fn"
+            )
     if isinstance(module.weight, DTensor):
         raise TypeError(
             f"{name}: its weight is a DTensor, of which this rank has a part; call quantize_ before it is "
@@ -279,17 +288,7 @@ def quantize_linear(
     return module
 
 
-def _extra_repr(module: Any) -> str:
-    return (
-        f"{type(module).extra_repr(module)}, weight={local_of(module.weight)._quantization_type()}"
-    )
-
-
-@register_quantize_module_handler(MXWeightOnlyConfig)
-@register_quantize_module_handler(MXDynamicActivationMXWeightConfig)
-def _quantize_handler(
-    module: nn.Module, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
-) -> nn.Module:
+def _check_not_in_training(module: nn.Module) -> None:
     from torchao_mx.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
 
     if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
@@ -297,5 +296,20 @@ def _quantize_handler(
             f"{module} is being trained; convert it with quantize_(model, QATConfig(config, "
             f"step='convert'))"
         )
+
+
+def _extra_repr(module: Any) -> str:
+    text, weight = type(module).extra_repr(module), local_of(module.weight)
+    if not isinstance(weight, MXTensor):  # another one was put in its place
+        return text
+    return f"{text}, weight={weight._quantization_type()}"
+
+
+@register_quantize_module_handler(MXWeightOnlyConfig)
+@register_quantize_module_handler(MXDynamicActivationMXWeightConfig)
+def _quantize_handler(
+    module: nn.Module, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
+) -> nn.Module:
+    _check_not_in_training(module)
     quantize = quantize_experts if is_experts(module) else quantize_linear
-    return quantize(module, config.weight_spec, config.activation_spec)
+    return in_place_of(module, quantize(module, config.weight_spec, config.activation_spec))

@@ -11,6 +11,7 @@ from torchao_mx.experts import is_experts
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
 from torchao_mx.lora.experts import MXLoRAExperts, check_lora_experts
 from torchao_mx.lora.linear import MXLoRALinear, check_lora_linear
+from torchao_mx.modules import in_place_of
 
 _OURS = (MXLoRALinear, MXLoRAExperts)
 
@@ -25,8 +26,8 @@ def _lora_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Modul
         )
         return module
     if is_experts(module):
-        return MXLoRAExperts.from_experts(module, config)
-    return MXLoRALinear.from_linear(module, config)
+        return in_place_of(module, MXLoRAExperts.from_experts(module, config))
+    return in_place_of(module, MXLoRALinear.from_linear(module, config))
 
 
 def check_lora_module(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:

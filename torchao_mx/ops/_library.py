@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 NAMESPACE = "torchao_mx"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as it does
@@ -31,7 +33,7 @@ def define_op(
     """
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualname, "cpu")(cpu)
+    torch.library.impl(qualname, "cpu")(_without_autocast(cpu))
     torch.library.impl(qualname, "cuda")(cuda)
     torch.library.register_fake(qualname)(fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -39,6 +41,19 @@ def define_op(
         kernel = _autograd_kernel(name, op, setup_context, backward)
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return op
+
+
+def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast is for an op's arguments; what the reference computes with them keeps its dtypes."""
+
+    @functools.wraps(implementation)
+    def run(*args: Any) -> Any:
+        if not torch.is_autocast_enabled("cpu"):
+            return implementation(*args)
+        with torch.autocast("cpu", enabled=False):
+            return implementation(*args)
+
+    return run
 
 
 def _autograd_kernel(
@@ -61,6 +76,11 @@ def _autograd_kernel(
     )
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            raise NotImplementedError(
+                f"torchao_mx::{name} has gradients by backward() and torch.autograd.grad alone, and none in "
+                f"torch.func or forward-mode differentiation: use those, or compute from .dequantize()"
+            )
         if torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         ):

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
+from torchao_mx import reference
 from torchao_mx.formats import BlockFormat, QuantizeSpec, format_by_name
 from torchao_mx.ops._add import zero_behind
 from torchao_mx.ops._arguments import (
@@ -140,6 +141,8 @@ matmul_op = define_op(
 def _grouped_mm(*args: Any) -> torch.Tensor:
     a = Arguments(*args)
     x, offs = fake_quantize_activation(a.x, a.activation, a.activation_mode), a.bias_or_offs
+    if not x.is_cuda:
+        reference.check_offsets(offs, len(x))
     w = a.values(x.dtype).mT
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))

@@ -135,8 +135,8 @@ def _product(
     With ``token_sum`` y's rows are summed to those of tokens.
     """
     n_rows, columns = rows.n_rows, w.n if transpose_weight else w.k
-    if n_rows == 0:
-        return x.new_empty((0, columns))
+    if n_rows == 0 or columns == 0:
+        return x.new_empty((n_rows, columns))
     if added.bias is not None:
         added = added._replace(bias=added.bias.to(x.dtype))
     groups = None if rows.offs is None else rows.offs.shape[0]

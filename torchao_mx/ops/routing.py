@@ -41,7 +41,8 @@ def route(top_k_index: torch.Tensor, n_experts: int) -> Routing:
         >>> ops.route(torch.tensor([[2, 0], [1, 2], [0, 9]]), 3)
         Routing(order=tensor([1, 4, 2, 0, 3, 5], dtype=torch.int32), offs=tensor([2, 3, 5], dtype=torch.int32))
     """
-    if top_k_index.is_floating_point() or top_k_index.dtype in (torch.bool, torch.complex64):
+    no_integers = top_k_index.is_floating_point() or top_k_index.is_complex()
+    if no_integers or top_k_index.dtype == torch.bool:
         raise TypeError(
             f"top_k_index has dtype {top_k_index.dtype}; expert ids are integers, as topk(..).indices are"
         )
@@ -51,6 +52,8 @@ def route(top_k_index: torch.Tensor, n_experts: int) -> Routing:
             f"[T, k] and at least 1 expert"
         )
     ids = top_k_index.flatten()
+    if ids.dtype not in (torch.int32, torch.int64):  # n_experts may not fit in theirs
+        ids = ids.long()
     ids = ids.where((ids >= 0) & (ids < n_experts), n_experts)
     keys = ids.to(torch.int16 if n_experts <= _NARROW else torch.int32)
     keys, order = keys.sort(stable=True)

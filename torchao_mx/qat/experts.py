@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torchao_mx import moe, ops
 from torchao_mx.experts import MXExperts, check_experts, is_experts, pack
 from torchao_mx.formats import QuantizeSpec
+from torchao_mx.modules import twin_of
+from torchao_mx.ops._arguments import operands
 from torchao_mx.ops._unpack import aligned_rows
 from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
 from torchao_mx.qat.config import MXFakeQuantizeConfig
@@ -44,7 +46,8 @@ class _WeightGradient(torch.autograd.Function):
         ctx.save_for_backward(x, offs, order)
         ctx.shape, ctx.dtype = weight.shape, weight.dtype
         ctx.activation = (activation, activation_mode)
-        return y.view_as(y)
+        ctx.mark_dirty(y)  # returned as it is, and no view, which could not be modified in place
+        return y
 
     @staticmethod
     @once_differentiable
@@ -82,8 +85,8 @@ class MXFakeQuantizedExperts(MXExperts):
     """A module of experts that computes with quantized weights, and activations, and trains through them.
 
     It is called as its source is and shares its parameters, in high precision. Made by ``quantize_`` with
-    ``QATConfig(base, step="prepare")`` and ``filter_fn=is_experts``; ``step="convert"`` makes an
-    :class:`MXExperts` of it, whose forward is the same.
+    ``QATConfig(base, step="prepare")`` and ``filter_fn=is_experts``. ``QATConfig(base, step="convert")``
+    makes an :class:`MXExperts` of it, whose forward is the same; without a ``base``, the source again.
 
     Example:
         >>> import torch
@@ -147,6 +150,7 @@ class MXFakeQuantizedExperts(MXExperts):
         order: torch.Tensor | None,
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
+        x, _ = operands(x, None)
         weight, spec, activation = self.base(name), self.weight_config.spec, self.activation_spec
         with torch.no_grad():
             qdata, scale, pts = _packed(weight.detach(), spec)
@@ -155,6 +159,13 @@ class MXFakeQuantizedExperts(MXExperts):
             activation=activation,
         )  # fmt: skip
         return _WeightGradient.apply(y, weight, x, offs, order, *spec_strings(activation))
+
+    def to_source(self) -> nn.Module:
+        """The module that this was made of, on the same parameters, in high precision."""
+        source = twin_of(self.source_class, self)
+        for name in ("activation_config", "weight_config", "layout", "source_class"):
+            del source.__dict__[name]
+        return source
 
     def to_packed(self) -> MXExperts:
         """The frozen module on the quantized weights, that computes what this one does."""

@@ -24,12 +24,13 @@ from torchao.quantization.transform_module import (
     register_quantize_module_handler,
 )
 
-from torchao_mx.experts import is_experts
+from torchao_mx.experts import check_experts, is_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec
-from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig
+from torchao_mx.modules import in_place_of
+from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, check_linear
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 from torchao_mx.qat.experts import MXFakeQuantizedExperts
-from torchao_mx.qat.linear import MXFakeQuantizedLinear
+from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_own_forward
 
 _Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
 
@@ -70,6 +71,19 @@ def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Modu
     return MXFakeQuantizedLinear.from_linear(module, *configs)
 
 
+def check_qat_module(
+    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
+) -> None:
+    """Refuse what the prepare step would refuse; nothing is changed."""
+    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+        return
+    if is_experts(module):
+        check_experts(module, weight, activation)
+        return
+    check_linear(module, weight, activation)
+    check_own_forward(module)
+
+
 def _convert(
     module: MXFakeQuantizedLinear | MXFakeQuantizedExperts, config: QATConfig
 ) -> nn.Module:
@@ -83,7 +97,7 @@ def _convert(
                 f"with the base config of its prepare step, or without one and quantize the result"
             )
     if isinstance(module, MXFakeQuantizedExperts):
-        return module.to_packed()
+        return module.to_source() if base is None else module.to_packed()
     linear = module.to_linear()
     return linear if base is None else _QUANTIZE_CONFIG_HANDLER[type(base)](linear, base)
 
@@ -97,11 +111,11 @@ def register_qat_handler() -> None:
     def handler(module: nn.Module, config: QATConfig, **kwargs: Any) -> nn.Module:
         if config.step == "convert":
             if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
-                return _convert(module, config)
+                return in_place_of(module, _convert(module, config))
         else:
             configs = _configs_of(config)
             if configs is not None:
-                return _prepare(module, configs, config)
+                return in_place_of(module, _prepare(module, configs, config))
         return torchao_handler(module, config, **kwargs)
 
     handler._is_torchao_mx = True

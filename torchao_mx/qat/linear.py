@@ -30,7 +30,7 @@ from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
 from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale, quantize_op, quantize_with_values_op
-from torchao_mx.ptq import check_linear
+from torchao_mx.ptq import check_linear, is_linear
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 from torchao_mx.tensor import MXTensor
 
@@ -194,11 +194,7 @@ class MXFakeQuantizedLinear(nn.Linear):
             TypeError, ValueError: as the constructor; ``linear`` is unchanged.
         """
         _check(linear, activation_config, weight_config)
-        if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
-            raise TypeError(
-                f"{linear} has a forward of its own, of its class or set on the instance, which fake "
-                f"quantization would drop; remove it, or leave this layer out with filter_fn"
-            )
+        check_own_forward(linear)
         twin = twin_of(cls, linear)
         twin.activation_config = activation_config
         twin.weight_config = weight_config
@@ -209,6 +205,20 @@ class MXFakeQuantizedLinear(nn.Linear):
         linear = twin_of(nn.Linear, self)
         del linear.activation_config, linear.weight_config
         return linear
+
+
+def check_own_forward(linear: nn.Linear) -> None:
+    """Refuse a layer that computes otherwise than by ``nn.Linear.forward``; nothing is changed."""
+    if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
+        raise TypeError(
+            f"{linear} has a forward of its own, of its class or set on the instance, which fake "
+            f"quantization would drop; remove it, or leave this layer out with filter_fn"
+        )
+    if not is_linear(linear):
+        raise TypeError(
+            f"{linear} is never called: the module around it reads its weight, so that fake quantization "
+            f"would do nothing; leave this layer out with filter_fn=torchao_mx.is_linear"
+        )
 
 
 def _check(

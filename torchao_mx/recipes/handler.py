@@ -8,6 +8,7 @@ from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_mx.experts import is_experts
+from torchao_mx.modules import in_place_of
 from torchao_mx.ptq import quantize_linear
 from torchao_mx.qat.experts import MXFakeQuantizedExperts
 from torchao_mx.qat.linear import MXFakeQuantizedLinear
@@ -22,14 +23,14 @@ _OURS = (NVFP4MXFP8Linear, NVFP4MXFP8Experts)
 def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> nn.Module:
     """Prepare: the twin under the recipe; twice is once, with a warning. Convert: other modules stay."""
     if config.step == "convert":
-        return _convert(module)
+        return in_place_of(module, _convert(module))
     if isinstance(module, _OURS):
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
     check_recipe_module(module, config)
     if is_experts(module):
-        return NVFP4MXFP8Experts.from_experts(module, config)
-    return NVFP4MXFP8Linear.from_linear(module, config)
+        return in_place_of(module, NVFP4MXFP8Experts.from_experts(module, config))
+    return in_place_of(module, NVFP4MXFP8Linear.from_linear(module, config))
 
 
 def _convert(module: nn.Module) -> nn.Module:

@@ -31,7 +31,7 @@ from torchao_mx.ops.matmul import spec_strings
 from torchao_mx.ops.quantize import per_tensor_scale
 from torchao_mx.ops.quantize_both import quantize_both_op, unflattened
 from torchao_mx.ptq import check_linear
-from torchao_mx.qat.linear import MXFakeQuantizedLinear
+from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_own_forward
 from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
 
 
@@ -236,6 +236,7 @@ def check_recipe_linear(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConf
     """Refuse a layer that cannot become an :class:`NVFP4MXFP8Linear`; nothing is changed."""
     check_config(config)
     check_linear(module, config.forward_spec, config.forward_spec)
+    check_own_forward(module)
     name = f"{type(module).__name__}(in_features={module.in_features}, out_features={module.out_features})"
     check_blocks((module.out_features,), config.grad_spec.format, -1, f"{name}: its output")
 

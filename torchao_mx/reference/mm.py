@@ -207,14 +207,24 @@ def _sum_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _groups(offs: torch.Tensor | None, n_rows: int) -> Iterator[tuple[int, slice]]:
-    """``(expert, its rows)`` of the experts that have rows."""
+def check_offsets(offs: torch.Tensor | None, n_rows: int) -> list[int]:
+    """The end offsets as numbers, ``[n_rows]`` for None.
+
+    Raises:
+        ValueError: they do not ascend from 0 on, or pass ``n_rows``.
+    """
     ends = [n_rows] if offs is None else offs.tolist()
     if any(end < start for start, end in zip([0, *ends], [*ends, n_rows], strict=True)):
         raise ValueError(
             f"offs is {ends} and there are {n_rows} row(s); end offsets ascend from 0 on and do not pass "
             f"the number of rows: use the cumulative sum of the experts' row counts"
         )
+    return ends
+
+
+def _groups(offs: torch.Tensor | None, n_rows: int) -> Iterator[tuple[int, slice]]:
+    """``(expert, its rows)`` of the experts that have rows."""
+    ends = check_offsets(offs, n_rows)
     for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
             yield e, slice(start, end)

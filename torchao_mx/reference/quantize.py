@@ -204,7 +204,7 @@ def _e2m1_codes(device: torch.device) -> torch.Tensor:
     case = torch.arange(-2048, 2048, dtype=torch.int32).roll(-2048)  # 0 .. 2047, -2048 .. -1
     between = (case & 1) * ((_E2M1_CASE_MASK + 1) // 2)
     value = (((case >> 1) << _E2M1_CASE_SHIFT) + between).view(torch.float32)
-    grid = torch.tensor(_E2M1_VALUES)
+    grid = torch.tensor(_E2M1_VALUES, dtype=torch.float32)
     middle = (grid[1:] + grid[:-1]) / 2
     # From code c to c + 1: a tie goes to the even one of the two.
     above = value.abs().unsqueeze(-1)
@@ -216,7 +216,7 @@ def _e2m1_codes(device: torch.device) -> torch.Tensor:
 @functools.lru_cache
 def _e2m1_pairs(device: torch.device) -> torch.Tensor:
     """``[256]``: the two fp32 values of each packed byte, low nibble first, as one 8-byte item."""
-    values = torch.tensor(_E2M1_VALUES)
+    values = torch.tensor(_E2M1_VALUES, dtype=torch.float32)
     values = torch.cat([values, -values])
     byte = torch.arange(256)
     pairs = torch.stack([values[byte & 15], values[byte >> 4]], -1)

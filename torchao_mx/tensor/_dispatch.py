@@ -426,7 +426,7 @@ def _check_tensors(op: str, tensors: Sequence[torch.Tensor]) -> None:
     if other is not None:
         raise TypeError(
             f"{op} of MXTensors and {_describe(other)}: quantize it with MXTensor.from_hp, or call "
-            f".dequantize() on the MXTensors"
+            f".dequantize() on the MXTensors; in DistributedDataParallel, give it init_sync=False"
         )
 
 

@@ -120,7 +120,9 @@ def _bmm(input: torch.Tensor, mat2: MXTensor) -> torch.Tensor:
 def _scaled_sum(
     input: torch.Tensor, product: torch.Tensor, beta: float, alpha: float
 ) -> torch.Tensor:
-    return beta * input + (product if alpha == 1 else alpha * product)
+    product = product if alpha == 1 else alpha * product
+    # As in torch, an input that counts nothing is not looked at.
+    return product if beta == 0 else beta * input + product
 
 
 def _addmm(
