@@ -27,19 +27,11 @@ def test_soak():
     assert "| 32 | 3 |" in printed  # steps, skipped
 
 
-@pytest.mark.parametrize("ep", [1, 2])
-def test_train_distributed(ep):
+def test_train_distributed():
+    """FSDP2 over both ranks, experts split between them."""
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
-    options = ("--model", "tiny", "--device", "cpu", "--steps", 2, "--ep", ep)
+    options = ("--model", "tiny", "--device", "cpu", "--steps", 2, "--ep", 2)
     printed = output_of(*torchrun, BENCHMARKS / "train_distributed.py", *options)
     row = json.loads(next(line for line in printed.splitlines() if line.startswith("{")))
-    assert (row["ranks"], row["ep"], row["tokens"]) == (2, ep, 128)
-    assert row["all_gather_mb"] > 0 and (row["all_to_all_mb"] > 0) == (ep > 1)
-
-
-def test_bench_compile():
-    case = "LoRA, llama"
-    options = ("--tiny", "--device", "cpu", "--case", case)
-    assert f"{case}, compiled: relative error" in output_of(
-        BENCHMARKS / "bench_compile.py", *options
-    )
+    assert (row["ranks"], row["ep"], row["tokens"]) == (2, 2, 128)
+    assert row["all_gather_mb"] > 0 and row["all_to_all_mb"] > 0
