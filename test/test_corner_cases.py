@@ -4,10 +4,13 @@ import importlib
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from _experts import EXPERTS, HIDDEN, Titan, each_family, inputs
 from _grids import BASES, assert_close, linear, quantize, randn, relative_error
+from _ranks import each_backend, run_ranks
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
@@ -230,20 +233,29 @@ def test_no_columns():
     assert y.shape == (3, 0) and x.grad.eq(0).all()
 
 
-def test_packed_weights_under_distributed_data_parallel(tmp_path):
-    """Its first broadcast flattens parameters, which the error tells how to leave out."""
-    import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
+def _data_parallel(device):
+    torch.manual_seed(0)  # the same adapters on each rank, as nothing makes them so
+    model = quantize(linear().to(device), MXWeightOnlyLoRAConfig(r=4))
+    nn.init.ones_(model[0].lora_B)
+    with pytest.raises(TypeError, match="init_sync=False"):
+        DistributedDataParallel(model)
+    x = randn(2, 3, 64).to(device)  # 3 rows for each rank
+    model(x.flatten(0, 1)).sum().backward()
+    wanted = [p.grad.clone() / 2 for p in (model[0].lora_A, model[0].lora_B)]
+    model.zero_grad()
+    replica = DistributedDataParallel(
+        model, init_sync=False
+    )  # held: without it nothing is averaged
+    replica(x[dist.get_rank()]).sum().backward()
+    for p, want in zip((model[0].lora_A, model[0].lora_B), wanted, strict=True):
+        assert_close(p.grad, want.double())
+    assert model[0].weight.grad is None
 
-    model = quantize(linear(), MXWeightOnlyLoRAConfig(r=4))
-    dist.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        with pytest.raises(TypeError, match="init_sync=False"):
-            DistributedDataParallel(model)
-        DistributedDataParallel(model, init_sync=False)(randn(3, 64)).sum().backward()
-    finally:
-        dist.destroy_process_group()
-    assert model[0].lora_B.grad.ne(0).any()
+
+@each_backend
+def test_packed_weights_under_distributed_data_parallel(backend):
+    """Its first broadcast flattens parameters, which the error tells how to leave out."""
+    run_ranks(_data_parallel, 2, backend=backend)
 
 
 def test_bases_are_still_prepared():

@@ -140,9 +140,10 @@ matmul_op = define_op(
 
 def _grouped_mm(*args: Any) -> torch.Tensor:
     a = Arguments(*args)
-    x, offs = fake_quantize_activation(a.x, a.activation, a.activation_mode), a.bias_or_offs
-    if not x.is_cuda:
-        reference.check_offsets(offs, len(x))
+    offs = a.bias_or_offs
+    if not a.x.is_cuda:
+        reference.check_offsets(offs, len(a.x))
+    x = fake_quantize_activation(a.x, a.activation, a.activation_mode)
     w = a.values(x.dtype).mT
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))

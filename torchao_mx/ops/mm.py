@@ -98,12 +98,10 @@ def choose_strategy(
     return "fused" if crossover.fuses(n_rows, n_groups, transpose_weight) else "unpack"
 
 
-def _packed(
-    qdata: torch.Tensor, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None, fmt: str
-) -> Packed:
+def _packed(a: Arguments | BackwardArguments) -> Packed:
     # Kernels read one fp32 after the other, and one scale may have been expanded to all experts.
-    pts = None if per_tensor_scale is None else per_tensor_scale.contiguous()
-    return Packed(qdata, scale, pts, format_by_name(fmt))
+    pts = None if a.per_tensor_scale is None else a.per_tensor_scale.contiguous()
+    return Packed(a.qdata, a.scale, pts, format_by_name(a.fmt))
 
 
 class _DecodedOnDemand:
@@ -231,10 +229,6 @@ class Arguments(NamedTuple):
     grad_compute: str
     max_scratch_bytes: int
 
-    @property
-    def weight(self) -> Packed:
-        return _packed(self.qdata, self.scale, self.per_tensor_scale, self.fmt)
-
 
 def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     a = Arguments(*args)
@@ -242,7 +236,7 @@ def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows = Rows.of(x, a.offs, a.order)
     h = None if a.down is None else _low_rank(x, a.down, rows)
     y = _product(
-        x, a.weight, rows, a.transpose_weight, Added(h, a.up, a.scaling, a.bias), a.strategy, a.compute,
+        x, _packed(a), rows, a.transpose_weight, Added(h, a.up, a.scaling, a.bias), a.strategy, a.compute,
         a.max_scratch_bytes,
     )  # fmt: skip
     return y, x.new_empty(0) if h is None else h
@@ -251,7 +245,8 @@ def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 def _mm_fake(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     a = Arguments(*args)
     n_rows = a.x.shape[0] if a.order is None else a.order.shape[0]
-    y = a.x.new_empty((n_rows, a.weight.n if a.transpose_weight else a.weight.k))
+    w = _packed(a)
+    y = a.x.new_empty((n_rows, w.n if a.transpose_weight else w.k))
     return y, a.x.new_empty(0 if a.down is None else (n_rows, a.down.shape[-2]))
 
 
@@ -330,10 +325,6 @@ class BackwardArguments(NamedTuple):
     n_tokens: int
     bias_dtype: torch.dtype | None
 
-    @property
-    def weight(self) -> Packed:
-        return _packed(self.qdata, self.scale, self.per_tensor_scale, self.fmt)
-
 
 Gradients = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]  # dx, dbias, d_down, d_up
 
@@ -351,7 +342,7 @@ def _mm_backward(*args: Any) -> Gradients:
         added = Added() if a.down is None else Added(g, a.down.mT)
         token_sum = None if a.order is None else _unpack.TokenSum(a.order, top_k)
         dx = _product(
-            dy, a.weight, rows, not a.transpose_weight, added, a.strategy, a.compute,
+            dy, _packed(a), rows, not a.transpose_weight, added, a.strategy, a.compute,
             a.max_scratch_bytes, token_sum,
         )  # fmt: skip
     # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
@@ -379,7 +370,8 @@ def _mm_backward_fake(*args: Any) -> Gradients:
     dx, dbias, d_down, d_up = (dy.new_empty(0) for _ in range(4))
     if a.needs_dx:
         n_rows = dy.shape[0] if a.order is None else a.n_tokens
-        dx = dy.new_empty((n_rows, a.weight.k if a.transpose_weight else a.weight.n))
+        w = _packed(a)
+        dx = dy.new_empty((n_rows, w.k if a.transpose_weight else w.n))
     if a.bias_dtype is not None:
         lead = () if a.offs is None else a.offs.shape
         dbias = dy.new_empty((*lead, dy.shape[1]), dtype=a.bias_dtype)
@@ -411,7 +403,7 @@ def _mm_backward_autograd(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.
         qdata, scale, per_tensor_scale, down, up, offs, order = ctx.saved_tensors
         if ddx is None:
             _scaling, fmt, transpose_weight, _strategy = ctx.options
-            w = _packed(qdata, scale, per_tensor_scale, fmt)
+            w = Packed(qdata, scale, per_tensor_scale, format_by_name(fmt))
             columns = w.k if transpose_weight else w.n
             ddx = ddbias.new_zeros((ctx.n_tokens, columns), dtype=ctx.dtype)
         ddy, _ = mm_op(
