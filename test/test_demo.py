@@ -207,6 +207,13 @@ class TestVerify:
 
 
 class TestUsage:
+    @pytest.fixture(autouse=True)
+    def _elsewhere(
+        self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Not where a run of the reader's own may lie in demo_runs."""
+        monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
