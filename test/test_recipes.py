@@ -43,7 +43,7 @@ from torchao_mx import (
     NVFP4ForwardMXFP8BackwardConfig,
     reference,
 )
-from torchao_mx.recipes import linear as recipe_linear
+from torchao_mx.ops import recipe_linear as OP
 
 AT_LEAST_0_18 = tuple(int(n) for n in torchao.__version__.split(".")[:2]) >= (0, 18)
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -63,8 +63,8 @@ def operands_of(monkeypatch):
         seen.append([t.decoded(dtype, columns) for t in (a, b)])
         return product(a, b, dtype, bias)
 
-    product = recipe_linear.block_scaled_mm
-    monkeypatch.setattr(recipe_linear, "block_scaled_mm", spy)
+    product = OP.block_scaled_mm
+    monkeypatch.setattr(OP, "block_scaled_mm", spy)
 
     def run(model, x, dy):
         seen.clear()

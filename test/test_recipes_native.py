@@ -27,7 +27,7 @@ from torchao_mx import (
     ops,
     reference,
 )
-from torchao_mx.recipes import linear as recipe_linear
+from torchao_mx.ops import recipe_linear as OP
 
 SEAM = importlib.import_module("torchao_mx.ops.block_scaled_mm")
 PAIRS = [
@@ -226,10 +226,8 @@ def test_a_layer_runs_natively(calls, config, rows):
 
 def test_operands_of_a_native_layer_are_packed_only(calls, monkeypatch):
     forms = []
-    op = recipe_linear.quantize_both_op
-    monkeypatch.setattr(
-        recipe_linear, "quantize_both_op", lambda *args: forms.append(args[5]) or op(*args)
-    )
+    op = OP.quantize_both_op
+    monkeypatch.setattr(OP, "quantize_both_op", lambda *args: forms.append(args[5]) or op(*args))
     x, dy = (randn(33, n, dtype=torch.bfloat16, seed=n) for n in (K, N))
     step(quantize(linear(dtype=torch.bfloat16), CONFIG), x, dy)
     assert forms == [["rows", "columns"], ["rows"], ["rows", "columns"], ["columns"]]

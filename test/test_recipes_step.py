@@ -26,6 +26,7 @@ from _recipes import (
 )
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 from torchao_mx import (
@@ -33,7 +34,7 @@ from torchao_mx import (
     NVFP4MXFP8Linear,
     reference,
 )
-from torchao_mx.recipes import linear as recipe_linear
+from torchao_mx.ops import recipe_linear as OP
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])
@@ -77,10 +78,8 @@ def test_backward_keeps_the_packed_columns_of_x_alone(dtype):
 
 def test_evaluation_quantizes_no_columns(monkeypatch):
     asked = []
-    op = recipe_linear.quantize_both_op
-    monkeypatch.setattr(
-        recipe_linear, "quantize_both_op", lambda *args: asked.append(args[5]) or op(*args)
-    )
+    op = OP.quantize_both_op
+    monkeypatch.setattr(OP, "quantize_both_op", lambda *args: asked.append(args[5]) or op(*args))
     model = recipe()
     with torch.no_grad():
         model(randn(33, K))
@@ -88,6 +87,25 @@ def test_evaluation_quantizes_no_columns(monkeypatch):
     asked.clear()
     model(randn(33, K))
     assert asked == [["row_values", "columns"], ["row_values"]]
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "all"])
+def test_ops(wanted, device):
+    utils = ["test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic"]
+    x, w, dy = (
+        randn(*shape, seed=n).to(device) for n, shape in enumerate([(33, K), (N, K), (33, N)])
+    )
+    forward, backward = ("nvfp4", "rceil"), ("mxfp8_e4m3", "rceil")
+    keeps = wanted in ("weight", "all")
+    args = (x, w, randn(N).to(device), *forward, *backward, False, keeps)
+    opcheck(OP.recipe_linear_op, args, test_utils=utils)
+    x_columns = OP.recipe_linear_op(*args)[1:] if keeps else (None, None)
+    args = (
+        dy, w if wanted in ("x", "all") else None, *x_columns, None, *backward, *backward, False, w.dtype,
+        torch.bfloat16 if wanted in ("bias", "all") else None,
+    )  # fmt: skip
+    opcheck(OP.recipe_linear_backward_op, args, test_utils=utils)
+    assert len(OP.recipe_linear_backward_op(*args)) == (3 if wanted == "all" else 1)
 
 
 def test_a_weight_changed_before_backward_is_noticed():

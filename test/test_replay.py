@@ -8,12 +8,14 @@ import weakref
 import pytest
 import torch
 import triton
+from _grids import assert_same_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, reference
-from torchao_mx.ops import _replay, mm
+from torchao_mx.ops import _replay, mm, recipe_linear
 from torchao_mx.ops._launch import launched, launches, runner
+from torchao_mx.ops._library import define_op
 
 on_gpu = pytest.mark.gpu
 E, N, K, RANK, TOP_K = 6, 96, 128, 8, 2
@@ -118,6 +120,34 @@ def test_8_bit_products(replays):
         forward, _ = calls(MXFP4, *operands(seed), strategy="auto", compute="float8_e4m3fn")
         assert_equal(mm.mm_op(*forward), mm._mm(*forward))
     assert len(replays) == 2
+
+
+@on_gpu
+@pytest.mark.parametrize("stochastic", [False, True], ids=["nearest", "stochastic"])
+def test_a_step_of_the_recipe_is_one_replay_a_direction(stochastic, replays):
+    forward, backward = ("nvfp4", "rceil"), ("mxfp8_e4m3", "rceil")
+    held = []
+    for n in range(5):
+        g = torch.Generator("cuda").manual_seed(n)
+        x, w, bias, dy = (
+            torch.randn(*shape, device="cuda", generator=g).bfloat16()
+            for shape in ((40, K), (N, K), (N,), (40, N))
+        )
+        seed = torch.tensor(n, device="cuda") if stochastic else None
+        args = (x, w, bias, *forward, *backward, False, True)
+        y, *x_columns = recipe_linear._forward(*args)
+        assert_same_bytes_each(recipe_linear.recipe_linear_op(*args), (y, *x_columns))
+        args = (dy, w, *x_columns, seed, *backward, *backward, False, w.dtype, bias.dtype)
+        wanted = recipe_linear._backward(*args)
+        assert_same_bytes_each(recipe_linear.recipe_linear_backward_op(*args), wanted)
+        held += [x, w, bias, dy]
+    # Those of the other calls are of single quantizers.
+    assert sum(len(r.steps) >= 5 for r in replays) == 6
+
+
+def assert_same_bytes_each(got, want):
+    for a, b in zip(got, want, strict=True):
+        assert_same_bytes(a, b)
 
 
 @on_gpu
@@ -229,6 +259,45 @@ def test_launches_are_replayed(replays):
         held.append(torch.arange(3) + seed)
         assert_equal(call(held[-1]), (held[-1] + 6,))
     assert len(replays) == 3
+
+
+@pytest.mark.parametrize("is_recorded", [False, True], ids=["met_inside_alone", "recorded_before"])
+def test_an_op_in_an_op_is_its_own_launches_and_calls(is_recorded, replays):
+    """Not a call of the dispatcher's; a recording of its own is not replayed into the outer one."""
+
+    def inner(x):
+        y = torch.empty_like(x)
+        AddOne().launch(x, y)
+        return y * 2
+
+    inner_call = _replay.replayed(inner)
+    options = dict(cpu=inner_call, cuda=inner_call, fake=torch.empty_like)
+    name = f"add_one_and_double_{is_recorded}".lower()
+    inner_op = define_op(name, "(Tensor x) -> Tensor", **options)
+    for n in range(3 * is_recorded):
+        x = torch.arange(3) + n
+        assert torch.equal(inner_op(x), (x + 1) * 2)
+    assert len(replays) == is_recorded
+    replays.clear()
+
+    def outer(x):
+        y = torch.empty_like(x)
+        AddOne().launch(inner_op(x + 1), y)
+        return (inner_op(y),)
+
+    call, seen = _replay.replayed(outer), []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    for n in range(4):
+        x = torch.arange(3) + n
+        with Watch():
+            assert_equal(call(x), ((((x + 2) * 2) + 2) * 2,))
+    assert [len(recording.steps) for recording in replays][-2:] == [6, 6]
+    assert seen.count(inner_op) == 2  # of the first call alone
 
 
 def test_profilers_hear_of_replayed_launches(monkeypatch):

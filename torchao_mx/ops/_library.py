@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 NAMESPACE = "torchao_mx"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as it does
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+implementations: dict[tuple[Any, str], Callable[..., Any]] = {}  # by op and type of device
 
 
 def define_op(
@@ -37,6 +38,7 @@ def define_op(
     torch.library.impl(qualname, "cuda")(cuda)
     torch.library.register_fake(qualname)(fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    implementations.update({(op, "cpu"): cpu, (op, "cuda"): cuda})
     if backward is not None:
         kernel = _autograd_kernel(name, op, setup_context, backward)
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)

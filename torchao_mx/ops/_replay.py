@@ -3,10 +3,10 @@
 An op that is a handful of small kernels spends more time in Python (tiles, grids, strides, checks) than the GPU
 spends in the kernels. All of that follows from the arguments' shapes, strides, dtypes and alignment. So a call
 of a kind met before is recorded: the launches of ``launched`` kernels and the calls of torch's ops, in turn,
-each tensor as a place in "input 3", "output 0" or "scratch 1". The next ones allocate each scratch when it is
-first needed, launch, call, and drop it after its last use, as the op itself did. Nothing depends on values: those
-stay on the device, and a call that brings one to the host is not recorded. It is no CUDA graph: streams,
-allocator and capture work as they do for single launches.
+each tensor as a place in "input 3", "output 0" or "scratch 1"; an op of ours is the launches that it makes. The
+next ones allocate each scratch when it is first needed, launch, call, and drop it after its last use, as the op
+itself did. Nothing depends on values: those stay on the device, and a call that brings one to the host is not
+recorded. It is no CUDA graph: streams, allocator and capture work as they do for single launches.
 
 A recording keeps no tensor alive, so that the call that is recorded needs no more memory than any other: an
 address that the allocator gives out again is another buffer from then on.
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
 from torchao_mx.ops._launch import Launch, launches, on_device_of, runner
+from torchao_mx.ops._library import implementations
 
 MAX_RECORDINGS = 512  # of an op; the oldest goes first
 _ALLOCATIONS = {
@@ -179,11 +180,14 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        launches.recording = None  # an op of ours is one call, its launches its own
-        try:
-            result = func(*args, **kwargs)
-        finally:
-            launches.recording = self
+        implementation = implementations.get((func, self.device.type))
+        if implementation is not None:
+            try:
+                with self:
+                    return implementation(*args, **kwargs)
+            finally:
+                launches.recording = self
+        result = func(*args, **kwargs)
         if func in _ALLOCATIONS:
             if result.numel():
                 self.known.pop(_storage(result), None)
@@ -334,6 +338,8 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(op)
     def call(*args: Any) -> Any:
+        if launches.recording is not None:  # a part of another op, which records what this one does
+            return op(*args)
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
         key = tuple(
             [
@@ -348,13 +354,12 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
         recording = recordings.get(key)
         if isinstance(recording, _Recording):
             return recording.replay(inputs)
-        if (
-            recording is None
-        ):  # the first of its kind compiles its kernels; the second one is recorded
+        if recording is None:
+            # The first of its kind compiles its kernels; the second one is recorded.
             recordings[key] = True
             if len(recordings) > MAX_RECORDINGS:
                 recordings.popitem(last=False)
-        if not recording or launches.recording is not None:
+        if not recording:
             return op(*args)
         with _Recorder(inputs) as recorder:
             outputs = op(*args)

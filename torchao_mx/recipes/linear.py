@@ -24,47 +24,13 @@ from torch.autograd.function import once_differentiable
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 from torchao_mx.checks import check_blocks
-from torchao_mx.formats import QuantizeSpec
 from torchao_mx.ops._arguments import check_product, operands
-from torchao_mx.ops.block_scaled_mm import Operand, block_scaled_mm, takes_block_scaled_mm
+from torchao_mx.ops.block_scaled_mm import takes_block_scaled_mm
 from torchao_mx.ops.matmul import spec_strings
-from torchao_mx.ops.quantize import per_tensor_scale
-from torchao_mx.ops.quantize_both import quantize_both_op, unflattened
+from torchao_mx.ops.recipe_linear import recipe_linear_backward_op, recipe_linear_op
 from torchao_mx.ptq import check_linear
 from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_own_forward
 from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
-
-
-def _quantized(
-    x: torch.Tensor,
-    row: QuantizeSpec | None,
-    column: QuantizeSpec | None,
-    dtype: torch.dtype,
-    *,
-    packed_rows: bool,
-    packed_columns: bool,
-    row_scale: torch.Tensor | None = None,
-    seed: torch.Tensor | None = None,
-) -> tuple[Operand | None, Operand | None]:
-    """``x [R, C]`` as an operand ``[R, C]`` in blocks along C, and as one ``[C, R]`` in blocks along R."""
-    forms = []
-    if row is not None:
-        forms.append("rows" if packed_rows else "row_values")
-    if column is not None:
-        forms.append("columns" if packed_columns else "column_values")
-    if not forms:
-        return None, None
-    tensors = quantize_both_op(
-        x, *spec_strings(row), *spec_strings(column), forms, dtype, row_scale, None, seed, None
-    )
-    both = unflattened(tensors, forms)
-    rows = columns = None
-    if row is not None:
-        rows = Operand(row.format, both.rows, row_scale, both.row_values)
-    if column is not None:
-        values = None if both.column_values is None else both.column_values.mT
-        columns = Operand(column.format, both.columns, None, values)
-    return rows, columns
 
 
 def random_seed(config: NVFP4ForwardMXFP8BackwardConfig, dy: torch.Tensor) -> torch.Tensor | None:
@@ -75,7 +41,7 @@ def random_seed(config: NVFP4ForwardMXFP8BackwardConfig, dy: torch.Tensor) -> to
 
 
 class _RecipeLinear(torch.autograd.Function):
-    """x [M, K] in the compute dtype, weight [N, K] and bias [N] in their own; per-tensor scales 0-d, fp32."""
+    """x [M, K] in the compute dtype, weight [N, K] and bias [N] in their own."""
 
     @staticmethod
     def forward(
@@ -83,25 +49,14 @@ class _RecipeLinear(torch.autograd.Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        x_scale: torch.Tensor | None,
-        w_scale: torch.Tensor | None,
         config: NVFP4ForwardMXFP8BackwardConfig,
         native: bool,
         has_backward: bool,
     ) -> torch.Tensor:
         needs_dx, needs_dw = (has_backward and needed for needed in ctx.needs_input_grad[:2])
-        forward = config.forward_spec
-        x_rows, x_columns = _quantized(
-            x, forward, config.backward_spec if needs_dw else None, x.dtype, packed_rows=native,
-            packed_columns=True, row_scale=x_scale,
-        )  # fmt: skip
-        w_rows, _ = _quantized(
-            weight, forward, None, x.dtype, packed_rows=native, packed_columns=native,
-            row_scale=w_scale,
-        )  # fmt: skip
-        y = block_scaled_mm(x_rows, w_rows, x.dtype, None if bias is None else bias.to(x.dtype))
-        kept = x_columns.packed if needs_dw else (None, None)
-        ctx.save_for_backward(weight if needs_dx else None, *kept)
+        specs = *spec_strings(config.forward_spec), *spec_strings(config.backward_spec)
+        y, *x_columns = recipe_linear_op(x, weight, bias, *specs, native, needs_dw)
+        ctx.save_for_backward(weight if needs_dx else None, *(x_columns or (None, None)))
         ctx.config, ctx.native = config, native
         ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
         return y
@@ -109,25 +64,19 @@ class _RecipeLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, *x_packed = ctx.saved_tensors  # once: under checkpointing each look unpacks again
-        needs_dx, needs_dw, needs_dbias, *_ = ctx.needs_input_grad
-        config, options = ctx.config, {"packed_rows": ctx.native, "packed_columns": ctx.native}
-        grad, backward = config.grad_spec, config.backward_spec
-        dx = dw = dbias = None
-        dy_rows, dy_columns = _quantized(
-            dy, grad if needs_dx else None, grad if needs_dw else None, dy.dtype,
-            seed=random_seed(config, dy), **options,
+        weight, *x_columns = ctx.saved_tensors  # once: under checkpointing each look unpacks again
+        config, needs = ctx.config, ctx.needs_input_grad
+        gradients = iter(
+            recipe_linear_backward_op(
+                dy, weight if needs[0] else None, *(x_columns if needs[1] else (None, None)),
+                random_seed(config, dy), *spec_strings(config.grad_spec),
+                *spec_strings(config.backward_spec), ctx.native, ctx.weight_dtype,
+                ctx.bias_dtype if needs[2] else None,
+            )
         )  # fmt: skip
-        if needs_dx:
-            _, w_columns = _quantized(weight, None, backward, dy.dtype, **options)
-            dx = block_scaled_mm(dy_rows, w_columns, dy.dtype)
-        if needs_dw:
-            x_columns = Operand(backward.format, tuple(x_packed))
-            dw = block_scaled_mm(dy_columns, x_columns, dy.dtype).to(ctx.weight_dtype)
-        if needs_dbias:
-            dbias = dy.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        # x, weight, bias, x_scale, w_scale, config, native, has_backward
-        return dx, dw, dbias, None, None, None, None, None
+        dx, dw, dbias = (next(gradients) if needed else None for needed in needs[:3])
+        # x, weight, bias, config, native, has_backward
+        return dx, dw, dbias, None, None, None
 
 
 class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
@@ -185,16 +134,14 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
         rows = x.reshape(-1, self.in_features)
         # Without gradients ctx.needs_input_grad says what they would be.
         y = _RecipeLinear.apply(
-            rows, self.weight, self.bias, self._per_tensor_scale(rows),
-            self._per_tensor_scale(self.weight), self.recipe, _is_native(rows, self.recipe),
+            rows,
+            self.weight,
+            self.bias,
+            self.recipe,
+            _is_native(rows, self.recipe),
             torch.is_grad_enabled(),
-        )  # fmt: skip
+        )
         return y.reshape(*x.shape[:-1], self.out_features)
-
-    def _per_tensor_scale(self, x: torch.Tensor) -> torch.Tensor | None:
-        """Of an operand in forward, where its format has one and there is something to scale."""
-        fmt = self.recipe.forward_spec.format
-        return per_tensor_scale(x, fmt) if fmt.has_per_tensor_scale and x.numel() else None
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self.recipe}"
