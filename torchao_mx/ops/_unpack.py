@@ -29,7 +29,6 @@ from torchao_mx.ops._add import finish
 from torchao_mx.ops._gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops._packed import Packed
-from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.quantize import per_tensor_kind
 from torchao_mx.reference import Added, Rows
 
@@ -169,8 +168,10 @@ def dense_product(
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
     parts = list(slices(columns, reduced * x.itemsize, unit, max_scratch_bytes))
+    whole = w._replace(qdata=w.qdata[None], scale=w.scale[None])  # decoded as if of one expert
     if len(parts) == 1:
-        values = dequantize_op(w.qdata, w.scale, w.fmt.name, x.dtype, -1, w.per_tensor_scale)
+        values = x.new_empty((w.n, w.k))
+        decode_into(values[None], whole)
         y = F.linear(x, values if transpose_weight else values.mT, bias)
     else:
         y = x.new_empty((x.shape[0], columns))
@@ -179,12 +180,11 @@ def dense_product(
         for first, end in parts:
             if transpose_weight:
                 values = scratch[: end - first]
-                part, values_CD = w.slice_n(first, end), values.t()
+                part, values_CD = whole.slice_n(first, end), values.t()
             else:
                 values = values_CD = scratch[:, : end - first]
-                part = w.slice_k(first, end)
-            batched = part._replace(qdata=part.qdata[None], scale=part.scale[None])
-            decode_into(values[None], batched)
+                part = whole.slice_k(first, end)
+            decode_into(values[None], part)
             out = y[:, first:end]
             if bias is None:
                 torch.mm(x, values_CD, out=out)
