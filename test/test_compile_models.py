@@ -160,8 +160,6 @@ def _no_graphs_of_other_tests():
 def model_of(name, kind, layers=2, device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
     model = KINDS[kind](MODELS[name](layers))
-    if "QAT" in kind and name != "dense":
-        dtype = torch.bfloat16  # torch traces no torch._grouped_mm, that of dW, in another
     return model.to(device, dtype)
 
 

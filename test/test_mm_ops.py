@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from _grids import assert_same_bytes, randn, refusals, relative_error
+from _grids import assert_close, assert_same_bytes, randn, refusals, relative_error
 from expecttest import assert_expected_inline
 from test_mm import RANK, E, K, N, S, each_direction, each_format, lora_inputs, offsets, weight
 from torch.library import opcheck
@@ -10,6 +10,7 @@ from torch.library import opcheck
 from torchao_mx import MXFP4, NVFP4, QuantizeSpec, ops, reference
 from torchao_mx.ops import _add, _skinny, _unpack, mm
 from torchao_mx.ops._packed import Packed
+from torchao_mx.ops.group_sum import group_outer_op
 from torchao_mx.ops.mm import DEFAULT_SCRATCH, choose_strategy
 
 OPS = torch.ops.torchao_mx
@@ -154,6 +155,29 @@ def test_a_per_tensor_scale_for_all_experts():
         assert relative_error(y, results[0]) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("sizes", "n_rows"),
+    [((3, 0, 14, 1), 18), ((3, 0, 8, 1), 18), ((0, 0, 0, 0), 18), ((0, 0, 0, 0), 0)],
+    ids=["ragged", "rows_behind", "rows_behind_all", "no_rows"],
+)
+@pytest.mark.parametrize("strided", [False, True])
+def test_group_outer(sizes, n_rows, strided, device):
+    """A weight's gradient: each expert's rows alone, wherever its groups end, of rows of any strides."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dy, x = (randn(n_rows, columns, seed=columns).to(device, dtype) for columns in (N, K))
+    if strided:
+        dy, x = dy.t().contiguous().t(), torch.cat([x, x], 1)[:, 1 : K + 1]
+    offs = offsets(sizes)
+    dw = group_outer_op(dy, x, offs.to(device), torch.float32)
+    assert dw.shape == (E, N, K) and dw.dtype == torch.float32
+    for actual, start, end in zip(dw, [0, *offs[:-1]], offs, strict=True):
+        wanted = dy[start:end].double().t() @ x[start:end].double()
+        if start < end:
+            assert_close(actual, wanted, dtype)
+        else:
+            assert not actual.any()
+
+
 # --- compilation ----------------------------------------------------------------------------------
 
 
@@ -184,6 +208,9 @@ def op_cases():
     yield "combine", OPS.combine, (y, weights, order)
     args = (randn(3, K), y.detach(), weights.detach(), order)
     yield "combine_backward", OPS.combine_backward, args
+    dy, x, offs = randn(18, N), randn(18, K), offsets([1, 0, 6, 2])
+    yield "group_sum", OPS.group_sum, (dy, offs, torch.float64)
+    yield "group_outer", OPS.group_outer, (dy, x, offs, torch.float64)
 
 
 OP_CASES = {name: (op.default, args) for name, op, args in op_cases()}

@@ -23,7 +23,7 @@ from torchao_mx.experts import MXExperts, check_experts, is_experts, pack
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.modules import twin_of
 from torchao_mx.ops._arguments import operands
-from torchao_mx.ops._unpack import aligned_rows
+from torchao_mx.ops.group_sum import group_outer_op
 from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 from torchao_mx.tensor import MXTensor
@@ -44,7 +44,7 @@ class _WeightGradient(torch.autograd.Function):
         activation_mode: str,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, offs, order)
-        ctx.shape, ctx.dtype = weight.shape, weight.dtype
+        ctx.dtype = weight.dtype
         ctx.activation = (activation, activation_mode)
         ctx.mark_dirty(y)  # returned as it is, and no view, which could not be modified in place
         return y
@@ -54,21 +54,13 @@ class _WeightGradient(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, offs, order = ctx.saved_tensors
         dw = None
-        if ctx.needs_input_grad[1] and len(dy) == 0:
-            dw = dy.new_zeros(ctx.shape, dtype=ctx.dtype)
-        elif ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[1]:
             rows = fake_quantize_activation(x, *ctx.activation)
-            rows = rows if order is None else rows[order // (len(order) // len(x))]
-            dw = torch._grouped_mm(aligned_rows(dy).mT, aligned_rows(rows), offs=offs).to(ctx.dtype)
-        return (
-            dy,
-            dw,
-            None,
-            None,
-            None,
-            None,
-            None,
-        )  # y, weight, x, offs, order, activation, its mode
+            if order is not None and len(x):
+                rows = rows[order // (len(order) // len(x))]
+            dw = group_outer_op(dy, rows, offs, ctx.dtype)
+        # y, weight, x, offs, order, activation, its mode
+        return dy, dw, None, None, None, None, None
 
 
 def _packed(weight: torch.Tensor, spec: QuantizeSpec) -> tuple[torch.Tensor, ...]:

@@ -27,7 +27,7 @@ from torchao_mx.experts import MXExperts, check_experts, is_experts, layout_of
 from torchao_mx.ops._arguments import operands
 from torchao_mx.ops.combine import combine_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
-from torchao_mx.ops.group_sum import group_sum_op
+from torchao_mx.ops.group_sum import group_outer_op, group_sum_op
 from torchao_mx.ops.matmul import spec_strings
 from torchao_mx.ops.quantize_both import quantize_both_op, unflattened
 from torchao_mx.qat.experts import MXFakeQuantizedExperts
@@ -140,7 +140,7 @@ def _gradients(
         (x_PK,) = quantize_both_op(
             x_TK, "", "", *backward, ["column_values"], dtype, None, None, None, index
         )
-        dw = torch._grouped_mm(dy.column_values.mT, x_PK, offs=ends).to(w_ENK.dtype)
+        dw = group_outer_op(dy.column_values, x_PK, ends, w_ENK.dtype)
     return dx, dw
 
 
