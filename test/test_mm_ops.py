@@ -163,13 +163,13 @@ def test_a_per_tensor_scale_for_all_experts():
 @pytest.mark.parametrize("strided", [False, True])
 def test_group_outer(sizes, n_rows, strided, device):
     """A weight's gradient: each expert's rows alone, wherever its groups end, of rows of any strides."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    dy, x = (randn(n_rows, columns, seed=columns).to(device, dtype) for columns in (N, K))
+    dtype, n = (torch.bfloat16 if device == "cuda" else torch.float32), 48
+    dy, x = (randn(n_rows, columns, seed=columns).to(device, dtype) for columns in (n, K))
     if strided:
         dy, x = dy.t().contiguous().t(), torch.cat([x, x], 1)[:, 1 : K + 1]
     offs = offsets(sizes)
     dw = group_outer_op(dy, x, offs.to(device), torch.float32)
-    assert dw.shape == (E, N, K) and dw.dtype == torch.float32
+    assert dw.shape == (E, n, K) and dw.dtype == torch.float32
     for actual, start, end in zip(dw, [0, *offs[:-1]], offs, strict=True):
         wanted = dy[start:end].double().t() @ x[start:end].double()
         if start < end:

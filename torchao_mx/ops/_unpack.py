@@ -338,7 +338,8 @@ def _wide_rows_triton(
 
 
 def aligned_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x [R, C]`` as ``torch._grouped_mm`` wants it: contiguous rows at a stride of 16-byte multiples."""
-    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and x.stride(0) * x.itemsize % 16 == 0:
+    """``x [R, C]`` as ``torch._grouped_mm`` wants it: contiguous rows that start at multiples of 16 bytes."""
+    starts_aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.itemsize % 16 == 0
+    if x.stride(1) == 1 and x.stride(0) >= x.shape[1] and starts_aligned:
         return x
     return x.clone(memory_format=torch.contiguous_format)
