@@ -31,7 +31,7 @@ from torchao_mx import (
     is_experts,
     reference,
 )
-from torchao_mx.recipes.experts import padded_groups
+from torchao_mx.ops._groups import completed_groups
 
 SOME = {name: CONFIGS[name] for name in ("e4m3", "grad_e5m2_floor")}
 each_config = pytest.mark.parametrize("config", SOME.values(), ids=SOME)
@@ -205,15 +205,15 @@ def test_blocks_of_tokens_mix_no_experts():
     assert not torch.equal(grads[0][0], grads[1][0])
 
 
-def test_padded_groups():
+def test_completed_groups():
     offs = torch.tensor([3, 3, 8, 10], dtype=torch.int32)
-    index, ends = padded_groups(offs, 12, 4)
+    index, ends = completed_groups(offs, 12, 4)
     assert ends.tolist() == [4, 4, 12, 16]
     assert index.tolist() == [0, 1, 2, -1, 3, 4, 5, 6, 7, -1, -1, -1, 8, 9, -1, -1, *[-1] * 8]
     assert index.dtype == ends.dtype == torch.int32
     for seed in range(20):  # whatever the groups, the places suffice
         cuts = torch.randint(0, 71, (5,), generator=generator(seed)).sort().values.int()
-        index, ends = padded_groups(cuts, 70, 32)
+        index, ends = completed_groups(cuts, 70, 32)
         assert index[index >= 0].tolist() == list(range(cuts[-1]))
         assert len(index) >= ends[-1] and (ends % 32 == 0).all()
 

@@ -27,6 +27,7 @@ from torchao_mx import (
     ops,
     reference,
 )
+from torchao_mx.ops import _native
 from torchao_mx.ops import recipe_linear as OP
 
 SEAM = importlib.import_module("torchao_mx.ops.block_scaled_mm")
@@ -106,9 +107,12 @@ def calls(monkeypatch):
         seen.append((a.dtype, b.dtype))
         return decoding_scaled_mm(a, b, *args, **kwargs)
 
-    monkeypatch.setattr(SEAM, "has_block_scaled_gemms", lambda device: True)
-    monkeypatch.setattr(SEAM, "block_scaled_mm_op", SEAM._native)
+    monkeypatch.setattr(_native, "has_block_scaled_gemms", lambda device: True)
+    monkeypatch.setattr(_native, "_verdicts", {})
+    monkeypatch.setattr(SEAM, "block_scaled_mm_op", SEAM._native_product)
     monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    assert SEAM._is_native(torch.device("cpu"))  # the products that verify it
+    seen.clear()
     return seen
 
 
@@ -124,9 +128,9 @@ def calls(monkeypatch):
     ],
 )
 def test_capability_decides(monkeypatch, capability, has):
-    monkeypatch.setattr(SEAM, "capability", lambda index: capability)
-    assert SEAM.has_block_scaled_gemms(torch.device("cuda:0")) is has
-    assert SEAM.has_block_scaled_gemms(torch.device("cpu")) is False
+    monkeypatch.setattr(_native, "capability", lambda index: capability)
+    assert _native.has_block_scaled_gemms(torch.device("cuda:0")) is has
+    assert _native.has_block_scaled_gemms(torch.device("cpu")) is False
 
 
 def test_what_is_taken(calls):
@@ -147,7 +151,7 @@ def test_layout(calls, a_format, b_format, shape):
     """Scales of several tiles, ragged and whole: what torch is handed means what the operands do."""
     r, s, c = shape
     a, b = operand(randn(r, c), a_format), operand(randn(s, c, seed=1), b_format)
-    y = SEAM._native(*arguments(a, b, torch.float32))
+    y = SEAM._native_product(*arguments(a, b, torch.float32))
     want = [
         ops.dequantize(*o.packed, o.format, torch.float32, per_tensor_scale=o.per_tensor_scale)
         for o in (a, b)
@@ -160,10 +164,10 @@ def test_the_check_is_torchs(calls):
     """Arguments that the GPU would refuse are refused here."""
     a, b = operand(randn(32, 64), MXFP8_E4M3), operand(randn(40, 64), MXFP8_E4M3)
     with pytest.raises(RuntimeError, match="divisible by 16"):
-        SEAM._native(*arguments(a, b))
+        SEAM._native_product(*arguments(a, b))
     swapped = a._replace(packed=(a.packed[0], a.packed[1][:, :1]))
     with pytest.raises(RuntimeError, match="for MX scaling scale_a must have"):
-        SEAM._native(
+        SEAM._native_product(
             *arguments(swapped._replace(packed=(a.packed[0], a.packed[1].repeat(1, 4))), a)
         )
 
@@ -257,7 +261,7 @@ def test_what_is_emulated_there_too(calls, config, dtype, k):
 @pytest.mark.parametrize("rows", [1, 33, 128])
 @pytest.mark.parametrize("config", NATIVE.values(), ids=NATIVE)
 def test_on_a_gpu_that_has_them(config, rows):
-    if not SEAM.has_block_scaled_gemms(torch.device("cuda:0")):
+    if not _native.has_block_scaled_gemms(torch.device("cuda:0")):
         pytest.skip("needs compute capability 10.0")
     x, dy = (randn(rows, n, dtype=torch.bfloat16, seed=n).cuda() for n in (K, N))
     results = []

@@ -9,6 +9,7 @@ kernel leaves its tensors and every row is written once.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -26,6 +27,29 @@ def max_tiles(n_rows: int, n_groups: int, tile: int) -> int:
 def span_of(offs: torch.Tensor | None) -> int:
     """E_SPAN, the power of two that covers the groups."""
     return 1 if offs is None else next_power_of_2(offs.shape[0])
+
+
+def completed_groups(
+    offs: torch.Tensor, n_rows: int, block_size: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows in groups of whole blocks: ``(index [P], ends [E])``, both int32.
+
+    ``index[i]`` is the row that comes i-th, or -1 in the places that complete a group's last block and behind
+    the last group; ``ends`` are the groups' end offsets in ``index``. P depends on the shapes alone.
+
+    Args:
+        offs: int32 ``[E]`` end offsets of the groups among ``n_rows`` rows.
+    """
+    n_groups = offs.shape[0]
+    starts = F.pad(offs[:-1], (1, 0))
+    lengths = (offs - starts + block_size - 1) // block_size * block_size
+    ends = lengths.cumsum(0, dtype=torch.int32)
+    n_places = (n_rows + n_groups * (block_size - 1)) // block_size * block_size
+    place = torch.arange(n_places, dtype=torch.int32, device=offs.device)
+    group = torch.searchsorted(ends, place, right=True)
+    is_owned, group = group < n_groups, group.clamp(max=n_groups - 1)
+    row = place - (ends - lengths)[group] + starts[group]
+    return row.where(is_owned & (row < offs[group]), -1), ends
 
 
 @triton.jit

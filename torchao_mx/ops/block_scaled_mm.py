@@ -12,7 +12,8 @@ product is that of the operands themselves, summed in fp32; NVFP4 values are rou
 in quantization-aware training. A caller asks :func:`takes_block_scaled_mm` and quantizes into the one form or
 the other.
 
-The native product has run on no GPU yet: its dispatch and the layout that it hands over are tested on the CPU.
+The native product has run on no GPU yet: its dispatch and the layout that it hands over are tested on the CPU, and
+``_native.py`` compares it before its first use.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ import torch
 import torch.nn.functional as F
 from torchao.prototype.mx_formats.utils import to_blocked
 
-from torchao_mx.formats import BlockFormat, format_by_name
-from torchao_mx.ops._launch import bytes_of, capability
+from torchao_mx.formats import MXFP8_E4M3, NVFP4, BlockFormat, format_by_name
+from torchao_mx.ops import _native
+from torchao_mx.ops._launch import bytes_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import product
+from torchao_mx.ops.quantize import per_tensor_scale_op, quantize_op
 
-MIN_CAPABILITY = (10, 0)
 ROW_BYTES = 16  # what rows of packed elements are a multiple of, for the vendor's GEMM
 
 
@@ -55,12 +57,6 @@ class Operand(NamedTuple):
         return dequantize_op(*self.packed, name, dtype, -2, pts)[:columns].mT
 
 
-@torch.compiler.assume_constant_result
-def has_block_scaled_gemms(device: torch.device) -> bool:
-    """Whether the GPU multiplies block-scaled operands itself."""
-    return device.type == "cuda" and capability(device.index) >= MIN_CAPABILITY
-
-
 def takes_block_scaled_mm(
     x: torch.Tensor, columns: int, formats: tuple[BlockFormat, BlockFormat]
 ) -> bool:
@@ -69,10 +65,17 @@ def takes_block_scaled_mm(
     torch's scaled matmul gives bfloat16 here, and multiplies no two E5M2 operands.
     """
     return (
-        has_block_scaled_gemms(x.device)
-        and x.dtype == torch.bfloat16
+        x.dtype == torch.bfloat16
         and all(columns % (ROW_BYTES * fmt.elems_per_byte) == 0 for fmt in formats)
         and any(fmt.elem_dtype != torch.float8_e5m2 for fmt in formats)
+        and _is_native(x.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _is_native(device: torch.device) -> bool:
+    return _native.has_block_scaled_gemms(device) and _native.is_verified(
+        "The product of block-scaled operands", device, _examples
     )
 
 
@@ -90,29 +93,30 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
 
 
-def _native(*args: Any) -> torch.Tensor:
+def _native_product(*args: Any) -> torch.Tensor:
     t = Arguments(*args)
     a, b = format_by_name(t.a_format), format_by_name(t.b_format)
-    scales_a, recipes_a, swizzles_a = _scaling(a, t.a_scale, t.a_per_tensor)
-    scales_b, recipes_b, swizzles_b = _scaling(b, t.b_scale, t.b_per_tensor)
+    blocked_a, blocked_b = (to_blocked(bytes_of(scale)) for scale in (t.a_scale, t.b_scale))
+    scales_a, recipes_a, swizzles_a = scaling_of(a, blocked_a, t.a_per_tensor)
+    scales_b, recipes_b, swizzles_b = scaling_of(b, blocked_b, t.b_per_tensor)
     return F.scaled_mm(
         t.a_qdata.view(a.elem_dtype), t.b_qdata.view(b.elem_dtype).t(), scales_a, recipes_a, scales_b,
         recipes_b, swizzles_a, swizzles_b, output_dtype=t.dtype,
     )  # fmt: skip
 
 
-def _scaling(
-    fmt: BlockFormat, scale: torch.Tensor, per_tensor_scale: torch.Tensor | None
+def scaling_of(
+    fmt: BlockFormat, blocked: torch.Tensor, per_tensor_scale: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[F.ScalingType], list[F.SwizzleType]]:
     """Scales as ``F.scaled_mm`` takes them: of blocks in tiles of 128 x 4, then the per-tensor one.
 
-    The tiles are cuBLAS's "1D block scaling factors layout", which torchao's ``to_blocked`` makes.
+    The tiles are cuBLAS's "1D block scaling factors layout", which torchao's ``to_blocked`` makes of bytes.
     """
     by_block = F.ScalingType.BlockWise1x16 if fmt.block_size == 16 else F.ScalingType.BlockWise1x32
-    scales = [to_blocked(bytes_of(scale)).view(fmt.scale_dtype)]
+    scales = [blocked.view(fmt.scale_dtype)]
     recipes, swizzles = [by_block], [F.SwizzleType.SWIZZLE_32_4_4]
     if per_tensor_scale is not None:
-        scales.append(per_tensor_scale.reshape(1))
+        scales.append(per_tensor_scale.reshape(-1))
         recipes.append(F.ScalingType.TensorWise)
         swizzles.append(F.SwizzleType.NO_SWIZZLE)
     return scales, recipes, swizzles
@@ -131,7 +135,7 @@ def _fake(*args: Any) -> torch.Tensor:
 
 
 def _cuda(*args: Any) -> torch.Tensor:
-    return (_native if has_block_scaled_gemms(args[0].device) else _decoded)(*args)
+    return (_native_product if _is_native(args[0].device) else _decoded)(*args)
 
 
 # An op, so that torch.compile does not look into it: inductor's lowering of scaled_mm refuses swizzled scales.
@@ -164,3 +168,19 @@ def block_scaled_mm(
         return y if bias is None else y + bias
     columns = (b if a.values is None else a).values.shape[1]
     return product(a.decoded(dtype, columns), b.decoded(dtype, columns), bias)
+
+
+def _examples(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Native products and decoded ones, of rows that are no whole tiles of scales."""
+    g = torch.Generator().manual_seed(0)
+
+    def packed(fmt: BlockFormat, *shape: int) -> tuple[torch.Tensor | None, ...]:
+        x = torch.randn(shape, generator=g).to(device, torch.bfloat16)
+        pts = per_tensor_scale_op(x, fmt.name, False) if fmt.has_per_tensor_scale else None
+        return (*quantize_op(x, fmt.name, "rceil", -1, pts), pts)
+
+    calls = [
+        (*packed(fmt, 203, 192), *packed(fmt, 160, 192), fmt.name, fmt.name, torch.bfloat16)
+        for fmt in (NVFP4, MXFP8_E4M3)
+    ]
+    return [(_native_product(*call), _decoded(*call)) for call in calls]

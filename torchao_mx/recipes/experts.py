@@ -9,53 +9,61 @@ along the tokens begin anew with each expert: ``quantize_both`` gathers its rows
 group is completed to whole blocks, and no padded copy of X or dY is made. The index is made on the device; no
 row count comes to the host.
 
-The products are emulated on every GPU. X is kept for backward by reference, ungathered, and W too.
+X is kept for backward by reference, ungathered, and W too: a quantized form of X would be of its gathered
+rows, top-k times as large. ``ops/grouped_block_scaled_mm.py`` says which GPUs multiply the packed operands;
+elsewhere the products are emulated, on their values.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
 from torchao_mx import ops
 from torchao_mx.checks import check_blocks
 from torchao_mx.experts import MXExperts, check_experts, is_experts, layout_of
+from torchao_mx.formats import QuantizeSpec
 from torchao_mx.ops._arguments import operands
+from torchao_mx.ops._groups import completed_groups
+from torchao_mx.ops._launch import bytes_of
 from torchao_mx.ops.combine import combine_op
 from torchao_mx.ops.fake_quantize import fake_quantize_op
 from torchao_mx.ops.group_sum import group_outer_op, group_sum_op
+from torchao_mx.ops.grouped_block_scaled_mm import (
+    grouped_block_scaled_mm_op,
+    takes_grouped_block_scaled_mm,
+)
 from torchao_mx.ops.matmul import spec_strings
+from torchao_mx.ops.quantize import per_tensor_scale_op, quantize_op
 from torchao_mx.ops.quantize_both import quantize_both_op, unflattened
 from torchao_mx.qat.experts import MXFakeQuantizedExperts
 from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
 from torchao_mx.recipes.linear import check_config, random_seed
 
 
-def padded_groups(
-    offs: torch.Tensor, n_rows: int, block_size: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in groups of whole blocks: ``(index [P], ends [E])``, both int32.
+class _Native(NamedTuple):
+    """Which products the GPU computes from packed operands; the others are emulated."""
 
-    ``index[i]`` is the row that comes i-th, or -1 in the places that complete a group's last block and behind
-    the last group; ``ends`` are the groups' end offsets in ``index``. P depends on the shapes alone.
+    forward: bool
+    backward: bool
 
-    Args:
-        offs: int32 ``[E]`` end offsets of the groups among ``n_rows`` rows.
-    """
-    n_groups = offs.shape[0]
-    starts = F.pad(offs[:-1], (1, 0))
-    lengths = (offs - starts + block_size - 1) // block_size * block_size
-    ends = lengths.cumsum(0, dtype=torch.int32)
-    n_places = (n_rows + n_groups * (block_size - 1)) // block_size * block_size
-    place = torch.arange(n_places, dtype=torch.int32, device=offs.device)
-    group = torch.searchsorted(ends, place, right=True)
-    is_owned, group = group < n_groups, group.clamp(max=n_groups - 1)
-    row = place - (ends - lengths)[group] + starts[group]
-    return row.where(is_owned & (row < offs[group]), -1), ends
+    @classmethod
+    def of(
+        cls, x: torch.Tensor, weight: torch.Tensor, config: NVFP4ForwardMXFP8BackwardConfig
+    ) -> _Native:
+        """For ``x [T, K]`` and ``weight [E, N, K]``."""
+        if config.kernel_preference != KernelPreference.AUTO or len(x) == 0:
+            return cls(False, False)
+        forward, backward = config.forward_spec.format, config.backward_spec.format
+        _, n, k = weight.shape
+        return cls(
+            takes_grouped_block_scaled_mm(x, k, forward),
+            backward == config.grad_spec.format and takes_grouped_block_scaled_mm(x, n, backward),
+        )
 
 
 class _RecipeGroupedLinear(torch.autograd.Function):
@@ -71,17 +79,22 @@ class _RecipeGroupedLinear(torch.autograd.Function):
         offs: torch.Tensor,
         order: torch.Tensor | None,
         config: NVFP4ForwardMXFP8BackwardConfig,
+        native: _Native,
     ) -> torch.Tensor:
         spec = config.forward_spec
-        qdata, scale = ops.quantize(
+        packed = ops.quantize(
             weight.contiguous(), spec.format, spec.scaling_mode, per_tensor_scale=w_scale
         )
-        y = ops.grouped_mm(
-            x, qdata, scale, spec.format, offs, order=order, bias=bias, per_tensor_scale=w_scale,
-            activation=spec,
-        )  # fmt: skip
+        if native.forward:
+            y = _native_product(x, *packed, w_scale, bias, offs, order, spec)
+        else:
+            y = ops.grouped_mm(
+                x, *packed, spec.format, offs, order=order, bias=bias, per_tensor_scale=w_scale,
+                activation=spec,
+            )  # fmt: skip
         ctx.save_for_backward(x, weight, offs, None if order is None else order.int())
-        ctx.config, ctx.bias_dtype = config, None if bias is None else bias.dtype
+        ctx.config, ctx.native = config, native.backward
+        ctx.bias_dtype = None if bias is None else bias.dtype
         return y
 
     @staticmethod
@@ -94,15 +107,40 @@ class _RecipeGroupedLinear(torch.autograd.Function):
             dx = torch.zeros_like(x_TK) if needs_dx else None
             dw = torch.zeros_like(w_ENK) if needs_dw else None
         elif needs_dx or needs_dw:
-            dx, dw = _gradients(ctx.config, dy_RN, x_TK, w_ENK, offs, order, needs_dx, needs_dw)
+            dx, dw = _gradients(
+                ctx.config, ctx.native, dy_RN, x_TK, w_ENK, offs, order, needs_dx, needs_dw
+            )
         if needs_dbias:
             dbias = group_sum_op(dy_RN, offs, ctx.bias_dtype)
-        # x, weight, bias, w_scale, offs, order, config
-        return dx, dw, dbias, None, None, None, None
+        # x, weight, bias, w_scale, offs, order, config, native
+        return dx, dw, dbias, None, None, None, None, None
+
+
+def _native_product(
+    x: torch.Tensor,
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    w_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    offs: torch.Tensor,
+    order: torch.Tensor | None,
+    spec: QuantizeSpec,
+) -> torch.Tensor:
+    """``ops.grouped_mm`` with an activation: rows are gathered once they are packed."""
+    pts = per_tensor_scale_op(x, spec.format.name, False)
+    x_qdata, x_scale = quantize_op(x, *spec_strings(spec), -1, pts)
+    if order is not None:
+        token = order // (len(order) // len(x))
+        x_qdata, x_scale = x_qdata[token], bytes_of(x_scale)[token].view(x_scale.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    return grouped_block_scaled_mm_op(
+        x_qdata, x_scale, pts, qdata, scale, w_scale, bias, offs, spec.format.name, x.dtype
+    )
 
 
 def _gradients(
     config: NVFP4ForwardMXFP8BackwardConfig,
+    native: bool,
     dy_RN: torch.Tensor,
     x_TK: torch.Tensor,
     w_ENK: torch.Tensor,
@@ -114,9 +152,9 @@ def _gradients(
     """dX ``[T, K]`` and dW ``[E, N, K]``."""
     n_rows, dtype = dy_RN.shape[0], dy_RN.dtype
     grad, backward = spec_strings(config.grad_spec), spec_strings(config.backward_spec)
-    index, ends = padded_groups(offs, n_rows, config.grad_spec.format.block_size)
-    wanted = {"row_values": needs_dx, "column_values": needs_dw}
-    forms = [name for name, is_wanted in wanted.items() if is_wanted]
+    index, ends = completed_groups(offs, n_rows, config.grad_spec.format.block_size)
+    rows, columns = ("rows", "columns") if native else ("row_values", "column_values")
+    forms = [form for form, wanted in ((rows, needs_dx), (columns, needs_dw)) if wanted]
     dy = unflattened(
         quantize_both_op(
             dy_RN, *grad, *grad, forms, dtype, None, None, random_seed(config, dy_RN), index
@@ -125,11 +163,17 @@ def _gradients(
     )
     dx = dw = None
     if needs_dx:
-        wq_ENK = fake_quantize_op(w_ENK, *backward, -2, None).to(dtype)
-        dx_RK = torch._grouped_mm(dy.row_values, wq_ENK, offs=offs)
-        # torch leaves the rows behind the last group as it found them.
-        is_owned = torch.arange(n_rows, device=offs.device) < offs[-1]
-        dx = dx_RK.where(is_owned[:, None], 0)
+        if native:
+            w_packed = quantize_op(w_ENK, *backward, -2, None)
+            dx = grouped_block_scaled_mm_op(
+                *dy.rows, None, *w_packed, None, None, offs, backward[0], dtype
+            )
+        else:
+            wq_ENK = fake_quantize_op(w_ENK, *backward, -2, None).to(dtype)
+            dx_RK = torch._grouped_mm(dy.row_values, wq_ENK, offs=offs)
+            # torch leaves the rows behind the last group as it found them.
+            is_owned = torch.arange(n_rows, device=offs.device) < offs[-1]
+            dx = dx_RK.where(is_owned[:, None], 0)
         if order is not None:
             ones = dx.new_ones((x_TK.shape[0], n_rows // x_TK.shape[0]))
             dx = combine_op(dx, ones, order)
@@ -137,10 +181,13 @@ def _gradients(
         if order is not None:
             token = order[index.clamp(min=0)] // (n_rows // x_TK.shape[0])
             index = token.where(index >= 0, -1)
-        (x_PK,) = quantize_both_op(
-            x_TK, "", "", *backward, ["column_values"], dtype, None, None, None, index
-        )
-        dw = group_outer_op(dy.column_values, x_PK, ends, w_ENK.dtype)
+        x = quantize_both_op(x_TK, "", "", *backward, [columns], dtype, None, None, None, index)
+        if native:
+            dw = grouped_block_scaled_mm_op(
+                *dy.columns, None, *x, None, None, ends, backward[0], dtype
+            ).to(w_ENK.dtype)
+        else:
+            dw = group_outer_op(dy.column_values, *x, ends, w_ENK.dtype)
     return dx, dw
 
 
@@ -194,7 +241,10 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
         x, _ = operands(x, None)
         weight = self.base(name)
         w_scale = ops.per_tensor_scale(weight, self.recipe.forward_spec.format, True)
-        return _RecipeGroupedLinear.apply(x, weight, bias, w_scale, offs, order, self.recipe)
+        native = _Native.of(x, weight, self.recipe)
+        return _RecipeGroupedLinear.apply(
+            x, weight, bias, w_scale, offs, order, self.recipe, native
+        )
 
     def to_packed(self) -> MXExperts:
         """The frozen module on NVFP4 weights, that computes what this one does."""
