@@ -10,7 +10,7 @@ The forward pass is that of quantization-aware training in NVFP4 (``qat/linear.p
 does; the backward pass is what differs. X and dY are each read once for both of their directions
 (``ops/quantize_both.py``; X once more before, for NVFP4's per-tensor scale). Kept for backward are the packed
 columns of X (8.25 bits an element) and W by reference. W is quantized along N when backward needs it: kept
-from forward on, that form would take another byte a weight in every layer, and all of it where FSDP2 reshards W.
+from forward on, that form would take another byte a weight in every layer, whole where FSDP2 reshards W.
 
 ``reference.recipe_products`` defines the operands; how they are multiplied is ``ops/block_scaled_mm.py``'s.
 """
