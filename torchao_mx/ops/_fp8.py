@@ -10,7 +10,9 @@ holds (twice the bf16 rate in 3, at the price of the passes around it)::
        to its place. Neither GEMM has room for it: h in fp8 would lose the adapter's accuracy.
     5. the flagged columns again, from x itself in bf16                       once
 
-5 returns at once where nothing is flagged, so that the host never waits for the flags.
+5 returns at once where nothing is flagged, so that the host never waits for the flags. They are found in each call:
+nothing tells for sure that a weight is the one they were found for (FSDP2 gathers into the same memory and
+keeps its version, a CUDA graph is replayed on what is there), and flags of another one would be silently wrong.
 
 ``fused`` (Hopper) has one GEMM in the place of 2, 3 and 4, which decodes the weight in registers
 and adds the low-rank term to the fp32 sums: no scratch, and nothing is gathered.
