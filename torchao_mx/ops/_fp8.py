@@ -64,8 +64,8 @@ def fits_fp8(
 ) -> torch.Tensor:
     """Where the weight ``[..., N, K]`` is e4m3 times powers of two: bool, True where lossless, on its device.
 
-    A fact of the frozen weight that :func:`fp8_product` takes as ``fits``: found once, it may be kept, and a
-    weight that fits throughout (``bool(fits.all())``) saves a launch a product.
+    A fact that :func:`fp8_product` takes as ``fits``, for who knows that the weight stays as it is; one that fits
+    throughout (``bool(fits.all())``) saves a launch a product.
 
     Returns:
         ``[..., N]``, a flag for each row, for products reduced over K; without ``transpose_weight``

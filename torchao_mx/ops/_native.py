@@ -12,11 +12,14 @@ from collections.abc import Callable
 
 import torch
 
+from torchao_mx.formats import BlockFormat
 from torchao_mx.ops._launch import capability
+from torchao_mx.ops.quantize import per_tensor_scale_op, quantize_op
 
 MIN_CAPABILITY = (10, 0)
 _TOLERANCE = 1e-2  # of the Frobenius norm: sums are rounded to bfloat16
 _verdicts: dict[tuple[str, torch.device], bool] = {}
+Products = Callable[[torch.device], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def has_block_scaled_gemms(device: torch.device) -> bool:
@@ -24,11 +27,25 @@ def has_block_scaled_gemms(device: torch.device) -> bool:
     return device.type == "cuda" and capability(device.index) >= MIN_CAPABILITY
 
 
-def is_verified(
-    name: str,
-    device: torch.device,
-    products: Callable[[torch.device], list[tuple[torch.Tensor, torch.Tensor]]],
-) -> bool:
+def seam(name: str, products: Products) -> Callable[[torch.device], bool]:
+    """A function that says whether a device has the products called ``name``, and they are verified."""
+
+    @torch.compiler.assume_constant_result
+    def is_native(device: torch.device) -> bool:
+        return has_block_scaled_gemms(device) and is_verified(name, device, products)
+
+    return is_native
+
+
+def example(fmt: BlockFormat, device: torch.device, *shape: int) -> tuple[torch.Tensor | None, ...]:
+    """A packed operand of ``products``: its elements, block scales and per-tensor scale, one for each expert."""
+    g = torch.Generator().manual_seed(sum(shape))
+    x = torch.randn(shape, generator=g).to(device, torch.bfloat16)
+    pts = per_tensor_scale_op(x, fmt.name, x.dim() == 3) if fmt.has_per_tensor_scale else None
+    return (*quantize_op(x, fmt.name, "rceil", -1, pts), pts)
+
+
+def is_verified(name: str, device: torch.device, products: Products) -> bool:
     """Whether ``products(device)``, pairs of a native result and the decoded operands', agree.
 
     Found at the first call for a device, which waits for the GPU; False, for this once, while a CUDA graph is
@@ -42,11 +59,7 @@ def is_verified(
     return verdict
 
 
-def _agree(
-    name: str,
-    device: torch.device,
-    products: Callable[[torch.device], list[tuple[torch.Tensor, torch.Tensor]]],
-) -> bool:
+def _agree(name: str, device: torch.device, products: Products) -> bool:
     try:
         with torch.no_grad():
             pairs = [(got.double(), want.double()) for got, want in products(device)]

@@ -30,7 +30,6 @@ from torchao_mx.ops._launch import bytes_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.dequantize import dequantize_op
 from torchao_mx.ops.matmul import product
-from torchao_mx.ops.quantize import per_tensor_scale_op, quantize_op
 
 ROW_BYTES = 16  # what rows of packed elements are a multiple of, for the vendor's GEMM
 
@@ -69,13 +68,6 @@ def takes_block_scaled_mm(
         and all(columns % (ROW_BYTES * fmt.elems_per_byte) == 0 for fmt in formats)
         and any(fmt.elem_dtype != torch.float8_e5m2 for fmt in formats)
         and _is_native(x.device)
-    )
-
-
-@torch.compiler.assume_constant_result
-def _is_native(device: torch.device) -> bool:
-    return _native.has_block_scaled_gemms(device) and _native.is_verified(
-        "The product of block-scaled operands", device, _examples
     )
 
 
@@ -172,15 +164,12 @@ def block_scaled_mm(
 
 def _examples(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Native products and decoded ones, of rows that are no whole tiles of scales."""
-    g = torch.Generator().manual_seed(0)
+    pairs = []
+    for fmt in (NVFP4, MXFP8_E4M3):
+        a, b = (_native.example(fmt, device, rows, 192) for rows in (203, 160))
+        args = (*a, *b, fmt.name, fmt.name, torch.bfloat16)
+        pairs.append((_native_product(*args), _decoded(*args)))
+    return pairs
 
-    def packed(fmt: BlockFormat, *shape: int) -> tuple[torch.Tensor | None, ...]:
-        x = torch.randn(shape, generator=g).to(device, torch.bfloat16)
-        pts = per_tensor_scale_op(x, fmt.name, False) if fmt.has_per_tensor_scale else None
-        return (*quantize_op(x, fmt.name, "rceil", -1, pts), pts)
 
-    calls = [
-        (*packed(fmt, 203, 192), *packed(fmt, 160, 192), fmt.name, fmt.name, torch.bfloat16)
-        for fmt in (NVFP4, MXFP8_E4M3)
-    ]
-    return [(_native_product(*call), _decoded(*call)) for call in calls]
+_is_native = _native.seam("The product of block-scaled operands", _examples)

@@ -30,7 +30,6 @@ from torchao_mx.ops._launch import bytes_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops.block_scaled_mm import ROW_BYTES, scaling_of
 from torchao_mx.ops.dequantize import dequantize_op
-from torchao_mx.ops.quantize import per_tensor_scale_op, quantize_op
 from torchao_mx.reference import Added
 
 TILE_ROWS, TILE_COLUMNS = 128, 4  # of block scales
@@ -44,13 +43,6 @@ def takes_grouped_block_scaled_mm(x: torch.Tensor, columns: int, fmt: BlockForma
         and x.dtype == torch.bfloat16
         and columns % (ROW_BYTES * fmt.elems_per_byte) == 0
         and _is_native(x.device)
-    )
-
-
-@torch.compiler.assume_constant_result
-def _is_native(device: torch.device) -> bool:
-    return _native.has_block_scaled_gemms(device) and _native.is_verified(
-        "The grouped product of block-scaled operands", device, _examples
     )
 
 
@@ -166,22 +158,18 @@ grouped_block_scaled_mm_op = define_op(
 
 def _examples(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Native products and decoded ones: groups of rows in both formats, and of columns; one group is empty."""
-    g = torch.Generator().manual_seed(0)
-
-    def packed(fmt: BlockFormat, *shape: int) -> tuple[torch.Tensor | None, ...]:
-        x = torch.randn(shape, generator=g).to(device, torch.bfloat16)
-        pts = (
-            per_tensor_scale_op(x, fmt.name, len(shape) == 3) if fmt.has_per_tensor_scale else None
-        )
-        return (*quantize_op(x, fmt.name, "rceil", -1, pts), pts)
-
     rows = torch.tensor([3, 3, 150, 203], dtype=torch.int32, device=device)
     columns = torch.tensor([32, 32, 192, 352], dtype=torch.int32, device=device)
-    calls = [
-        (*packed(fmt, 203, 192), *packed(fmt, 4, 160, 192), None, rows, fmt.name, torch.bfloat16)
-        for fmt in (NVFP4, MXFP8_E4M3)
-    ]
-    fmt = MXFP8_E4M3
-    operands = (*packed(fmt, 96, 352), *packed(fmt, 160, 352))
-    calls.append((*operands, None, columns, fmt.name, torch.bfloat16))
-    return [(_native_product(*call), _decoded_product(*call)) for call in calls]
+    pairs = []
+    for fmt, offs, a_shape, b_shape in (
+        (NVFP4, rows, (203, 192), (4, 160, 192)),
+        (MXFP8_E4M3, rows, (203, 192), (4, 160, 192)),
+        (MXFP8_E4M3, columns, (96, 352), (160, 352)),
+    ):
+        a, b = (_native.example(fmt, device, *shape) for shape in (a_shape, b_shape))
+        args = (*a, *b, None, offs, fmt.name, torch.bfloat16)
+        pairs.append((_native_product(*args), _decoded_product(*args)))
+    return pairs
+
+
+_is_native = _native.seam("The grouped product of block-scaled operands", _examples)

@@ -7,6 +7,8 @@ before where the format has a per-tensor scale. What they compute is ``reference
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 
 from torchao_mx.formats import format_by_name
@@ -54,46 +56,51 @@ def _quantized(
     return rows, columns
 
 
-def _forward(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    forward_format: str,
-    forward_mode: str,
-    backward_format: str,
-    backward_mode: str,
-    native: bool,
-    keeps_columns: bool,
-) -> list[torch.Tensor]:
+class Forward(NamedTuple):
+    """Forward's arguments, in its schema's order."""
+
+    x: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    forward_format: str
+    forward_mode: str
+    backward_format: str
+    backward_mode: str
+    native: bool
+    keeps_columns: bool
+
+    @property
+    def forward(self) -> _Spec:
+        return self.forward_format, self.forward_mode
+
+    @property
+    def backward(self) -> _Spec:
+        return self.backward_format, self.backward_mode
+
+
+def _forward(*args: Any) -> list[torch.Tensor]:
     """Y and, if they are to be kept for dW, the packed columns of x."""
-    forward, backward = (forward_format, forward_mode), (backward_format, backward_mode)
+    a = Forward(*args)
+    x, native = a.x, a.native
     x_rows, x_columns = _quantized(
-        x, forward, backward if keeps_columns else None, x.dtype, packed_rows=native, packed_columns=True
+        x, a.forward, a.backward if a.keeps_columns else None, x.dtype, packed_rows=native,
+        packed_columns=True,
     )  # fmt: skip
     w_rows, _ = _quantized(
-        weight, forward, None, x.dtype, packed_rows=native, packed_columns=native
+        a.weight, a.forward, None, x.dtype, packed_rows=native, packed_columns=native
     )
-    y = block_scaled_mm(x_rows, w_rows, x.dtype, None if bias is None else bias.to(x.dtype))
-    return [y, *x_columns.packed] if keeps_columns else [y]
+    y = block_scaled_mm(x_rows, w_rows, x.dtype, None if a.bias is None else a.bias.to(x.dtype))
+    return [y, *x_columns.packed] if a.keeps_columns else [y]
 
 
-def _forward_fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    forward_format: str,
-    forward_mode: str,
-    backward_format: str,
-    backward_mode: str,
-    native: bool,
-    keeps_columns: bool,
-) -> list[torch.Tensor]:
-    y = x.new_empty((x.shape[0], weight.shape[0]))
-    if not keeps_columns:
+def _forward_fake(*args: Any) -> list[torch.Tensor]:
+    a = Forward(*args)
+    y = a.x.new_empty((a.x.shape[0], a.weight.shape[0]))
+    if not a.keeps_columns:
         return [y]
     columns = quantize_both_op(
-        x, *NO_ACTIVATION, backward_format, backward_mode, ["columns"], x.dtype, None, None, None, None
-    )  # fmt: skip
+        a.x, *NO_ACTIVATION, *a.backward, ["columns"], a.x.dtype, None, None, None, None
+    )
     return [y, *columns]
 
 
@@ -107,60 +114,60 @@ recipe_linear_op = define_op(
 )
 
 
-def _backward(
-    dy: torch.Tensor,
-    weight: torch.Tensor | None,
-    x_qdata: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    grad_format: str,
-    grad_mode: str,
-    backward_format: str,
-    backward_mode: str,
-    native: bool,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-) -> list[torch.Tensor]:
-    """Those of dX, dW and dbias that are wanted: what they take is given."""
-    grad, backward = (grad_format, grad_mode), (backward_format, backward_mode)
-    needs_dx, needs_dw = weight is not None, x_qdata is not None
-    options = {"packed_rows": native, "packed_columns": native}
+class Backward(NamedTuple):
+    """Backward's arguments, in its schema's order: what a gradient takes is given if that is wanted."""
+
+    dy: torch.Tensor
+    weight: torch.Tensor | None
+    x_qdata: torch.Tensor | None
+    x_scale: torch.Tensor | None
+    seed: torch.Tensor | None
+    grad_format: str
+    grad_mode: str
+    backward_format: str
+    backward_mode: str
+    native: bool
+    weight_dtype: torch.dtype
+    bias_dtype: torch.dtype | None
+
+    @property
+    def grad(self) -> _Spec:
+        return self.grad_format, self.grad_mode
+
+    @property
+    def backward(self) -> _Spec:
+        return self.backward_format, self.backward_mode
+
+
+def _backward(*args: Any) -> list[torch.Tensor]:
+    """Those of dX, dW and dbias that are wanted."""
+    a = Backward(*args)
+    dy, needs_dx, needs_dw = a.dy, a.weight is not None, a.x_qdata is not None
+    options = {"packed_rows": a.native, "packed_columns": a.native}
     gradients = []
     dy_rows, dy_columns = _quantized(
-        dy, grad if needs_dx else None, grad if needs_dw else None, dy.dtype, seed=seed, **options
-    )
+        dy, a.grad if needs_dx else None, a.grad if needs_dw else None, dy.dtype, seed=a.seed, **options
+    )  # fmt: skip
     if needs_dx:
-        _, w_columns = _quantized(weight, None, backward, dy.dtype, **options)
+        _, w_columns = _quantized(a.weight, None, a.backward, dy.dtype, **options)
         gradients.append(block_scaled_mm(dy_rows, w_columns, dy.dtype))
     if needs_dw:
-        x_columns = Operand(format_by_name(backward_format), (x_qdata, x_scale))
-        gradients.append(block_scaled_mm(dy_columns, x_columns, dy.dtype).to(weight_dtype))
-    if bias_dtype is not None:
-        gradients.append(dy.sum(0, dtype=torch.float32).to(bias_dtype))
+        x_columns = Operand(format_by_name(a.backward_format), (a.x_qdata, a.x_scale))
+        gradients.append(block_scaled_mm(dy_columns, x_columns, dy.dtype).to(a.weight_dtype))
+    if a.bias_dtype is not None:
+        gradients.append(dy.sum(0, dtype=torch.float32).to(a.bias_dtype))
     return gradients
 
 
-def _backward_fake(
-    dy: torch.Tensor,
-    weight: torch.Tensor | None,
-    x_qdata: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    grad_format: str,
-    grad_mode: str,
-    backward_format: str,
-    backward_mode: str,
-    native: bool,
-    weight_dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
-) -> list[torch.Tensor]:
-    gradients = []
-    if weight is not None:
-        gradients.append(dy.new_empty((dy.shape[0], weight.shape[1])))
-    if x_qdata is not None:
-        gradients.append(dy.new_empty((dy.shape[1], x_qdata.shape[0]), dtype=weight_dtype))
-    if bias_dtype is not None:
-        gradients.append(dy.new_empty((dy.shape[1],), dtype=bias_dtype))
+def _backward_fake(*args: Any) -> list[torch.Tensor]:
+    a = Backward(*args)
+    dy, gradients = a.dy, []
+    if a.weight is not None:
+        gradients.append(dy.new_empty((dy.shape[0], a.weight.shape[1])))
+    if a.x_qdata is not None:
+        gradients.append(dy.new_empty((dy.shape[1], a.x_qdata.shape[0]), dtype=a.weight_dtype))
+    if a.bias_dtype is not None:
+        gradients.append(dy.new_empty((dy.shape[1],), dtype=a.bias_dtype))
     return gradients
 
 
