@@ -52,19 +52,16 @@ def emulated(x8, w8, x_scale, w_scale, offs):
 
 @pytest.fixture
 def run(kernel_device, monkeypatch):
-    """``run(args, transpose_weight, scratch, fits)`` through the launches, on the CPU in fp32."""
+    """``run(args, transpose_weight, scratch)`` through the launches, on the CPU in fp32."""
 
     everything = _fp8.MAX_SCRATCH_BYTES
 
-    def on_device(args, transpose_weight, scratch=everything, fits=None, kind="float8_e4m3fn"):
+    def on_device(args, transpose_weight, scratch=everything, kind="float8_e4m3fn"):
         there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-        fits = fits.cuda() if isinstance(fits, torch.Tensor) else fits
-        return call(
-            _fp8.fp8_product, there, transpose_weight, kind, scratch, fits, packed=True
-        ).cpu()
+        return call(_fp8.fp8_product, there, transpose_weight, kind, scratch, packed=True).cpu()
 
-    def interpreted(args, transpose_weight, scratch=everything, fits=None, kind="float8_e4m3fn"):
-        rest = (_fp8.KINDS[kind], scratch, fits, tl.float32)
+    def interpreted(args, transpose_weight, scratch=everything, kind="float8_e4m3fn"):
+        rest = (_fp8.KINDS[kind], scratch, tl.float32)
         return call(_fp8._product_on_gpu, args, transpose_weight, *rest, fmt=None)
 
     if kernel_device == "cuda":
@@ -95,10 +92,6 @@ def test_product(kernel_device, run, transpose_weight, powers, scratch, top_k):
     assert (y[ENDS[-1] :] == 0).all()
     if kernel_device == "cuda":
         assert torch.equal(y, run(a, transpose_weight, scratch))
-    fits = definition.fits_fp8(a["qdata"], a["scale"], transpose_weight)
-    assert torch.equal(y, run(a, transpose_weight, scratch, fits))
-    if fits.all():
-        assert torch.equal(y, run(a, transpose_weight, scratch, True))
 
 
 @each_direction
@@ -183,8 +176,6 @@ def test_product_past_one_tile(transpose_weight):
     )  # fmt: skip
     want = expected(a, transpose_weight)
     there = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in a.items()}
-    fits = _fp8.fits_fp8(there["qdata"], there["scale"], MXFP4, transpose_weight)
-    assert torch.equal(fits.cpu(), definition.fits_fp8(qdata, scale, transpose_weight))
     for scratch in (2**28, 2**20):
         y = call(
             _fp8.fp8_product, there, transpose_weight, "float8_e4m3fn", scratch, packed=True
@@ -242,8 +233,7 @@ def test_the_verb_on_the_cpu_is_the_reference():
     y = call(_fp8.fp8_product, a, True, packed=True)
     assert y.dtype == torch.bfloat16
     assert_same_bytes(y, expected(a, True))
-    fits = _fp8.fits_fp8(a["qdata"], a["scale"], MXFP4)
-    assert_same_bytes(call(_fp8.fp8_product, a, True, "float8_e4m3fn", 1, fits, packed=True), y)
+    assert_same_bytes(call(_fp8.fp8_product, a, True, "float8_e4m3fn", 1, packed=True), y)
 
 
 # --- scratch and refusals -------------------------------------------------------------------------
@@ -272,7 +262,6 @@ def test_refusals():
     calls = [
         lambda: product(a, fmt=MXFP8_E4M3),
         lambda: product(a, fmt=NVFP4),
-        lambda: _fp8.fits_fp8(a["qdata"], a["scale"], NVFP4),
         lambda: product(a, "float8_e5m2"),
         lambda: product(a, "int8"),
         lambda: product({**a, "x": a["x"].float()}),
@@ -283,7 +272,6 @@ def test_refusals():
         refusals(calls, errors),
         """\
 NotImplementedError: the weight is mxfp8_e4m3; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'
-NotImplementedError: the weight is nvfp4; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'
 NotImplementedError: the weight is nvfp4; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'
 NotImplementedError: kind='float8_e5m2' with experts: torch._scaled_grouped_mm takes e4m3 rows alone; use kind='float8_e4m3fn', whose scale a row covers the range of gradients too
 ValueError: kind='int8' is no fp8 dtype for rows; use one of ['float8_e4m3fn', 'float8_e5m2']

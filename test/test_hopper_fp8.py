@@ -53,7 +53,7 @@ def on_gpu(args):
 
 
 def product(args, transpose_weight):
-    rest = ("float8_e4m3fn", _fp8.MAX_SCRATCH_BYTES, None, True)
+    rest = ("float8_e4m3fn", _fp8.MAX_SCRATCH_BYTES, True)
     return call(_fp8.fp8_product, on_gpu(args), transpose_weight, *rest, packed=True).cpu()
 
 
@@ -159,6 +159,6 @@ def test_through_the_verb(grad_compute_dtype):
 
 def test_where_it_is_not_for():
     args = dense(on_gpu(operands(True, dtype=BF16)))
-    rest = ("float8_e5m2", _fp8.MAX_SCRATCH_BYTES, None, True)
+    rest = ("float8_e5m2", _fp8.MAX_SCRATCH_BYTES, True)
     with pytest.raises(NotImplementedError, match="fused8"):
         call(_fp8.fp8_product, args, True, *rest, packed=True)

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, reference
-from torchao_mx.ops import _replay, mm, recipe_linear
+from torchao_mx.ops import _replay, mm, mxfp4_product, recipe_linear
 from torchao_mx.ops._launch import launched, launches, runner
 from torchao_mx.ops._library import define_op
 
@@ -120,6 +120,19 @@ def test_8_bit_products(replays):
         forward, _ = calls(MXFP4, *operands(seed), strategy="auto", compute="float8_e4m3fn")
         assert_equal(mm.mm_op(*forward), mm._mm(*forward))
     assert len(replays) == 2
+
+
+@on_gpu
+def test_mxfp4_by_mxfp4(replays):
+    held = []
+    for seed in range(5):
+        g = torch.Generator("cuda").manual_seed(seed)
+        x, w = (torch.randn(n, K, device="cuda", generator=g).bfloat16() for n in (72, N))
+        bias = torch.randn(N, device="cuda", generator=g).bfloat16()
+        held.append((*reference.quantize(x, MXFP4), *reference.quantize(w, MXFP4), bias))
+        wanted = mxfp4_product._product_cuda(*held[-1])
+        assert torch.equal(mxfp4_product.mxfp4_product_op(*held[-1]), wanted)
+    assert len(replays) == 3
 
 
 @on_gpu

@@ -32,7 +32,6 @@ from torchao_mx.ops._fp8_kernels import permuted_rows, quantize_rows, recompute_
 from torchao_mx.ops._fp8_lowered import lowered_columns, lowered_rows
 from torchao_mx.ops._fp8_weight import (
     column_flags,
-    flags_of,
     fp8_columns,
     fp8_rows,
     row_flags,
@@ -59,27 +58,6 @@ def columns_at_a_time(experts: int, columns: int, reduced: int, max_scratch_byte
     return min(width, columns)
 
 
-def fits_fp8(
-    qdata: torch.Tensor, scale: torch.Tensor, fmt: BlockFormat, transpose_weight: bool = True
-) -> torch.Tensor:
-    """Where the weight ``[..., N, K]`` is e4m3 times powers of two: bool, True where lossless, on its device.
-
-    A fact that :func:`fp8_product` takes as ``fits``, for who knows that the weight stays as it is; one that fits
-    throughout (``bool(fits.all())``) saves a launch a product.
-
-    Returns:
-        ``[..., N]``, a flag for each row, for products reduced over K; without ``transpose_weight``
-        ``[..., K / 32]``, a flag for each block of columns, for products reduced over N.
-
-    Raises:
-        NotImplementedError: a format other than MXFP4.
-    """
-    _check_format(fmt)
-    if not qdata.is_cuda:
-        return definition.fits_fp8(qdata, scale, transpose_weight)
-    return flags_of(qdata, scale, transpose_weight) == 0
-
-
 def fp8_product(
     x: torch.Tensor,
     w: Packed,
@@ -88,7 +66,6 @@ def fp8_product(
     added: Added,
     kind: str = "float8_e4m3fn",
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
-    fits: torch.Tensor | bool | None = None,
     fused: bool = False,
 ) -> torch.Tensor:
     """``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x's rows rounded to ``kind``.
@@ -106,8 +83,6 @@ def fp8_product(
         added: h ``[n_rows, r]``, up ``[E, C, r]`` (``[C, r]`` dense), bias ``[E, C]`` (``[C]`` dense).
         kind: ``"float8_e4m3fn"``, or for a dense weight ``"float8_e5m2"``.
         max_scratch_bytes: bound of the decoded weight, unless 32 columns of each expert need more.
-        fits: what :func:`fits_fp8` returned for this weight and ``transpose_weight``, True where it is known to
-            be True throughout, None to find out on the way.
         fused: decode in the GEMM's registers; columns whose scales spread over more than 11 powers of two then
             take x unrounded, as do those that do not fit.
 
@@ -123,14 +98,13 @@ def fp8_product(
     _check(x, w, kind, rows.offs is not None)
     dtype = KINDS[kind]
     if not x.is_cuda:
-        known = None if fits is True else fits
         return definition.fp8_product(
-            x, w.qdata, w.scale, w.fmt, rows, transpose_weight, added, dtype, known
+            x, w.qdata, w.scale, w.fmt, rows, transpose_weight, added, dtype
         )
     if fused:
         return _fused_on_gpu(x, w.qdata, w.scale, rows, transpose_weight, added, dtype)
     return _product_on_gpu(
-        x, w.qdata, w.scale, rows, transpose_weight, added, dtype, max_scratch_bytes, fits
+        x, w.qdata, w.scale, rows, transpose_weight, added, dtype, max_scratch_bytes
     )
 
 
@@ -143,7 +117,6 @@ def _product_on_gpu(
     added: Added,
     dtype: torch.dtype,
     max_scratch_bytes: int,
-    fits: torch.Tensor | bool | None,
     dot_dtype: tl.dtype = tl.bfloat16,
 ) -> torch.Tensor:
     """The launches of the file's head."""
@@ -165,9 +138,7 @@ def _product_on_gpu(
         target = product if y is None else y[:, part]
         finish(product, target, rows.offs, added.at((slice(None), part)))
     y = product if y is None else y
-    if fits is not True:
-        found = (flags, 1) if fits is None else (fits.view(torch.uint8).contiguous(), 0)
-        recompute_flagged(y, x, qdata, scale, *found, rows, transpose_weight, added, dot_dtype)
+    recompute_flagged(y, x, qdata, scale, flags, rows, transpose_weight, added, dot_dtype)
     return y
 
 
@@ -194,7 +165,7 @@ def _fused_on_gpu(
     y = hopper_fp8_product(x8, x_scale, qdata, lowered, w_scale, rows, transpose_weight, added)
     if rows.offs is None:
         qdata, scale, flags, added = qdata[None], scale[None], flags[None], added.at(None)
-    recompute_flagged(y, x, qdata, scale, flags, 1, rows, transpose_weight, added)
+    recompute_flagged(y, x, qdata, scale, flags, rows, transpose_weight, added)
     return y
 
 

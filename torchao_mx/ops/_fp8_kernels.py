@@ -93,13 +93,13 @@ def _low_rank(total, h_ptr, up_ptr, expert, row, mine, column, inside, rank, h_r
 def _flagged_columns_kernel(x_ptr, order_ptr, q_ptr, s_ptr, flag_ptr, offs_ptr, h_ptr, up_ptr, bias_ptr, y_ptr,
                             n_rows, C, N, words_per_row, n_experts, top_k, rank, scaling, x_row,
                             q_expert, q_row, s_expert, s_row, h_row, up_expert, up_column, up_rank,
-                            bias_expert, FLAGGED: tl.constexpr, FLAG_COLUMNS: tl.constexpr,
+                            bias_expert, FLAG_COLUMNS: tl.constexpr,
                             GATHER: tl.constexpr, GROUPED: tl.constexpr,
                             TRANSPOSE_WEIGHT: tl.constexpr, HAS_LORA: tl.constexpr,
                             HAS_BIAS: tl.constexpr, PAIRS: tl.constexpr, TILE_M: tl.constexpr,
                             TILE_N: tl.constexpr, TILE_K: tl.constexpr, RANK: tl.constexpr,
                             DOT_DTYPE: tl.constexpr):  # fmt: skip
-    """Overwrites the columns of y whose flag, one for FLAG_COLUMNS of them, has the value FLAGGED.
+    """Overwrites the columns of y whose flag, one for FLAG_COLUMNS of them, is set.
 
     A program looks after PAIRS pairs of an expert and a tile of columns, and shares the rows of a flagged one
     with the programs of the second grid axis.
@@ -113,15 +113,15 @@ def _flagged_columns_kernel(x_ptr, order_ptr, q_ptr, s_ptr, flag_ptr, offs_ptr, 
     index = (pair % tiles_n)[:, None] * FLAGS + tl.arange(0, FLAGS)[None, :]
     real = (pair < n_pairs)[:, None] & (index < flags_per_expert)
     flag_ptrs = flag_ptr + (pair // tiles_n)[:, None] * flags_per_expert + index
-    flag = tl.load(flag_ptrs, mask=real, other=1 - FLAGGED).to(tl.int32)
-    found = tl.max(tl.max((flag == FLAGGED).to(tl.int32), axis=1), axis=0)
+    flag = tl.load(flag_ptrs, mask=real, other=0)
+    found = tl.max(tl.max((flag != 0).to(tl.int32), axis=1), axis=0)
     if found > 0:
         for p in range(first_pair, tl.minimum(first_pair + PAIRS, n_pairs)):
             expert = p // tiles_n
             column = (p % tiles_n) * TILE_N + tl.arange(0, TILE_N)
             inside = column < C
             at = expert * flags_per_expert + column // FLAG_COLUMNS
-            flagged = tl.load(flag_ptr + at, mask=inside, other=1 - FLAGGED).to(tl.int32) == FLAGGED
+            flagged = tl.load(flag_ptr + at, mask=inside, other=0) != 0
             if tl.max(flagged.to(tl.int32), axis=0) > 0:
                 first, end = 0, n_rows
                 if GROUPED:
@@ -222,13 +222,12 @@ def recompute_flagged(
     qdata: torch.Tensor,
     scale: torch.Tensor,
     flags: torch.Tensor,
-    flagged: int,
     rows: Rows,
     transpose_weight: bool,
     added: Added,
     dot_dtype: tl.dtype = tl.bfloat16,
 ) -> None:
-    """Overwrite the columns of ``y [R, C]`` whose flag equals ``flagged`` by the whole product in bf16.
+    """Overwrite the columns of ``y [R, C]`` whose flag is set by the whole product in bf16.
 
     ``flags [E, C]`` with ``transpose_weight``, else ``[E, C / 32]``, contiguous; the weight ``[E, N, ...]``.
     """
@@ -247,7 +246,7 @@ def recompute_flagged(
             columns, n, per_row, experts, top_k, rank, scaling, x.stride(0), *words.stride()[:2],
             *scale.stride()[:2], 0 if h is None else h.stride(0),
             *((0, 0, 0) if up is None else up.stride()), 0 if bias is None else bias.stride(0),
-            FLAGGED=flagged, FLAG_COLUMNS=1 if transpose_weight else MXFP4.block_size,
+            FLAG_COLUMNS=1 if transpose_weight else MXFP4.block_size,
             GATHER=order is not None, GROUPED=offs is not None, TRANSPOSE_WEIGHT=transpose_weight,
             HAS_LORA=rank > 0, HAS_BIAS=bias is not None, PAIRS=FLAGGED_PAIRS,
             TILE_M=FLAGGED_TILE_M, TILE_N=FLAGGED_TILE_N, TILE_K=FLAGGED_TILE_K,

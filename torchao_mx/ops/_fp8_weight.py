@@ -116,7 +116,7 @@ def _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS: tl.conste
 @triton.jit
 def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_rows, rows_per_expert,
                  n_blocks, q_expert, q_row, s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr,
-                 DECODE: tl.constexpr, PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
+                 PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
                  WORDS: tl.constexpr):  # fmt: skip
     """int32 words of eight e2m1 codes, WORDS a block, to words of four e4m3 codes; BLOCKS covers a row.
 
@@ -141,17 +141,16 @@ def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_row
     flag = lost | (extreme & tl.max(nonzero.to(tl.int32), axis=1)) | (largest == 255).to(tl.int32)
     flag_ptrs = flag_ptr + expert * flag_expert + local
     tl.store(flag_ptrs, flag.to(flag_ptr.dtype.element_ty), mask=row < n_rows)
-    if DECODE:
-        # The flagged rows' product is overwritten; it only has to be harmless.
-        exponent = tl.where(extreme == 1, 127, largest - 6)
-        low, high = _table(tl.minimum(spread, _MAX_SPREAD))
-        first, second = _e2m1_to_e4m3(word, low[:, :, None], high[:, :, None], PTX)
-        pairs = tl.join(first, second).reshape(ROWS, 2 * BLOCKS * WORDS)
-        index = tl.arange(0, 2 * BLOCKS * WORDS)
-        width = 2 * n_blocks * WORDS
-        out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + index[None, :]
-        tl.store(out_ptrs, pairs, mask=real[:, None] & (index < width)[None, :])
-        tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=real)
+    # The flagged rows' product is overwritten; it only has to be harmless.
+    exponent = tl.where(extreme == 1, 127, largest - 6)
+    low, high = _table(tl.minimum(spread, _MAX_SPREAD))
+    first, second = _e2m1_to_e4m3(word, low[:, :, None], high[:, :, None], PTX)
+    pairs = tl.join(first, second).reshape(ROWS, 2 * BLOCKS * WORDS)
+    index = tl.arange(0, 2 * BLOCKS * WORDS)
+    width = 2 * n_blocks * WORDS
+    out_ptrs = out_ptr + row.to(tl.int64)[:, None] * width + index[None, :]
+    tl.store(out_ptrs, pairs, mask=real[:, None] & (index < width)[None, :])
+    tl.store(row_scale_ptr + row, _tile.float_of(exponent << 23), mask=real)
 
 
 @launched
@@ -228,8 +227,7 @@ def _store_columns(out_ptrs, stride, a, b, c, d, mask):
 @launched
 @triton.jit
 def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n_blocks, q_expert, q_row,
-                    s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr, DECODE: tl.constexpr,
-                    PTX: tl.constexpr,
+                    s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr, PTX: tl.constexpr,
                     TILE_N: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
     """``[E, N, K / 8]`` words of e2m1, WORDS a block, to ``[E, K, N / 4]`` words of e4m3; N a multiple of 4.
 
@@ -260,13 +258,12 @@ def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n
     lossy = tl.max((lossy0 | lossy1) | (lossy2 | lossy3), axis=0)
     mask = (lossy > 0) & (block < n_blocks)
     tl.atomic_max(flag_ptr + expert * flag_expert + block, lossy, mask=mask)
-    if DECODE:
-        stride = (N // 4).to(tl.int64)
-        word = (expert * n_blocks + block[:, None]) * WORDS + tl.arange(0, WORDS)[None, :]
-        out_ptrs = out_ptr + (word * 8 * stride)[:, :, None] + quad[None, None, :]
-        inside = (block < n_blocks)[:, None, None] & (quad < N // 4)[None, None, :]
-        _store_columns(out_ptrs, stride, low0, low1, low2, low3, inside)
-        _store_columns(out_ptrs + 4 * stride, stride, high0, high1, high2, high3, inside)
+    stride = (N // 4).to(tl.int64)
+    word = (expert * n_blocks + block[:, None]) * WORDS + tl.arange(0, WORDS)[None, :]
+    out_ptrs = out_ptr + (word * 8 * stride)[:, :, None] + quad[None, None, :]
+    inside = (block < n_blocks)[:, None, None] & (quad < N // 4)[None, None, :]
+    _store_columns(out_ptrs, stride, low0, low1, low2, low3, inside)
+    _store_columns(out_ptrs + 4 * stride, stride, high0, high1, high2, high3, inside)
 
 
 @triton.jit
@@ -295,54 +292,6 @@ def words_of(qdata: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, to
     return (words[None], scale[None]) if qdata.dim() == 2 else (words, scale)
 
 
-def _rows(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    flag: torch.Tensor,
-    out: tuple[torch.Tensor, torch.Tensor] | None,
-    offs: torch.Tensor | None = None,
-) -> None:
-    words, scale = words_of(qdata, scale)
-    flag = flag[None] if flag.dim() == 1 else flag
-    experts, rows, blocks = scale.shape
-    fp8, row_scale = (words, words) if out is None else (out[0].view(torch.int32), out[1])
-    span = next_power_of_2(blocks)
-    tile_rows = max(1, ROWS_TILE // (span * WORDS))
-    with on_device_of(words):
-        _rows_kernel[(cdiv(experts * rows, tile_rows),)](
-            words, scale, fp8, row_scale, flag, offs, experts * rows, rows, blocks, words.stride(0),
-            words.stride(1), scale.stride(0), scale.stride(1), flag.stride(0),
-            SELECTIVE=offs is not None, DECODE=out is not None, PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
-            num_warps=4 if span * WORDS <= ROWS_TILE else 8,
-        )  # fmt: skip
-
-
-def _columns(
-    qdata: torch.Tensor,
-    scale: torch.Tensor,
-    flag: torch.Tensor,
-    out: tuple[torch.Tensor, torch.Tensor] | None,
-    offs: torch.Tensor | None = None,
-) -> None:
-    words, scale = words_of(qdata, scale)
-    flag = flag[None] if flag.dim() == 1 else flag
-    experts, rows, blocks = scale.shape
-    if out is None:
-        fp8 = words
-        column_scale = words.new_empty(experts, blocks * BLOCK, dtype=torch.float32)
-    else:
-        fp8, column_scale = out[0].view(torch.int32), out[1]
-    largest = column_scales(scale, column_scale, flag, offs)
-    tiles = cdiv(rows, COLUMNS_TILE_N) * cdiv(blocks, COLUMNS_TILE_BLOCKS)
-    with on_device_of(words):
-        _columns_kernel[(experts * tiles,)](
-            words, scale, fp8, largest, flag, offs, rows, blocks, words.stride(0), words.stride(1),
-            scale.stride(0), scale.stride(1), flag.stride(0), SELECTIVE=offs is not None, DECODE=out is not None,
-            PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
-            num_warps=4,
-        )  # fmt: skip
-
-
 def column_scales(
     scale: torch.Tensor,
     column_scale: torch.Tensor,
@@ -357,7 +306,8 @@ def column_scales(
     with on_device_of(scale):
         _column_scales_kernel[(experts * cdiv(blocks, tile_blocks),)](
             scale, largest, column_scale, flag, offs, rows, blocks, scale.stride(0), scale.stride(1),
-            flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks, num_warps=8,
+            flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks,
+            num_warps=8,
         )  # fmt: skip
     return largest
 
@@ -374,11 +324,21 @@ def fp8_rows(
     the last axis contiguous. ``flag``: where to write the flags. ``offs``: decode the experts that own rows;
     the others' flags are 0.
     """
-    *lead, row_bytes = qdata.shape
-    fp8 = torch.empty((*lead, 2 * row_bytes), dtype=torch.float8_e4m3fn, device=qdata.device)
-    row_scale = torch.empty(lead, dtype=torch.float32, device=qdata.device)
+    words, scale_ENB = words_of(qdata, scale)
+    experts, rows, blocks = scale_ENB.shape
+    fp8 = words.new_empty((*qdata.shape[:-1], blocks * BLOCK), dtype=torch.float8_e4m3fn)
+    row_scale = words.new_empty(qdata.shape[:-1], dtype=torch.float32)
     flag = row_flags(qdata) if flag is None else flag
-    _rows(qdata, scale, flag, (fp8, row_scale), offs)
+    flag_EN = flag[None] if flag.dim() == 1 else flag
+    span = next_power_of_2(blocks)
+    tile_rows = max(1, ROWS_TILE // (span * WORDS))
+    with on_device_of(words):
+        _rows_kernel[(cdiv(experts * rows, tile_rows),)](
+            words, scale_ENB, fp8.view(torch.int32), row_scale, flag_EN, offs, experts * rows, rows, blocks,
+            *words.stride()[:2], *scale_ENB.stride()[:2], flag_EN.stride(0), SELECTIVE=offs is not None,
+            PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
+            num_warps=4 if span * WORDS <= ROWS_TILE else 8,
+        )  # fmt: skip
     return fp8, row_scale, flag
 
 
@@ -394,11 +354,22 @@ def fp8_columns(
     ``e4m3 * scale`` are the values of ``W^T``, exactly, wherever the flag of a block of 32 rows is 0. N is a
     multiple of 4. The rest as in :func:`fp8_rows`.
     """
-    *lead, n, row_bytes = qdata.shape
-    fp8 = torch.empty((*lead, 2 * row_bytes, n), dtype=torch.float8_e4m3fn, device=qdata.device)
-    column_scale = torch.empty((*lead, 2 * row_bytes), dtype=torch.float32, device=qdata.device)
+    words, scale_ENB = words_of(qdata, scale)
+    experts, rows, blocks = scale_ENB.shape
+    lead = qdata.shape[:-2]
+    fp8 = words.new_empty((*lead, blocks * BLOCK, rows), dtype=torch.float8_e4m3fn)
+    column_scale = words.new_empty((*lead, blocks * BLOCK), dtype=torch.float32)
     flag = column_flags(scale) if flag is None else flag
-    _columns(qdata, scale, flag, (fp8, column_scale), offs)
+    flag_EB = flag[None] if flag.dim() == 1 else flag
+    largest = column_scales(scale_ENB, column_scale, flag_EB, offs)
+    tiles = cdiv(rows, COLUMNS_TILE_N) * cdiv(blocks, COLUMNS_TILE_BLOCKS)
+    with on_device_of(words):
+        _columns_kernel[(experts * tiles,)](
+            words, scale_ENB, fp8.view(torch.int32), largest, flag_EB, offs, rows, blocks,
+            *words.stride()[:2], *scale_ENB.stride()[:2], flag_EB.stride(0), SELECTIVE=offs is not None,
+            PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
+            num_warps=4,
+        )  # fmt: skip
     return fp8, column_scale, flag
 
 
@@ -411,10 +382,3 @@ def column_flags(scale: torch.Tensor) -> torch.Tensor:
     """Where :func:`fp8_columns` writes its flags: int32, for its integer atomics."""
     shape = (*scale.shape[:-2], scale.shape[-1])
     return torch.empty(shape, dtype=torch.int32, device=scale.device)
-
-
-def flags_of(qdata: torch.Tensor, scale: torch.Tensor, transpose_weight: bool) -> torch.Tensor:
-    """The flags of :func:`fp8_rows` (``transpose_weight``) or of :func:`fp8_columns`, without the decode."""
-    flag = row_flags(qdata) if transpose_weight else column_flags(scale)
-    (_rows if transpose_weight else _columns)(qdata, scale, flag, None)
-    return flag

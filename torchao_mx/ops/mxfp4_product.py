@@ -29,6 +29,7 @@ from torchao_mx.ops._launch import (
     on_device_of,
 )
 from torchao_mx.ops._library import define_op
+from torchao_mx.ops._replay import replayed
 
 # At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph and the extra launches cost
 # more than that in eager mode.
@@ -140,7 +141,7 @@ mxfp4_product_op = define_op(
     "mxfp4_product",
     "(Tensor xq, Tensor xs, Tensor wq, Tensor ws, Tensor? bias) -> Tensor",
     cpu=_product_cpu,
-    cuda=_product_cuda,
+    cuda=replayed(_product_cuda),
     fake=_product_fake,
 )
 

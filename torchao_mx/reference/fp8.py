@@ -70,7 +70,6 @@ def fp8_product(
     transpose_weight: bool,
     added: Added,
     dtype: torch.dtype,
-    fits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See :func:`torchao_mx.ops._fp8.fp8_product`; sums in fp32, rounded once to x's dtype."""
     offs, order, top_k, n_rows = rows
@@ -80,8 +79,7 @@ def fp8_product(
     rounded = q.float() * row_scale.unsqueeze(-1)
     w = dequantize(qdata, scale, fmt, torch.float32)
     w = w.mT if transpose_weight else w
-    if fits is None:
-        fits = fits_fp8(qdata, scale, transpose_weight)
+    fits = fits_fp8(qdata, scale, transpose_weight)
     if not transpose_weight:
         fits = fits.repeat_interleave(fmt.block_size, -1)
     y = torch.zeros(n_rows, w.shape[-1], dtype=torch.float32, device=x.device)
