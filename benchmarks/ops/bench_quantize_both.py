@@ -28,8 +28,10 @@ from torchao_mx import MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
 MODULE = importlib.import_module("torchao_mx.ops.quantize_both")
 FP4, FP8 = QuantizeSpec(NVFP4), QuantizeSpec(MXFP8_E4M3)
 TARGET = 0.70
-TILES = ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64), (32, 256))
-WARPS = (1, 2, 4)
+TILES = ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64))
+WARPS = (1, 2, 4, 8)
+STACKS = (1, 2)
+REGISTERS = (None, 96)
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,19 @@ def bench(case: Case, xs: list[torch.Tensor], copy_gbs: float) -> harness.Row:
     return row
 
 
-def sweep(xs: list[torch.Tensor], copy_gbs: float) -> None:
+def sweep(cases: list[Case], xs: list[torch.Tensor], copy_gbs: float) -> None:
     """Every tile of every case, the best first."""
-    for case in CASES:
+    for case in cases:
         found = []
-        for (tile_m, tile_k), warps in itertools.product(TILES, WARPS):
-            MODULE.TILE_M, MODULE.TILE_K, MODULE.WARPS = tile_m, tile_k, warps
+        for (m, k), warps, stack, registers in itertools.product(TILES, WARPS, STACKS, REGISTERS):
+            if not 32 <= m * k // (32 * warps) <= 64:  # elements of a thread
+                continue
+            tiling = MODULE.Tiling(m, k, warps, stack, registers)
+            MODULE._tiling = lambda *_, tiling=tiling: tiling
+            MODULE._quantize_both_cuda.forget()
             check(case, xs[0])
-            found.append((measured(case, xs, copy_gbs)["share"], tile_m, tile_k, warps))
-        best = ", ".join(
-            f"{m} x {k} / {w}: {s:.1%}" for s, m, k, w in sorted(found, reverse=True)[:5]
-        )
+            found.append((measured(case, xs, copy_gbs)["share"], str(tuple(tiling))))
+        best = ", ".join(f"{tiling}: {s:.1%}" for s, tiling in sorted(found, reverse=True)[:10])
         print(f"{case.what:45s} {best}", flush=True)
 
 
@@ -148,7 +152,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--sweep", action="store_true", help="measure every tile; writes nothing")
+    parser.add_argument("--case", type=int, action="append", help="sweep these alone, by number")
     args = parser.parse_args()
+    cases = [CASES[i] for i in args.case or range(len(CASES))]
     harness.require_gpu()
     shape = (args.rows, args.columns)
     torch.manual_seed(0)
@@ -156,7 +162,7 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: bf16 copy of {shape} at {copy_gbs:.0f} GB/s")
     xs = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4)]
     if args.sweep:
-        sweep(xs, copy_gbs)
+        sweep(cases, xs, copy_gbs)
         return
     rows = [bench(case, xs, copy_gbs) for case in CASES]
     meta = dict(shape=list(shape), dtype="bfloat16", copy_gbs=copy_gbs, target=TARGET)

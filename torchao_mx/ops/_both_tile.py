@@ -9,6 +9,9 @@ import triton
 import triton.language as tl
 
 from torchao_mx.ops import _tile
+from torchao_mx.reference import recipes
+
+PHILOX_ROUNDS = tl.constexpr(recipes.PHILOX_ROUNDS)
 
 
 @triton.jit
@@ -16,7 +19,8 @@ def random_words(seed, row, k0, TILE_K: tl.constexpr):
     """``[rows, TILE_K]`` words of ``reference.random_words``, from the columns ``k0`` on."""
     four = (k0 // 4 + tl.arange(0, TILE_K // 4))[None, :]
     none = row[:, None] * 0 + four * 0
-    a, b, c, d = tl.philox(seed, none + four, none + row[:, None], none, none)
+    counter = none + four, none + row[:, None], none, none
+    a, b, c, d = tl.philox(seed, *counter, n_rounds=PHILOX_ROUNDS)
     words = tl.join(tl.join(a, c), tl.join(b, d))  # flattened, a b c d
     return words.to(tl.int32, bitcast=True).reshape(row.shape[0], TILE_K)
 
@@ -24,17 +28,15 @@ def random_words(seed, row, k0, TILE_K: tl.constexpr):
 @triton.jit
 def round_stochastically(y, random, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                          ELEM_MAX: tl.constexpr):  # fmt: skip
-    """``reference.round_stochastically``: y on the grid of the elements."""
+    """``reference.round_stochastically``: y on the grid of the elements. A NaN, of a block of them, is lost."""
     SMALLEST: tl.constexpr = 2.0 ** (2 - (1 << (EXPONENT_BITS - 1)))
     DROPPED: tl.constexpr = 23 - MANTISSA_BITS
     magnitude = tl.minimum(tl.abs(y), ELEM_MAX)
     is_small = magnitude < SMALLEST
     bits = _tile.bits_of(tl.where(is_small, magnitude + SMALLEST, magnitude))
-    bits = (bits + (random << (DROPPED - 16)) + (1 << (DROPPED - 17))) & -(1 << DROPPED)
-    grid = _tile.float_of(bits)
+    grid = _tile.float_of((bits + random) & -(1 << DROPPED))
     grid = tl.where(is_small, grid - SMALLEST, grid)
-    grid = _tile.float_of(_tile.bits_of(grid) | (_tile.bits_of(y) & (-2147483648)))
-    return tl.where(y != y, y, grid)
+    return _tile.float_of(_tile.bits_of(grid) | (_tile.bits_of(y) & (-2147483648)))
 
 
 @triton.jit
@@ -53,43 +55,101 @@ def values(y, scale, RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA
 
 
 @triton.jit
-def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, TILE_M: tl.constexpr,
-               TILE_K: tl.constexpr, PACKED: tl.constexpr, VALUES: tl.constexpr,
+def rows_in_order(TILE_M: tl.constexpr, BLOCK: tl.constexpr, STACK: tl.constexpr):
+    """The order in which a tile holds its rows: ``[4, STACK, blocks, BLOCK / 4 / STACK]`` of rows 4 apart.
+
+    Triton gives the last axes to threads and warps and the first ones to a thread's registers. So a thread holds
+    four neighbours of a column, which it packs, and STACK of those of a block, for which it computes a scale once.
+    """
+    QUADS: tl.constexpr = BLOCK // 4 // STACK
+    BLOCKS: tl.constexpr = TILE_M // BLOCK
+    at = tl.arange(0, TILE_M)
+    quad, block = at % QUADS, at // QUADS % BLOCKS
+    stacked, row = at // (QUADS * BLOCKS) % STACK, at // (TILE_M // 4)
+    return block * BLOCK + (stacked * QUADS + quad) * 4 + row
+
+
+@triton.jit
+def encode_fours(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
+                 FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """``[4, R, C]`` to ``[R, C]`` words (int32) of four codes, the first in the lowest bits."""
+    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    first, second = tl.split(y.reshape(2, 2, y.shape[1], y.shape[2]).permute(0, 2, 3, 1))
+    two = _tile.encode_two(first, second, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+    return tl.sum(two << (tl.arange(0, 2) * 2 * BITS)[:, None, None], axis=0)
+
+
+@triton.jit
+def store_row_words(x_ptr, index_ptr, q_ptr, s_ptr, pts_ptr, m0, M, k0, K, stride_m, stride_k,
+                    EVEN: tl.constexpr, GATHERED: tl.constexpr, TILE_M: tl.constexpr,
+                    TILE_K: tl.constexpr, PER_TENSOR: tl.constexpr, MODE: tl.constexpr,
+                    SHORT_MANTISSA: tl.constexpr, EXPONENT_BITS: tl.constexpr,
+                    MANTISSA_BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
+                    BLOCK: tl.constexpr, E8M0: tl.constexpr,
+                    FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """The tile's rows in e2m1: loaded so that a thread holds whole blocks, and computes each scale once."""
+    BLOCKS: tl.constexpr = TILE_K // BLOCK
+    WORDS: tl.constexpr = BLOCK // 8
+    at = tl.arange(0, TILE_M * BLOCKS)
+    row = m0 + at // BLOCKS
+    inside = row < M
+    if GATHERED:
+        row = tl.load(index_ptr + row, mask=inside, other=-1)
+        inside &= row >= 0
+    row = row.to(tl.int64)
+    block = k0 // BLOCK + at % BLOCKS
+    inside = inside & (block < K // BLOCK) | EVEN
+    word = tl.arange(0, WORDS)
+    elem = (word * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
+    x_ptrs = (x_ptr + row * stride_m + (block * BLOCK).to(tl.int64) * stride_k)[
+        :, None, None
+    ] + elem * stride_k
+    x = tl.load(x_ptrs, mask=inside[:, None, None], other=0.0).to(tl.float32)
+    pts = _tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
+    amax = _tile.max_magnitude(_tile.max_magnitude(x, 2, FP8_INSTRUCTIONS), 1, FP8_INSTRUCTIONS)
+    byte, multiplier = _tile.block_scale(
+        amax, pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
+        FP8_INSTRUCTIONS,
+    )  # fmt: skip
+    tl.store(s_ptr + row * (K // BLOCK) + block, byte.to(tl.uint8), mask=inside)
+    packed = _tile.encode_words(x * multiplier[:, None, None])
+    is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+    packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, packed)
+    q_ptrs = (q_ptr + row * (K // 8) + block * WORDS)[:, None] + word[None, :]
+    tl.store(q_ptrs, packed, mask=inside[:, None])
+
+
+@triton.jit
+def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, EVEN: tl.constexpr,
+               TILE_M: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, VALUES: tl.constexpr,
                PER_TENSOR: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
                E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """A tile ``x [TILE_M, TILE_K]`` in blocks along K, to the rows ``row [TILE_M]`` (int64)."""
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    """A tile ``x [TILE_M, TILE_K]`` in blocks along K, to the rows ``row [TILE_M]`` (int64); PACKED: fp8."""
     BLOCKS: tl.constexpr = TILE_K // BLOCK
     x = x.reshape(TILE_M * BLOCKS, BLOCK)
     pts = _tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
     byte, multiplier = _tile.block_scale(
-        _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
+        _tile.max_magnitude(x, 1, FP8_INSTRUCTIONS), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
         MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
     )  # fmt: skip
     y = x * multiplier[:, None]
     if RANDOM:
-        random = (words & 0xFFFF).reshape(TILE_M * BLOCKS, BLOCK)
+        random = (words & ((1 << (23 - MANTISSA_BITS)) - 1)).reshape(TILE_M * BLOCKS, BLOCK)
         y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
     if PACKED:
+        if RANDOM:
+            y = tl.where((byte == 255)[:, None], float("nan"), y)
         block = k0 // BLOCK + tl.arange(0, BLOCKS)
         s_ptrs = s_ptr + row[:, None] * (K // BLOCK) + block[None, :]
-        mask = inside_m[:, None] & (block < K // BLOCK)[None, :]
+        mask = inside_m[:, None] & ((block < K // BLOCK) | EVEN)[None, :]
         tl.store(s_ptrs, byte.to(tl.uint8).reshape(TILE_M, BLOCKS), mask=mask)
-        if BITS == 4:
-            PER_BLOCK: tl.constexpr = BLOCK // 8  # int32 words
-            is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
-            code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code, BITS))
-        else:
-            PER_BLOCK: tl.constexpr = BLOCK  # bytes
-            packed = _tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        unit = k0 // BLOCK * PER_BLOCK + tl.arange(0, BLOCKS * PER_BLOCK)
-        units = K // BLOCK * PER_BLOCK
-        q_ptrs = q_ptr + row[:, None] * units + unit[None, :]
-        mask = inside_m[:, None] & (unit < units)[None, :]
-        tl.store(q_ptrs, packed.reshape(TILE_M, BLOCKS * PER_BLOCK), mask=mask)
+        packed = _tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+        k = k0 + tl.arange(0, TILE_K)
+        q_ptrs = q_ptr + row[:, None] * K + k[None, :]
+        mask = inside_m[:, None] & ((k < K) | EVEN)[None, :]
+        tl.store(q_ptrs, packed.reshape(TILE_M, TILE_K), mask=mask)
     if VALUES:
         scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
         value = values(
@@ -98,58 +158,73 @@ def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, TIL
         k = k0 + tl.arange(0, TILE_K)
         v_ptrs = v_ptr + row[:, None] * K + k[None, :]
         value = value.to(v_ptr.dtype.element_ty).reshape(TILE_M, TILE_K)
-        tl.store(v_ptrs, value, mask=inside_m[:, None] & (k < K)[None, :])
+        tl.store(v_ptrs, value, mask=inside_m[:, None] & ((k < K) | EVEN)[None, :])
 
 
 @triton.jit
-def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, M, k0, K, TILE_M: tl.constexpr,
-                  TILE_K: tl.constexpr, PACKED: tl.constexpr, VALUES: tl.constexpr,
+def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k0, K, EVEN: tl.constexpr,
+                  STACK: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+                  PACKED: tl.constexpr, VALUES: tl.constexpr,
                   PER_TENSOR: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                   RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                   MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
                   E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """A tile ``x [TILE_M, TILE_K]`` in blocks along M, from the row ``m0`` on; packed, transposed, in words of e2m1."""
+    """A tile ``x [TILE_M, TILE_K]``, its rows :func:`rows_in_order`, in blocks along M; packed, transposed."""
     BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
     BLOCKS: tl.constexpr = TILE_M // BLOCK
-    x = x.reshape(BLOCKS, BLOCK, TILE_K)
+    QUADS: tl.constexpr = BLOCK // 4 // STACK
+    shape: tl.constexpr = (4, STACK, BLOCKS, QUADS, TILE_K)
+    x = x.reshape(shape)
     pts = _tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
+    amax = _tile.max_magnitude(_tile.max_magnitude(x, 0, FP8_INSTRUCTIONS), 0, FP8_INSTRUCTIONS)
     byte, multiplier = _tile.block_scale(
-        _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
+        _tile.max_magnitude(amax, 1, FP8_INSTRUCTIONS), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
         MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
     )  # fmt: skip
-    y = x * multiplier[:, None, :]
+    y = x * multiplier[None, None, :, None, :]
     if RANDOM:
-        random = ((words >> 16) & 0xFFFF).reshape(BLOCKS, BLOCK, TILE_K)
+        random = (words.to(tl.uint32, bitcast=True) >> (9 + MANTISSA_BITS)).to(tl.int32)
+        random = random.reshape(shape)
         y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
     k = k0 + tl.arange(0, TILE_K)
     if PACKED:
+        if RANDOM:
+            y = tl.where((byte == 255)[None, None, :, None, :], float("nan"), y)
         blocks = tl.cdiv(M, BLOCK)
         block = m0 // BLOCK + tl.arange(0, BLOCKS)
         s_ptrs = s_ptr + k[None, :].to(tl.int64) * blocks + block[:, None]
-        tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks)[:, None] & (k < K)[None, :])
-        if BITS == 8:
-            PER_BLOCK: tl.constexpr = BLOCK
-            UNITS: tl.constexpr = TILE_M
-            packed = _tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-            packed = packed.reshape(TILE_M, TILE_K)
-        else:
-            code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-            PER_BLOCK: tl.constexpr = BLOCK // 8
-            UNITS: tl.constexpr = BLOCKS * PER_BLOCK
-            packed = _tile.pack_columns(code.reshape(UNITS, 8, TILE_K), BITS)
-            is_nan = (byte == (255 if E8M0 else 0x7F))[:, None, :]
-            packed = packed.reshape(BLOCKS, PER_BLOCK, TILE_K)
-            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, packed).reshape(UNITS, TILE_K)
-        index = m0 // BLOCK * PER_BLOCK + tl.arange(0, UNITS)
+        tl.store(
+            s_ptrs,
+            byte.to(tl.uint8),
+            mask=((block < blocks) | EVEN)[:, None] & ((k < K) | EVEN)[None, :],
+        )
+        PER_BLOCK: tl.constexpr = BLOCK // 4
+        UNITS: tl.constexpr = TILE_M // 4
+        packed = encode_fours(
+            y.reshape(4, UNITS, TILE_K), EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
+        )
+        packed = packed.reshape(STACK, BLOCKS, QUADS, TILE_K)
+        if BITS == 4:
+            is_nan = (byte == (255 if E8M0 else 0x7F))[None, :, None, :]
+            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, packed).to(tl.int16)
+        packed = packed.permute(3, 1, 0, 2).reshape(TILE_K, UNITS)
+        index = m0 // 4 + tl.arange(0, UNITS)
         row_units = blocks * PER_BLOCK
         q_ptrs = q_ptr + k[:, None].to(tl.int64) * row_units + index[None, :]
-        tl.store(q_ptrs, tl.trans(packed), mask=(k < K)[:, None] & (index < row_units)[None, :])
+        tl.store(
+            q_ptrs, packed, mask=((k < K) | EVEN)[:, None] & ((index < row_units) | EVEN)[None, :]
+        )
     if VALUES:
         scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
         value = values(
-            y, scale[:, None, :], RANDOM, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
+            y,
+            scale[None, None, :, None, :],
+            RANDOM,
+            EXPONENT_BITS,
+            MANTISSA_BITS,
+            ELEM_MAX,
+            FP8_INSTRUCTIONS,
         )
         value = value.to(v_ptr.dtype.element_ty).reshape(TILE_M, TILE_K)
-        m = m0 + tl.arange(0, TILE_M)
         v_ptrs = v_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(v_ptrs, value, mask=(m < M)[:, None] & (k < K)[None, :])
+        tl.store(v_ptrs, value, mask=((m < M) | EVEN)[:, None] & ((k < K) | EVEN)[None, :])

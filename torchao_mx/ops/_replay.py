@@ -332,7 +332,8 @@ def _distinct(tensors: list[torch.Tensor]) -> bool:
 def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
     """``op``, recorded as the head says: from tensors on one GPU, plain values and lists of those to new tensors.
 
-    One, or a tuple or a list of them.
+    One, or a tuple or a list of them. ``forget()`` of the result drops the recordings, for who has changed what the
+    op launches (a sweep of its tiles).
     """
     recordings: OrderedDict[Any, _Recording | bool] = OrderedDict()
 
@@ -370,4 +371,5 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
         recordings[key] = recorded or False
         return outputs
 
+    call.forget = recordings.clear  # type: ignore[attr-defined]
     return call

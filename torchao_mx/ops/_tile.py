@@ -11,6 +11,9 @@ import triton.language as tl
 _LOG2_PER_ULP = tl.constexpr(1.4426950408889634 * 2.0**-23)
 _E4M3_MAX = tl.constexpr(448.0)
 _E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
+# Per-tensor scales between these keep the divisions of e4m3_scale, but for clamped ones, from underflow.
+_SMALLEST_QUICK = tl.constexpr(2.0**-90)
+_LARGEST_QUICK = tl.constexpr(2.0**90)
 _ENCODE = """
 {
 .reg .b16 pair;
@@ -20,6 +23,15 @@ cvt.u32.u16 $0, pair;
 """
 _ENCODE_E4M3 = tl.constexpr(_ENCODE.replace("TYPE", "e4m3"))
 _ENCODE_E5M2 = tl.constexpr(_ENCODE.replace("TYPE", "e5m2"))
+_ENCODE_TWO = """
+{
+.reg .b16 pair;
+cvt.rn.satfinite.TYPEx2.f32 pair, $2, $1;
+cvt.u32.u16 $0, pair;
+}
+"""
+_ENCODE_TWO_E4M3 = tl.constexpr(_ENCODE_TWO.replace("TYPE", "e4m3"))
+_ENCODE_TWO_E5M2 = tl.constexpr(_ENCODE_TWO.replace("TYPE", "e5m2"))
 _ENCODE_FOUR = """
 {
 .reg .b16 low, high;
@@ -30,6 +42,11 @@ mov.b32 $0, {low, high};
 """
 _ENCODE_FOUR_E4M3 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e4m3"))
 _ENCODE_FOUR_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
+_E2M1_LARGEST = tl.constexpr(0x4B000007)  # 2**23 + 7 in fp32
+_E2M1_OFFSETS = tl.constexpr(
+    0xFB000000 - 2**32
+)  # the sum of 0x4B000000 << 4 i, i = 0 .. 7, in int32
+_E2M1_SIGNS = tl.constexpr(0x88888888 - 2**32)
 E2M1_NAN_WORD = tl.constexpr(0x77777777)  # eight codes of a block whose scale is NaN
 
 
@@ -69,9 +86,22 @@ def load_per_tensor_scale(ptr, expert, KIND: tl.constexpr):
 
 
 @triton.jit
-def max_magnitude(x, axis: tl.constexpr):
-    """max |x| along ``axis``; NaN wins, as its bits are above Inf's."""
-    return float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=axis))
+def _larger_magnitude(a, b):
+    return tl.maximum(tl.abs(a), tl.abs(b), propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def max_magnitude(x, axis: tl.constexpr, COMPILED: tl.constexpr = False):
+    """max |x| along ``axis``; NaN wins.
+
+    COMPILED: by an instruction that takes the magnitudes itself; Triton's interpreter is slow at that. Otherwise
+    by the bits, of which NaN's are above Inf's.
+    """
+    if COMPILED:
+        amax = tl.reduce(x, axis, _larger_magnitude)
+    else:
+        amax = float_of(tl.max(bits_of(x) & 0x7FFFFFFF, axis=axis))
+    return amax
 
 
 @triton.jit
@@ -107,7 +137,7 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, MANTISSA_
         k = (byte - 127).to(tl.float32)
         byte = tl.maximum(byte + ((k + m * _LOG2_PER_ULP) > k).to(tl.int32), 0)
     else:
-        byte = tl.maximum(((bits + CARRY) >> 23) - MAX_EXPONENT, 0)
+        byte = tl.maximum(bits + (CARRY - (MAX_EXPONENT << 23)), 0) >> 23
     if (
         MODE == "rceil"
     ):  # 0 is "too small to scale"; Inf has 254, whose multiplier 2**-127 is subnormal
@@ -124,6 +154,19 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, MANTISSA_
 @triton.jit
 def e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):
     """NVFP4's scale byte (int32) of a block and the reciprocal of its whole scale."""
+    if FP8_INSTRUCTIONS and len(per_tensor_scale.shape) == 0:
+        if (per_tensor_scale > _SMALLEST_QUICK) & (per_tensor_scale < _LARGEST_QUICK):
+            byte, multiplier = _quick_e4m3_scale(amax, per_tensor_scale, ELEM_MAX)
+        else:
+            byte, multiplier = _any_e4m3_scale(amax, per_tensor_scale, ELEM_MAX, FP8_INSTRUCTIONS)
+    else:
+        byte, multiplier = _any_e4m3_scale(amax, per_tensor_scale, ELEM_MAX, FP8_INSTRUCTIONS)
+    return byte, multiplier
+
+
+@triton.jit
+def _any_e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr,
+                    FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
     ones = tl.full(amax.shape, 1.0, tl.float32)
     scale = tl.div_rn(tl.div_rn(amax, ones * ELEM_MAX), ones * per_tensor_scale)
     is_nan = scale != scale
@@ -131,6 +174,37 @@ def e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr, FP8_INSTRUCTIONS:
     byte = tl.where(is_nan, 0x7F, encode(scale, 4, 3, _E4M3_MAX, FP8_INSTRUCTIONS))
     value = decode(byte, 4, 3, FP8_INSTRUCTIONS)
     return byte, tl.div_rn(tl.div_rn(ones, ones * per_tensor_scale), value)
+
+
+@triton.jit
+def _quick_e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr):
+    """:func:`_any_e4m3_scale` without its divisions' branches, for a per-tensor scale far from fp32's ends.
+
+    A quotient that the corrections below get wrong, of an Inf or of tiny numbers, is clamped in either.
+    """
+    SIXTH: tl.constexpr = 1.0 / ELEM_MAX
+    whole = tl.div_rn(1.0, per_tensor_scale)
+    part = corrected(amax * SIXTH, amax, ELEM_MAX, SIXTH)
+    scale = corrected(part * whole, part, per_tensor_scale, whole)
+    scale = corrected(scale, part, per_tensor_scale, whole)
+    scale = tl.maximum(tl.minimum(scale, _E4M3_MAX), _E4M3_MIN_NORMAL)  # NaN to the largest
+    byte = tl.where(amax != amax, 0x7F, encode(scale, 4, 3, _E4M3_MAX, True))
+    value = decode(byte, 4, 3, True)
+    reciprocal = tl.inline_asm_elementwise(
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
+    )
+    reciprocal = tl.fma(reciprocal, tl.fma(-value, reciprocal, 1.0), reciprocal)
+    return byte, corrected(whole * reciprocal, whole, value, reciprocal)
+
+
+@triton.jit
+def corrected(quotient, a, b, reciprocal):
+    """``a / b`` rounded to nearest, from a quotient at most one unit off and the rounded 1 / b.
+
+    Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2;
+    without underflow. From ``a * reciprocal`` the quotient by 6 and by every e4m3 value is right at once.
+    """
+    return tl.fma(tl.fma(-b, quotient, a), reciprocal, quotient)
 
 
 @triton.jit
@@ -216,6 +290,22 @@ def encode_bytes(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, EL
 
 
 @triton.jit
+def encode_two(a, b, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
+               FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+    """:func:`encode` of a, and of b in the bits above."""
+    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    if BITS == 8 and FP8_INSTRUCTIONS:
+        asm: tl.constexpr = _ENCODE_TWO_E4M3 if EXPONENT_BITS == 4 else _ENCODE_TWO_E5M2
+        code = tl.inline_asm_elementwise(
+            asm, "=r,f,f", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        code = encode(a, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+        code |= encode(b, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS) << BITS
+    return code
+
+
+@triton.jit
 def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
            FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
     """fp32 values of element codes (int32)."""
@@ -253,6 +343,43 @@ def pack_neighbours(code, BITS: tl.constexpr):
     """``[R, C]`` codes of BITS bits to ``[R, C / 2]`` of twice as many, the even one in the low half."""
     low, high = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
     return low | (high << BITS)
+
+
+@triton.jit
+def encode_words(y):
+    """``[A, B, 8]`` scaled values to ``[A, B]`` words of e2m1, the first in the lowest bits.
+
+    :func:`encode` for whole words: the bits of 2**23 add up to a constant, so codes need no mask, and a funnel
+    shift takes a sign.
+    """
+    even, odd = tl.split(y.reshape(y.shape[0], y.shape[1], 2, 2, 2))
+    y04, y26 = tl.split(even)
+    y15, y37 = tl.split(odd)
+    y0, y4 = tl.split(y04)
+    y1, y5 = tl.split(y15)
+    y2, y6 = tl.split(y26)
+    y3, y7 = tl.split(y37)
+    codes, signs = _e2m1_above(y7, 0, tl.zeros(y7.shape, tl.uint32))
+    codes, signs = _e2m1_above(y6, codes, signs)
+    codes, signs = _e2m1_above(y5, codes, signs)
+    codes, signs = _e2m1_above(y4, codes, signs)
+    codes, signs = _e2m1_above(y3, codes, signs)
+    codes, signs = _e2m1_above(y2, codes, signs)
+    codes, signs = _e2m1_above(y1, codes, signs)
+    codes, signs = _e2m1_above(y0, codes, signs)
+    return (codes - _E2M1_OFFSETS) | (signs.to(tl.int32, bitcast=True) & _E2M1_SIGNS)
+
+
+@triton.jit
+def _e2m1_above(y, codes, signs):
+    """``codes`` and ``signs`` a code further up, and below them y's magnitude on top of 2**23 and its sign."""
+    magnitude = tl.abs(y)
+    code = tl.minimum(
+        bits_of(tl.fma(magnitude, 2.0, 8388608.0)), bits_of(tl.fma(magnitude, 1.0, 8388610.0))
+    )
+    code = tl.minimum(code, bits_of(tl.fma(magnitude, 0.5, 8388612.0)))
+    code = tl.minimum(code, _E2M1_LARGEST)
+    return (codes << 4) + code, (signs << 4) | (y.to(tl.uint32, bitcast=True) >> 28)
 
 
 @triton.jit

@@ -37,16 +37,40 @@ from torchao_mx.ops.matmul import spec_strings
 from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind, rounds_products
 from torchao_mx.reference import BothDirections
 
-# Multiples of every block size, measured on an H200 (benchmarks/ops/bench_quantize_both.py --sweep).
-TILE_M, TILE_K, WARPS = 32, 64, 2
+GRID_M = 32768  # tiles of rows on the grid's second axis, which holds 65,535
 FORMS = BothDirections._fields
+
+
+class Tiling(NamedTuple):
+    """How a program's tile is cut; ``stack`` as ``_both_tile.rows_in_order`` has it."""
+
+    m: int
+    k: int
+    warps: int
+    stack: int
+    max_registers: int | None = None
+
+
+def _tiling(forms: list[str], row_fmt: BlockFormat, is_random: bool) -> Tiling:
+    """The fastest on an H200 (benchmarks/ops/bench_quantize_both.py --sweep); of multiples of every block size."""
+    if is_random:
+        return Tiling(32, 64, warps=2, stack=1, max_registers=80)
+    if "columns" not in forms:
+        both_ways = "column_values" in forms
+        return Tiling(32, 128, warps=2 if both_ways else 4, stack=2)
+    if "rows" not in forms:
+        return Tiling(128, 64, warps=4, stack=2)
+    if row_fmt.elem_bits == 8:  # a thread then has 16 columns
+        return Tiling(128, 64, warps=4, stack=1)
+    return Tiling(128, 64, warps=4, stack=2, max_registers=96)
 
 
 @launched
 @triton.jit
 def _quantize_both_kernel(x_ptr, index_ptr, seed_ptr, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr,
                           column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, M, K, stride_m, stride_k,
-                          GATHERED: tl.constexpr, RANDOM: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
+                          GRID_M: tl.constexpr, EVEN: tl.constexpr, GATHERED: tl.constexpr,
+                          RANDOM: tl.constexpr, SHORT_MANTISSA: tl.constexpr, STACK: tl.constexpr,
                           TILE_M: tl.constexpr, TILE_K: tl.constexpr, ROWS: tl.constexpr,
                           ROW_VALUES: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_VALUES: tl.constexpr,
                           ROW_PER_TENSOR: tl.constexpr, ROW_MODE: tl.constexpr,
@@ -58,30 +82,41 @@ def _quantize_both_kernel(x_ptr, index_ptr, seed_ptr, row_q_ptr, row_s_ptr, row_
                           COLUMN_MAX_EXPONENT: tl.constexpr, COLUMN_ELEM_MAX: tl.constexpr,
                           COLUMN_BLOCK: tl.constexpr, COLUMN_E8M0: tl.constexpr,
                           FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """A tile of ``x [M, K]``, of the rows ``x[index]`` where GATHERED; e2m1 in words, fp8 in bytes."""
-    tiles_k = tl.cdiv(K, TILE_K)
-    m0, k0 = (tl.program_id(0) // tiles_k) * TILE_M, (tl.program_id(0) % tiles_k) * TILE_K
-    m, k = m0 + tl.arange(0, TILE_M), k0 + tl.arange(0, TILE_K)
+    """A tile of ``x [M, K]``, of the rows ``x[index]`` where GATHERED; EVEN: all tiles are whole.
+
+    Rows of e2m1 are stored in words of eight, rows of fp8 in bytes, columns in units of four codes.
+    """
+    k0, m0 = tl.program_id(0) * TILE_K, (tl.program_id(1) + tl.program_id(2) * GRID_M) * TILE_M
+    ROW_BYTES: tl.constexpr = ROWS and ROW_EXPONENT_BITS != 2
+    m, k = m0 + _both_tile.rows_in_order(TILE_M, COLUMN_BLOCK, STACK), k0 + tl.arange(0, TILE_K)
     if GATHERED:
         row = tl.load(index_ptr + m, mask=m < M, other=-1)
     else:
         row = m
-    inside_m = (m < M) & (row >= 0)
+    inside_m = (m < M) & (row >= 0) | EVEN
+    inside_k = (k < K) | EVEN
     row_64 = row.to(tl.int64)
     x_ptrs = x_ptr + row_64[:, None] * stride_m + k.to(tl.int64)[None, :] * stride_k
-    x = tl.load(x_ptrs, mask=inside_m[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    inside = inside_m[:, None] & inside_k[None, :]
     words = 0
     if RANDOM:
         words = _both_tile.random_words(tl.load(seed_ptr), row, k0, TILE_K)
-    if ROWS or ROW_VALUES:
+    if ROWS and ROW_EXPONENT_BITS == 2:
+        _both_tile.store_row_words(
+            x_ptr, index_ptr, row_q_ptr, row_s_ptr, row_pts_ptr, m0, M, k0, K, stride_m, stride_k, EVEN, GATHERED,
+            TILE_M, TILE_K, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, ROW_EXPONENT_BITS, ROW_MANTISSA_BITS,
+            ROW_MAX_EXPONENT, ROW_ELEM_MAX, ROW_BLOCK, ROW_E8M0, FP8_INSTRUCTIONS,
+        )  # fmt: skip
+    x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
+    if ROW_BYTES or ROW_VALUES:
         _both_tile.store_rows(
-            x, words, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr, row_64, inside_m, k0, K, TILE_M,
-            TILE_K, ROWS, ROW_VALUES, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, RANDOM, ROW_EXPONENT_BITS,
+            x, words, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr, row_64, inside_m, k0, K, EVEN, TILE_M,
+            TILE_K, ROW_BYTES, ROW_VALUES, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, RANDOM, ROW_EXPONENT_BITS,
             ROW_MANTISSA_BITS, ROW_MAX_EXPONENT, ROW_ELEM_MAX, ROW_BLOCK, ROW_E8M0, FP8_INSTRUCTIONS,
         )  # fmt: skip
     if COLUMNS or COLUMN_VALUES:
         _both_tile.store_columns(
-            x, words, column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, m0, M, k0, K, TILE_M,
+            x, words, column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, m0, m, M, k0, K, EVEN, STACK, TILE_M,
             TILE_K, COLUMNS, COLUMN_VALUES, COLUMN_PER_TENSOR, COLUMN_MODE, SHORT_MANTISSA, RANDOM,
             COLUMN_EXPONENT_BITS, COLUMN_MANTISSA_BITS, COLUMN_MAX_EXPONENT, COLUMN_ELEM_MAX, COLUMN_BLOCK,
             COLUMN_E8M0, FP8_INSTRUCTIONS,
@@ -203,25 +238,32 @@ def _launch(a: Arguments, both: BothDirections, n_rows: int) -> None:
         of_format |= {"MODE": mode, "PER_TENSOR": per_tensor_kind(pts)}
         constants |= {f"{name}_{key}": value for key, value in of_format.items()}
 
-    def pointers(packed: Any, values: Any, fmt: BlockFormat) -> tuple[Any, ...]:
+    row_unit = torch.int32 if row_fmt.elem_bits == 4 else torch.uint8
+    column_unit = torch.int16 if column_fmt.elem_bits == 4 else torch.int32  # of four rows
+
+    def pointers(packed: Any, values: Any, unit: torch.dtype) -> tuple[Any, ...]:
         qdata, scale = (x, x) if packed is None else packed  # any tensor where nothing is stored
         if packed is not None:
-            qdata = qdata.view(torch.int32) if fmt.elem_bits == 4 else bytes_of(qdata)
+            qdata = qdata.view(unit)
             scale = bytes_of(scale)
         return qdata, scale, x if values is None else values
 
     k = x.shape[1]
-    grid = (cdiv(n_rows, TILE_M) * cdiv(k, TILE_K),)
+    tile = _tiling(a.forms, row_fmt, seed is not None)
+    tiles_m = cdiv(n_rows, tile.m)
+    grid = (cdiv(k, tile.k), min(tiles_m, GRID_M), cdiv(tiles_m, GRID_M))
+    even = n_rows % tile.m == 0 and k % tile.k == 0 and tiles_m <= GRID_M and index is None
     with on_device_of(x):
         _quantize_both_kernel[grid](
             x, x if index is None else index, x if seed is None else seed,
-            *pointers(both.rows, both.row_values, row_fmt), x if row_scale is None else row_scale,
-            *pointers(both.columns, both.column_values, column_fmt),
+            *pointers(both.rows, both.row_values, row_unit), x if row_scale is None else row_scale,
+            *pointers(both.columns, both.column_values, column_unit),
             x if column_scale is None else column_scale, n_rows, k, x.stride(0), x.stride(1),
-            GATHERED=index is not None, RANDOM=seed is not None, SHORT_MANTISSA=x.dtype != torch.float32,
-            TILE_M=TILE_M, TILE_K=TILE_K, ROWS=both.rows is not None, ROW_VALUES=both.row_values is not None,
+            GRID_M=GRID_M, EVEN=even, GATHERED=index is not None, RANDOM=seed is not None,
+            SHORT_MANTISSA=x.dtype != torch.float32, STACK=min(tile.stack, column_fmt.block_size // 16),
+            TILE_M=tile.m, TILE_K=tile.k, ROWS=both.rows is not None, ROW_VALUES=both.row_values is not None,
             COLUMNS=both.columns is not None, COLUMN_VALUES=both.column_values is not None,
-            FP8_INSTRUCTIONS=fp8_instructions, num_warps=WARPS,
+            FP8_INSTRUCTIONS=fp8_instructions, num_warps=tile.warps, maxnreg=tile.max_registers,
             enable_fp_fusion=not (rounds_products(row_fmt) or rounds_products(column_fmt)), **constants,
         )  # fmt: skip
 
@@ -231,12 +273,13 @@ def _quantize_both_fake(*args: Any) -> list[torch.Tensor]:
     return _flat(_empty_results(a.x, a.row, a.column, a.forms, a.dtype, a.index))
 
 
+_quantize_both_cuda = replayed(_quantize_both_triton)
 quantize_both_op = define_op(
     "quantize_both",
     "(Tensor x, str row_format, str row_mode, str column_format, str column_mode, str[] forms,"
     " ScalarType dtype, Tensor? row_scale, Tensor? column_scale, Tensor? seed, Tensor? index) -> Tensor[]",
     cpu=_quantize_both_cpu,
-    cuda=replayed(_quantize_both_triton),
+    cuda=_quantize_both_cuda,
     fake=_quantize_both_fake,
 )
 

@@ -17,6 +17,7 @@ from torchao_mx.reference.mm import (
 from torchao_mx.reference.quantize import dequantize, fake_quantize, per_tensor_scale, quantize
 from torchao_mx.reference.recipes import (
     BothDirections,
+    dropped_bits,
     quantize_both,
     random_words,
     recipe_products,
@@ -32,6 +33,7 @@ __all__ = [
     "check_offsets",
     "combine_backward",
     "dequantize",
+    "dropped_bits",
     "fake_quantize",
     "gram",
     "group_sum",

@@ -22,10 +22,11 @@ from torchao_mx.formats import BlockFormat, QuantizeSpec
 from torchao_mx.reference.quantize import _e8m0_scale, dequantize, per_tensor_scale, quantize
 
 _FP32_MANTISSA_BITS = 23
-_RANDOM_BITS = 16
-_WORD = (1 << 32) - 1
-# Philox4x32-10: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", table 2 and section 3.3.
-_PHILOX_ROUNDS = 10
+_WORD_BITS = 32
+_WORD = (1 << _WORD_BITS) - 1
+# Philox4x32-7: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; by its table 2
+# 7 rounds are the fewest that pass BigCrush.
+PHILOX_ROUNDS = 7
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
 
@@ -84,12 +85,16 @@ def quantize_both(
     wanted, found = {*forms}, {}
     words = None if seed is None else random_words(seed, x.shape)
     if wanted & {"rows", "row_values"}:
-        low = None if words is None else words & ((1 << _RANDOM_BITS) - 1)
+        low = None if words is None else words & ((1 << dropped_bits(row.format)) - 1)
         packed = found["rows"] = _quantize(x, row, row_scale, low)
         if "row_values" in wanted:
             found["row_values"] = dequantize(*packed, row.format, dtype, -1, row_scale)
     if wanted & {"columns", "column_values"}:
-        high = None if words is None else _gathered(words >> _RANDOM_BITS, index)
+        high = (
+            None
+            if words is None
+            else _gathered(words >> (_WORD_BITS - dropped_bits(column.format)), index)
+        )
         gathered = _gathered(x, index)
         n_rows = len(gathered)
         whole = (0, -n_rows % column.format.block_size)
@@ -142,10 +147,11 @@ def recipe_products(
 
 
 def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """int64 ``[M, K]`` of random 32-bit words: Philox4x32-10 of the key ``seed``, the same on every device.
+    """int64 ``[M, K]`` of random 32-bit words: Philox4x32-7 of the key ``seed``, the same on every device.
 
-    The four words of the counter ``(k // 4, m, 0, 0)`` are those of the row m's columns 4 (k // 4) and on. An
-    element's lower half is for its rounding in the row forms, its upper half in the column forms.
+    The four words of the counter ``(k // 4, m, 0, 0)`` are those of the row m's columns 4 (k // 4) and on. A
+    word's lowest bits, as many as the rounding drops, are for the row forms, the highest for the column
+    forms; those that both have are the column forms' least significant ones.
     """
     m, k = shape
     device = seed.device
@@ -155,7 +161,7 @@ def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         *torch.zeros(2, m, -(-k // 4), dtype=torch.int64, device=device),
     ]
     key = [seed & _WORD, (seed >> 32) & _WORD]
-    for _ in range(_PHILOX_ROUNDS):
+    for _ in range(PHILOX_ROUNDS):
         products = [c * factor for c, factor in zip(counter[::2], _PHILOX_MULTIPLIERS, strict=True)]
         # int64 products wrap, which leaves the upper and the lower word of the unsigned ones as they are.
         (high_a, low_a), (high_b, low_b) = ((p >> 32 & _WORD, p & _WORD) for p in products)
@@ -164,19 +170,22 @@ def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return torch.stack(counter, -1).flatten(1)[:, :k]
 
 
+def dropped_bits(fmt: BlockFormat) -> int:
+    """How many bits of an fp32 mantissa an element of ``fmt`` has not."""
+    return _FP32_MANTISSA_BITS - fmt.mantissa_bits
+
+
 def round_stochastically(y: torch.Tensor, fmt: BlockFormat, random: torch.Tensor) -> torch.Tensor:
     """fp32 ``y`` rounded up or down to an element of ``fmt``, to each the likelier the nearer it is.
 
-    ``random`` holds 16 bits an element, so the probability of rounding up is the right one to the nearest
-    multiple of 2**-16: the expectation is y, but for 2**-17 of the distance between two elements and for
-    what saturates (nothing under RCEIL and CEIL).
+    ``random`` is uniform in ``[0, 2**dropped_bits)``, so the expectation is y, but for what saturates (under
+    RCEIL and CEIL nothing does); a subnormal is first rounded to 2**-dropped_bits of the elements' distance.
     """
-    dropped = _FP32_MANTISSA_BITS - fmt.mantissa_bits
+    dropped = dropped_bits(fmt)
     smallest = 2.0**fmt.min_exponent
     magnitude = y.abs().clamp(max=fmt.elem_max)
     is_small = magnitude < smallest  # subnormals: one binade up, elements are spaced as they are
-    bits = torch.where(is_small, magnitude + smallest, magnitude).view(torch.int32)
-    bits = bits + (random.int() << (dropped - _RANDOM_BITS)) + (1 << (dropped - _RANDOM_BITS - 1))
+    bits = torch.where(is_small, magnitude + smallest, magnitude).view(torch.int32) + random.int()
     grid = (bits & -(1 << dropped)).view(torch.float32)
     grid = torch.where(is_small, grid - smallest, grid).copysign(y)
     return torch.where(y.isnan(), y, grid)
