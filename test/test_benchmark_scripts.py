@@ -19,6 +19,13 @@ def output_of(*command):
     return found.stdout
 
 
+def test_every_script_finds_what_it_imports():
+    scripts = sorted(BENCHMARKS.rglob("*.py"))
+    assert len(scripts) > 15
+    program = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path)"
+    output_of("-c", program, *scripts)
+
+
 def test_soak():
     """Repeats, resumes and skips, bit for bit; a step of each poison."""
     printed = output_of(BENCHMARKS / "soak.py", "--tiny", "--device", "cpu", "--steps", 32)

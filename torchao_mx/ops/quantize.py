@@ -37,7 +37,7 @@ from torchao_mx.ops._library import define_op
 from torchao_mx.ops._replay import replayed
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
-ROW_TILE, ROW_WARPS = 64, 2
+ROW_ELEMENTS, ROW_WARPS = 2048, 2
 COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_TILE_PAIRS, COLUMN_WARPS = 2, 32, 32, 1
 
 
@@ -55,39 +55,51 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
     first = tl.program_id(0).to(tl.int64) * TILE
     block = tl.arange(0, TILE)
     inside = block < n_blocks - first
-    elem = tl.arange(0, BLOCK)
-    contiguous = (first * BLOCK) + (block * BLOCK)[:, None] + elem[None, :]
     if CONTIGUOUS:
-        x_ptrs = x_ptr + contiguous
+        start = first * BLOCK + block * BLOCK
     else:
         row = (first + block) // blocks_per_row
         start = row * row_stride + (first + block - row * blocks_per_row) * BLOCK
-        x_ptrs = x_ptr + start[:, None] + elem[None, :]
-    x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
     expert = (first + tl.minimum(block, n_blocks - first - 1)) // blocks_per_expert
     pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
-    byte, multiplier = _tile.block_scale(
-        _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
-        MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-    )  # fmt: skip
-    tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
-    y = x * multiplier[:, None]
-    code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-    if BITS == 4:
-        PER_BLOCK: tl.constexpr = BLOCK // 8
-        is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
-        packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code, BITS))
+    if BITS == 4 and not VALUES:  # a thread takes whole blocks, and computes each scale once
+        WORDS: tl.constexpr = BLOCK // 8
+        word = tl.arange(0, WORDS)
+        elem = (word * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
+        x = tl.load(x_ptr + start[:, None, None] + elem, mask=inside[:, None, None], other=0.0)
+        words, byte = _tile.quantize_words(
+            x.to(tl.float32), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT,
+            ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
+        )  # fmt: skip
+        q_ptrs = q_ptr + first * WORDS + (block * WORDS)[:, None] + word[None, :]
+        tl.store(q_ptrs, words, mask=inside[:, None])
     else:
-        PER_BLOCK: tl.constexpr = BLOCK
-        packed = code.to(tl.uint8)
-    q_ptrs = q_ptr + first * PER_BLOCK
-    q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
-    tl.store(q_ptrs, packed, mask=inside[:, None])
-    if VALUES:
-        scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
-        value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
-        value = value.to(values_ptr.dtype.element_ty)
-        tl.store(values_ptr + contiguous, value, mask=inside[:, None])
+        elem = tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + start[:, None] + elem[None, :], mask=inside[:, None], other=0.0)
+        x = x.to(tl.float32)
+        byte, multiplier = _tile.block_scale(
+            _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
+            MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
+        )  # fmt: skip
+        code = _tile.encode(
+            x * multiplier[:, None], EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
+        )
+        if BITS == 4:
+            PER_BLOCK: tl.constexpr = BLOCK // 8
+            is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code, BITS))
+        else:
+            PER_BLOCK: tl.constexpr = BLOCK
+            packed = code.to(tl.uint8)
+        q_ptrs = q_ptr + first * PER_BLOCK
+        q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
+        tl.store(q_ptrs, packed, mask=inside[:, None])
+        if VALUES:
+            scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)[:, None]
+            value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale
+            v_ptrs = values_ptr + first * BLOCK + (block * BLOCK)[:, None] + elem[None, :]
+            tl.store(v_ptrs, value.to(values_ptr.dtype.element_ty), mask=inside[:, None])
+    tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
 
 
 @launched
@@ -179,12 +191,13 @@ def _launch_rows(
     layout = row_layout(x_BMK, fmt.block_size)
     x = layout.x
     constants = format_constants(fmt, x.device)
-    grid = (cdiv(layout.n_blocks, ROW_TILE),)
+    tile = ROW_ELEMENTS // fmt.block_size
+    grid = (cdiv(layout.n_blocks, tile),)
     scale_bytes = bytes_of(scale)
     common = dict(
         CONTIGUOUS=layout.contiguous,
         VALUES=values is not None,
-        TILE=ROW_TILE,
+        TILE=tile,
         MODE=scaling_mode,
         num_warps=ROW_WARPS,
     )
