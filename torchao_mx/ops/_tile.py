@@ -383,22 +383,6 @@ def _e2m1_above(y, codes, signs):
 
 
 @triton.jit
-def quantize_words(x, per_tensor_scale, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                   EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                   MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, E8M0: tl.constexpr,
-                   FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """Blocks ``x [A, B, 8]`` of 8 B values to ``[A, B]`` words of e2m1 and the blocks' scale bytes (int32)."""
-    amax = max_magnitude(max_magnitude(x, 2, FP8_INSTRUCTIONS), 1, FP8_INSTRUCTIONS)
-    byte, multiplier = block_scale(
-        amax, per_tensor_scale, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT,
-        ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-    )  # fmt: skip
-    words = encode_words(x * multiplier[:, None, None])
-    is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
-    return tl.where(is_nan, E2M1_NAN_WORD, words), byte
-
-
-@triton.jit
 def pack_words(code, BITS: tl.constexpr):
     """``[R, C]`` codes to ``[R, C * BITS / 32]`` words, the first in the lowest bits."""
     word = pack_neighbours(code, BITS)

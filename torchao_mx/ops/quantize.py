@@ -67,10 +67,15 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         word = tl.arange(0, WORDS)
         elem = (word * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
         x = tl.load(x_ptr + start[:, None, None] + elem, mask=inside[:, None, None], other=0.0)
-        words, byte = _tile.quantize_words(
-            x.to(tl.float32), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT,
-            ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
+        x = x.to(tl.float32)
+        amax = _tile.max_magnitude(_tile.max_magnitude(x, 2, FP8_INSTRUCTIONS), 1, FP8_INSTRUCTIONS)
+        byte, multiplier = _tile.block_scale(
+            amax, pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX,
+            E8M0, FP8_INSTRUCTIONS,
         )  # fmt: skip
+        words = _tile.encode_words(x * multiplier[:, None, None])
+        is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+        words = tl.where(is_nan, _tile.E2M1_NAN_WORD, words)
         q_ptrs = q_ptr + first * WORDS + (block * WORDS)[:, None] + word[None, :]
         tl.store(q_ptrs, words, mask=inside[:, None])
     else:
