@@ -285,8 +285,8 @@ def check(device, x, row, column, forms=FORMS, dtype=torch.float32, seed=None, i
 
 LAYOUTS = {
     "one_block": lambda r: r(1, 32),
-    "tile": lambda r: r(32, 128),
-    "ragged": lambda r: r(70, 160),
+    "tiles": lambda r: r(256, 128),  # whole ones, however they are cut
+    "ragged": lambda r: r(150, 160),
     "short": lambda r: r(31, 96),
     "row_stride": lambda r: r(40, 131)[:, 1:97],
     "every_other_row": lambda r: r(130, 64)[::2],
@@ -307,6 +307,16 @@ def test_layouts(kernel_device, layout, row, column):
         x = LAYOUTS[layout](functools.partial(randn, dtype=dtype))
         pts = (scale_of(x, row), scale_of(x, column))
         check(kernel_device, x, row, column, dtype=dtype, pts=pts)
+
+
+@poisoned
+@quiet
+@pytest.mark.parametrize("rows", [384, 300])
+def test_a_grid_of_fewer_rows_than_there_are_tiles(kernel_device, monkeypatch, rows):
+    monkeypatch.setattr(MODULE, "GRID_M", 2)
+    x = randn(rows, 64)
+    pts = (scale_of(x, NVFP4_SPEC), None)
+    check(kernel_device, x, NVFP4_SPEC, MXFP8_SPEC, ("rows", "columns"), pts=pts)
 
 
 @poisoned
