@@ -201,8 +201,8 @@ def _quick_e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr):
 def corrected(quotient, a, b, reciprocal):
     """``a / b`` rounded to nearest, from a quotient at most one unit off and the rounded 1 / b.
 
-    Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor", theorem 8.2;
-    without underflow. From ``a * reciprocal`` the quotient by 6 and by every e4m3 value is right at once.
+    Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor", without
+    underflow. From ``a * reciprocal`` the quotient by 6 and by every e4m3 value is right at once (test_tile.py).
     """
     return tl.fma(tl.fma(-b, quotient, a), reciprocal, quotient)
 

@@ -24,8 +24,8 @@ from torchao_mx.reference.quantize import _e8m0_scale, dequantize, per_tensor_sc
 _FP32_MANTISSA_BITS = 23
 _WORD_BITS = 32
 _WORD = (1 << _WORD_BITS) - 1
-# Philox4x32-7: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", section 3.3; by its table 2
-# 7 rounds are the fewest that pass BigCrush.
+# Philox4x32-7: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", which reports that 7 rounds
+# pass BigCrush. (10, the libraries' default, are to be on the safe side of that.)
 PHILOX_ROUNDS = 7
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -85,16 +85,13 @@ def quantize_both(
     wanted, found = {*forms}, {}
     words = None if seed is None else random_words(seed, x.shape)
     if wanted & {"rows", "row_values"}:
-        low = None if words is None else words & ((1 << dropped_bits(row.format)) - 1)
+        low = words if words is None else words & ((1 << dropped_bits(row.format)) - 1)
         packed = found["rows"] = _quantize(x, row, row_scale, low)
         if "row_values" in wanted:
             found["row_values"] = dequantize(*packed, row.format, dtype, -1, row_scale)
     if wanted & {"columns", "column_values"}:
-        high = (
-            None
-            if words is None
-            else _gathered(words >> (_WORD_BITS - dropped_bits(column.format)), index)
-        )
+        unused = _WORD_BITS - dropped_bits(column.format)
+        high = words if words is None else _gathered(words >> unused, index)
         gathered = _gathered(x, index)
         n_rows = len(gathered)
         whole = (0, -n_rows % column.format.block_size)
