@@ -22,8 +22,8 @@ def output_of(*command):
 def test_every_script_finds_what_it_imports():
     scripts = sorted(BENCHMARKS.rglob("*.py"))
     assert len(scripts) > 15
-    program = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path)"
-    output_of("-c", program, *scripts)
+    program = "import runpy, sys\nsys.path[:0] = sys.argv[1:2]\nfor path in sys.argv[2:]: runpy.run_path(path)"
+    output_of("-c", program, BENCHMARKS, *scripts)
 
 
 def test_soak():
