@@ -4,9 +4,8 @@
 gloo on the CPU or, marked ``gpu``, NCCL. A rank's error fails the test with its traceback. Processes are kept
 for the tests that follow, as starting them takes longer than most tests do; after a failure new ones start.
 
-A rank that a signal ends writes where it was. That was seen twice, in FSDP2 over gloo (a segmentation fault with
-torch 2.13, a corrupted heap with 2.11), and not again where it was looked for: the run is made once more, with a
-warning that has the traceback.
+A rank that a signal ends writes where it was, and the run is made once more, with a warning that has the traceback:
+two collectives of gloo's that are under way at once, as FSDP2 can have them, corrupt the heap now and then.
 """
 
 import atexit

@@ -132,7 +132,9 @@ def _all_gather_into_tensor(x, group_size, group_name):
 
     def gather(t: torch.Tensor) -> torch.Tensor:
         t = t.contiguous()
-        return _functional.all_gather_into_tensor.default(t, group_size, group_name)
+        out = _functional.all_gather_into_tensor.default(t, group_size, group_name)
+        # Two of gloo's under way at once corrupt the heap now and then, of plain tensors too (torch 2.13).
+        return _functional.wait_tensor.default(out) if t.device.type == "cpu" else out
 
     def gather_bytes(span, b):
         return gather(b) if x.packed_axis == -1 else gather(b.mT).mT
