@@ -121,8 +121,8 @@ def store_row_words(x_ptr, index_ptr, q_ptr, s_ptr, pts_ptr, m0, M, k0, K, strid
 
 
 @triton.jit
-def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, EVEN: tl.constexpr,
-               TILE_M: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, VALUES: tl.constexpr,
+def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, k, inside_k, K,
+               EVEN: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, VALUES: tl.constexpr,
                PER_TENSOR: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
                MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
@@ -147,24 +147,22 @@ def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, K, EVE
         mask = inside_m[:, None] & ((block < K // BLOCK) | EVEN)[None, :]
         tl.store(s_ptrs, byte.to(tl.uint8).reshape(TILE_M, BLOCKS), mask=mask)
         packed = _tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        k = k0 + tl.arange(0, TILE_K)
         q_ptrs = q_ptr + row[:, None] * K + k[None, :]
-        mask = inside_m[:, None] & ((k < K) | EVEN)[None, :]
+        mask = inside_m[:, None] & inside_k[None, :]
         tl.store(q_ptrs, packed.reshape(TILE_M, TILE_K), mask=mask)
     if VALUES:
         scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
         value = values(
             y, scale[:, None], RANDOM, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
         )
-        k = k0 + tl.arange(0, TILE_K)
         v_ptrs = v_ptr + row[:, None] * K + k[None, :]
         value = value.to(v_ptr.dtype.element_ty).reshape(TILE_M, TILE_K)
-        tl.store(v_ptrs, value, mask=inside_m[:, None] & ((k < K) | EVEN)[None, :])
+        tl.store(v_ptrs, value, mask=inside_m[:, None] & inside_k[None, :])
 
 
 @triton.jit
-def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k0, K, EVEN: tl.constexpr,
-                  STACK: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
+def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k, inside_k, K,
+                  EVEN: tl.constexpr, STACK: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
                   PACKED: tl.constexpr, VALUES: tl.constexpr,
                   PER_TENSOR: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
                   RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
@@ -187,7 +185,6 @@ def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k0, K, EVEN:
         random = (words.to(tl.uint32, bitcast=True) >> (9 + MANTISSA_BITS)).to(tl.int32)
         random = random.reshape(shape)
         y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
-    k = k0 + tl.arange(0, TILE_K)
     if PACKED:
         if RANDOM:
             y = tl.where((byte == 255)[None, None, :, None, :], float("nan"), y)
@@ -197,7 +194,7 @@ def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k0, K, EVEN:
         tl.store(
             s_ptrs,
             byte.to(tl.uint8),
-            mask=((block < blocks) | EVEN)[:, None] & ((k < K) | EVEN)[None, :],
+            mask=((block < blocks) | EVEN)[:, None] & inside_k[None, :],
         )
         PER_BLOCK: tl.constexpr = BLOCK // 4
         UNITS: tl.constexpr = TILE_M // 4
@@ -212,9 +209,7 @@ def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k0, K, EVEN:
         index = m0 // 4 + tl.arange(0, UNITS)
         row_units = blocks * PER_BLOCK
         q_ptrs = q_ptr + k[:, None].to(tl.int64) * row_units + index[None, :]
-        tl.store(
-            q_ptrs, packed, mask=((k < K) | EVEN)[:, None] & ((index < row_units) | EVEN)[None, :]
-        )
+        tl.store(q_ptrs, packed, mask=inside_k[:, None] & ((index < row_units) | EVEN)[None, :])
     if VALUES:
         scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
         value = values(
@@ -228,4 +223,4 @@ def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k0, K, EVEN:
         )
         value = value.to(v_ptr.dtype.element_ty).reshape(TILE_M, TILE_K)
         v_ptrs = v_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
-        tl.store(v_ptrs, value, mask=((m < M) | EVEN)[:, None] & ((k < K) | EVEN)[None, :])
+        tl.store(v_ptrs, value, mask=((m < M) | EVEN)[:, None] & inside_k[None, :])

@@ -110,14 +110,14 @@ def _quantize_both_kernel(x_ptr, index_ptr, seed_ptr, row_q_ptr, row_s_ptr, row_
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     if ROW_BYTES or ROW_VALUES:
         _both_tile.store_rows(
-            x, words, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr, row_64, inside_m, k0, K, EVEN, TILE_M,
-            TILE_K, ROW_BYTES, ROW_VALUES, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, RANDOM, ROW_EXPONENT_BITS,
+            x, words, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr, row_64, inside_m, k0, k, inside_k, K,
+            EVEN, TILE_M, TILE_K, ROW_BYTES, ROW_VALUES, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, RANDOM, ROW_EXPONENT_BITS,
             ROW_MANTISSA_BITS, ROW_MAX_EXPONENT, ROW_ELEM_MAX, ROW_BLOCK, ROW_E8M0, FP8_INSTRUCTIONS,
         )  # fmt: skip
     if COLUMNS or COLUMN_VALUES:
         _both_tile.store_columns(
-            x, words, column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, m0, m, M, k0, K, EVEN, STACK, TILE_M,
-            TILE_K, COLUMNS, COLUMN_VALUES, COLUMN_PER_TENSOR, COLUMN_MODE, SHORT_MANTISSA, RANDOM,
+            x, words, column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, m0, m, M, k, inside_k, K,
+            EVEN, STACK, TILE_M, TILE_K, COLUMNS, COLUMN_VALUES, COLUMN_PER_TENSOR, COLUMN_MODE, SHORT_MANTISSA, RANDOM,
             COLUMN_EXPONENT_BITS, COLUMN_MANTISSA_BITS, COLUMN_MAX_EXPONENT, COLUMN_ELEM_MAX, COLUMN_BLOCK,
             COLUMN_E8M0, FP8_INSTRUCTIONS,
         )  # fmt: skip
