@@ -43,9 +43,8 @@ mov.b32 $0, {low, high};
 _ENCODE_FOUR_E4M3 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e4m3"))
 _ENCODE_FOUR_E5M2 = tl.constexpr(_ENCODE_FOUR.replace("TYPE", "e5m2"))
 _E2M1_LARGEST = tl.constexpr(0x4B000007)  # 2**23 + 7 in fp32
-_E2M1_OFFSETS = tl.constexpr(
-    0xFB000000 - 2**32
-)  # the sum of 0x4B000000 << 4 i, i = 0 .. 7, in int32
+# In int32, the sum of 0x4B000000 << 4 i for i = 0 .. 7.
+_E2M1_OFFSETS = tl.constexpr(0xFB000000 - 2**32)
 _E2M1_SIGNS = tl.constexpr(0x88888888 - 2**32)
 E2M1_NAN_WORD = tl.constexpr(0x77777777)  # eight codes of a block whose scale is NaN
 
@@ -383,13 +382,9 @@ def _e2m1_above(y, codes, signs):
 
 
 @triton.jit
-def pack_words(code, BITS: tl.constexpr):
-    """``[R, C]`` codes to ``[R, C * BITS / 32]`` words, the first in the lowest bits."""
-    word = pack_neighbours(code, BITS)
-    word = pack_neighbours(word, 2 * BITS)
-    if BITS == 4:
-        word = pack_neighbours(word, 16)
-    return word
+def pack_words(code):
+    """``[R, C]`` codes of e2m1 to ``[R, C / 8]`` words, the first in the lowest bits."""
+    return pack_neighbours(pack_neighbours(pack_neighbours(code, 4), 8), 16)
 
 
 @triton.jit

@@ -92,7 +92,7 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         if BITS == 4:
             PER_BLOCK: tl.constexpr = BLOCK // 8
             is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
-            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code, BITS))
+            packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code))
         else:
             PER_BLOCK: tl.constexpr = BLOCK
             packed = code.to(tl.uint8)
