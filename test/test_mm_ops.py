@@ -205,8 +205,8 @@ def op_cases():
                 yield f"mm_backward-{key}", OPS.mm_backward, args
     y, weights = randn(6, K).requires_grad_(), torch.rand(3, 2).requires_grad_()
     order = torch.tensor([3, 1, 5, 0, 2, 4], dtype=torch.int32)
-    yield "combine", OPS.combine, (y, weights, order)
-    args = (randn(3, K), y.detach(), weights.detach(), order)
+    yield "combine", OPS.combine, (y, weights, order, offsets([1, 4]))
+    args = (randn(3, K), y.detach(), weights.detach(), order, offsets([1, 4]))
     yield "combine_backward", OPS.combine_backward, args
     dy, x, offs = randn(18, N), randn(18, K), offsets([1, 0, 6, 2])
     yield "group_sum", OPS.group_sum, (dy, offs, torch.float64)
@@ -323,7 +323,7 @@ ValueError: offs is [-1, 0, 0, 4] and there are 6 row(s); end offsets ascend fro
 ValueError: offs is [1, 3, 3, 7] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts
 ValueError: x has shape (6, 63); the weight reduces over 64 elements, which x's last axis must have
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
-ValueError: qdata has shape (4, 44, 32) and scale (3, 44, 2); a weight of mxfp4 has [N, 16 B] and [N, B], or experts in front: pass the two results of one quantize
+ValueError: qdata has shape (4, 44, 32) and scale (3, 44, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
 TypeError: fmt='mxfp4' is not a BlockFormat; use one from torchao_mx, such as MXFP4
 ValueError: per_tensor_scale has shape (2, 1, 1); it must be 0-d, or [E, 1, 1] for x [E, M, K]: x has shape (4, 44, 32)
 ValueError: bias has shape (44,); a grouped product with 4 experts of 44 columns takes a bias [4, 44]
@@ -362,7 +362,7 @@ def test_refusals_of_dense_operands():
 ValueError: bias has shape (64,); the product has 44 columns and takes a bias [44]
 ValueError: bias has shape (1, 44); the product has 44 columns and takes a bias [44]
 ValueError: bias is on meta and x on cpu; move one with .to(device)
-ValueError: qdata has shape (44, 32) and scale (44, 1); a weight of mxfp4 has [N, 16 B] and [N, B], or experts in front: pass the two results of one quantize
+ValueError: qdata has shape (44, 32) and scale (44, 1); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
 ValueError: strategy='unpack' with an activation; these products are computed in one way only: leave strategy out
 ValueError: strategy='fused' with a batch of weights; these products are computed in one way only: leave strategy out
 ValueError: strategy=None is none of auto, fused, unpack, fused8, unpack8""",

@@ -275,7 +275,7 @@ def test_sum_rows(device, dtype, top_k, columns):
         assert actual.dtype == dtype
         wide = None if w is None else w.cpu().double()
         check(actual, combined(y.cpu().double(), order.cpu(), top_k, wide))
-        assert torch.equal(_gather.sum_rows(y, order, top_k, w, inv), actual)
+        assert torch.equal(_gather.sum_rows(y, order, top_k, w, inv=inv), actual)
 
 
 @each_dtype
@@ -289,7 +289,7 @@ def test_combine_backward(device, dtype, top_k, columns):
         out = combined(wide[0], order.cpu(), top_k, wide[1])
         expected = torch.autograd.grad(out, wide, dout.cpu().double())
         results = _gather.combine_backward(dout, y, weights, order)
-        again = _gather.combine_backward(dout, y, weights, order, _gather.inverse(order))
+        again = _gather.combine_backward(dout, y, weights, order, inv=_gather.inverse(order))
         assert (results[0].dtype, results[1].dtype) == (dtype, weights_dtype)
         for actual, wanted, repeated in zip(results, expected, again, strict=True):
             check(actual, wanted)
@@ -302,7 +302,7 @@ def test_views(device, dtype):
     offs, n_rows, slices = groups_of("ragged", device)
     order, down = order_of(n_rows, device), adapter("ragged", 16, 96, dtype, device)
     left = randn(n_rows, 40, dtype=dtype, device=device, seed=3)[:, 1:17]
-    weights = randn(4, n_rows // 4, dtype=dtype, device=device, seed=4).t()
+    weights = randn(n_rows // 4, 4, dtype=dtype, device=device, seed=4)
     whole = randn(n_rows, 200, dtype=dtype, device=device)
     for x in (
         whole[:, 3:99],

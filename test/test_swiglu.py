@@ -7,7 +7,8 @@ from expecttest import assert_expected_inline
 from torch.library import opcheck
 
 from torchao_mx import ops, reference
-from torchao_mx.ops.swiglu import _swiglu_backward_triton, _swiglu_triton
+from torchao_mx.ops._library import implementations
+from torchao_mx.ops.swiglu import swiglu_backward_op, swiglu_op
 
 OPS = torch.ops.torchao_mx
 PLAIN = dict(alpha=1.0, limit=None, up_offset=0.0)
@@ -91,8 +92,9 @@ def by_op(x, bias, offs, dy, **options):
 
 def by_kernels(x, bias, offs, dy, interleaved, alpha, limit, up_offset):
     args = (bias, offs, interleaved, alpha, limit, up_offset)
-    dx, dbias = _swiglu_backward_triton(dy, x, *args, bias is not None)
-    return _swiglu_triton(x, *args), dx, *([] if bias is None else [dbias])
+    forward, backward = (implementations[op, "cuda"] for op in (swiglu_op, swiglu_backward_op))
+    dx, dbias = backward(dy, x, *args, bias is not None)
+    return forward(x, *args), dx, *([] if bias is None else [dbias])
 
 
 def check(actual, wanted, dtype=None):
@@ -407,8 +409,8 @@ ValueError: limit=nan; it must be a positive number, or None for no clamp
 TypeError: limit is a str; it is a Python number: of a tensor take .item() once, outside the training loop
 TypeError: offs has dtype torch.int64; end offsets are int32: use offs.int()
 ValueError: offs is on meta and x on cpu; move one with .to(device)
-ValueError: x has shape (6, 8) and offs (1, 2); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
-ValueError: x has shape (6, 8) and offs (0,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
+ValueError: offs has shape (1, 2); it is [E], the end offsets of at least one group: use the cumulative sum of the groups' row counts
+ValueError: offs has shape (0,); it is [E], the end offsets of at least one group: use the cumulative sum of the groups' row counts
 ValueError: x has shape (1, 6, 8) and offs (2,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
 ValueError: x has shape (8,) and offs (2,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
 ValueError: offs is [4, 2] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts

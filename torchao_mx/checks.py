@@ -2,11 +2,70 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from torchao_mx.formats import BlockFormat
 
 HIGH_PRECISION_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DEVICES = ("cpu", "cuda", "meta")
+
+
+def check_tensors(*, optional: dict[str, Any] | None = None, **tensors: Any) -> None:
+    """Refuse operands of an op that are no dense tensors on a device that has kernels.
+
+    Args:
+        optional: operands by name that may be None.
+        tensors: operands by name.
+
+    Raises:
+        TypeError: something that is no tensor.
+        NotImplementedError: a sparse or nested tensor, or one on another kind of device.
+    """
+    for name, t in tensors.items():
+        if not isinstance(t, torch.Tensor):
+            raise TypeError(
+                f"{name} is a {type(t).__name__}; it must be a torch.Tensor: use torch.as_tensor({name})"
+            )
+        if t.is_nested or t.layout != torch.strided:
+            kind = "nested" if t.is_nested else f"{t.layout}".removeprefix("torch.")
+            way = "torch.nested.to_padded_tensor" if t.is_nested else ".to_dense()"
+            raise NotImplementedError(
+                f"{name} is a tensor of layout {kind}; it must be dense: use {way}"
+            )
+        if t.device.type not in _DEVICES:
+            raise NotImplementedError(
+                f"{name} is on {t.device}; kernels are for the CPU and for CUDA: move it with .to(device)"
+            )
+    if optional:
+        check_tensors(**{name: t for name, t in optional.items() if t is not None})
+
+
+def check_format(fmt: Any) -> None:
+    """Raise TypeError unless ``fmt`` is a block format."""
+    if not isinstance(fmt, BlockFormat):
+        raise TypeError(f"fmt={fmt!r} is not a BlockFormat; use one from torchao_mx, such as MXFP4")
+
+
+def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
+    """Raise ValueError unless ``other``, called ``name``, is on x's device."""
+    if other.device != x.device:
+        raise ValueError(
+            f"{name} is on {other.device} and x on {x.device}; move one with .to(device)"
+        )
+
+
+def check_offs(offs: torch.Tensor, x: torch.Tensor) -> None:
+    """Refuse what cannot be the end offsets of groups of rows of ``x``; their values are not looked at."""
+    if offs.dtype != torch.int32:
+        raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
+    check_on_device_of(x, offs, "offs")
+    if offs.dim() != 1 or offs.shape[0] == 0:
+        raise ValueError(
+            f"offs has shape {tuple(offs.shape)}; it is [E], the end offsets of at least one group: use the "
+            f"cumulative sum of the groups' row counts"
+        )
 
 
 def check_high_precision(dtype: torch.dtype, what: str) -> None:

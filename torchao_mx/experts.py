@@ -143,7 +143,8 @@ class TitanLayout(Layout):
 
         def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             order, offs = ops.route(ids, module.n_experts)
-            return ops.combine(self._products(module, x, offs, order), weights, order)
+            y = self._products(module, x, offs, order)
+            return ops.combine(y, weights, order, offs=offs)
 
         return module.exchange.grouped(experts, x, num_tokens_per_expert)
 

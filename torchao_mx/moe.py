@@ -27,6 +27,7 @@ import torch
 
 from torchao_mx import ops
 from torchao_mx.formats import BlockFormat
+from torchao_mx.ops._gather import tokens_of
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor._matmul import check_frozen
 
@@ -123,13 +124,13 @@ def _plain_grouped_mm(
     order: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``torch._grouped_mm`` with rows of nobody zero, forward and backward, where it leaves what it found."""
+    """``torch._grouped_mm`` with unassigned rows zero, forward and backward."""
     if x.is_cuda and x.dtype != torch.bfloat16:
         raise NotImplementedError(
             f"x has dtype {x.dtype} and the experts are plain ones; torch._grouped_mm takes bfloat16 on a "
             f"GPU: use .bfloat16(), or quantize the experts"
         )
-    rows = x if order is None else x[order // (len(order) // max(1, len(x)))]
+    rows = x if order is None else x[tokens_of(order, len(x))]
     if len(rows) == 0:
         return rows @ weight.sum(0)  # zero gradients rather than none
     owned = (torch.arange(len(rows), device=x.device) < offs[-1])[:, None]
@@ -174,4 +175,4 @@ def experts(
     options["transpose_weight"] = transpose_weight
     x = grouped_linear(hidden, gate_up, offs, order=order, bias=gate_up_bias, **options)
     y = grouped_linear(activation(x, offs), down, offs, bias=down_bias, **options)
-    return ops.combine(y, top_k_weights, order)
+    return ops.combine(y, top_k_weights, order, offs=offs)

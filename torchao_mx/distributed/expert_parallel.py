@@ -78,7 +78,7 @@ class _Gather(torch.autograd.Function):
     def backward(ctx: Any, drows: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (order,) = ctx.saved_tensors
         ones = drows.new_ones((len(drows) // ctx.top_k, ctx.top_k))
-        return combine_op(drows, ones, order), None, None  # hidden, order, top_k
+        return combine_op(drows, ones, order, None), None, None  # hidden, order, top_k
 
 
 class _Pick(torch.autograd.Function):
@@ -120,7 +120,7 @@ class RowExchange:
         order, offs = ops.route(ids, self.n_experts)
         rows = _Gather.apply(hidden, order, ids.shape[1])
         y = self.grouped(experts, rows, offs.diff(prepend=offs.new_zeros(1)))
-        return ops.combine(y, weights, order)
+        return ops.combine(y, weights, order, offs=offs)
 
     def grouped(
         self, experts: LocalExperts, rows: torch.Tensor, counts: torch.Tensor

@@ -109,7 +109,6 @@ def finish(
         y.copy_(reference.add_low_rank(part, offs, added))
         return
     rank = 0 if h is None else h.shape[1]
-    h = h if h is None or h.stride(1) == 1 else h.contiguous()
     n_groups = 0 if offs is None else offs.shape[0]
     programs = _groups.max_slots(n_rows, n_groups, ROWS) * cdiv(columns, COLUMNS * STEPS)
     with on_device_of(y):

@@ -22,10 +22,17 @@ _MIN_SCALE = tl.constexpr(MIN_PER_TENSOR_SCALE)
 
 @launched
 @triton.jit
-def _amax_kernel(x_ptr, amax_ptr, n, TILE: tl.constexpr):
-    """``x [E, n]`` to the largest magnitudes ``[E, P]`` that P programs found: bits of fp32, NaN above all."""
+def _amax_kernel(x_ptr, amax_ptr, offs_ptr, n, columns, n_groups, GROUPED: tl.constexpr,
+                 TILE: tl.constexpr):  # fmt: skip
+    """``x [E, n]`` to the largest magnitudes ``[E, P]`` that P programs found: bits of fp32, NaN above all.
+
+    GROUPED: of the rows, of ``columns`` elements, in front of the last of the end offsets.
+    """
     expert, step = tl.program_id(1).to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
     x_ptr += expert * n
+    if GROUPED:
+        end = tl.maximum(tl.load(offs_ptr + n_groups - 1), 0).to(tl.int64)
+        n = tl.minimum(end * columns, n)
     found = tl.zeros((TILE,), tl.int32)
     for first in range(tl.program_id(0).to(tl.int64) * TILE, n, step):
         i = first + tl.arange(0, TILE)
@@ -45,12 +52,18 @@ def _scale_kernel(amax_ptr, scale_ptr, n_found, reciprocal, SPAN: tl.constexpr):
     tl.store(scale_ptr + expert, tl.where(scale < _MIN_SCALE, _MIN_SCALE, scale))
 
 
-def amax_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
+def amax_scale(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    per_expert: bool = False,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
     """``reference.per_tensor_scale`` on a GPU, of ``x`` that has elements.
 
     A GPU divides by a number by multiplying by its fp32 reciprocal, torchao's quantizer there included.
     """
-    x = x.mT if x.dim() > 1 and x.mT.is_contiguous() else x.contiguous()
+    any_order = offs is None and x.dim() > 1 and x.mT.is_contiguous()
+    x = x.mT if any_order else x.contiguous()
     experts = x.shape[0] if per_expert else 1
     n = x.numel() // experts
     programs = cdiv(PROGRAMS_A_MULTIPROCESSOR * multiprocessors(x.device), experts)
@@ -59,7 +72,10 @@ def amax_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> t
     with on_device_of(x):
         amax = torch.empty((experts, programs), dtype=torch.int32, device=x.device)
         scale = torch.empty(shape, dtype=torch.float32, device=x.device)
-        _amax_kernel[(programs, experts)](x, amax, n, TILE=TILE, num_warps=WARPS)
+        _amax_kernel[(programs, experts)](
+            x, amax, offs, n, x.shape[-1] if x.dim() else 1, 0 if offs is None else offs.shape[0],
+            GROUPED=offs is not None, TILE=TILE, num_warps=WARPS,
+        )  # fmt: skip
         _scale_kernel[(experts,)](
             amax, scale, programs, 1 / (E4M3_MAX * fmt.elem_max), SPAN=next_power_of_2(programs),
             num_warps=4,

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import torch
 
-from torchao_mx.checks import HIGH_PRECISION_DTYPES, check_high_precision
+from torchao_mx.checks import (
+    HIGH_PRECISION_DTYPES,
+    check_high_precision,
+    check_offs,
+    check_on_device_of,
+    check_tensors,
+)
 from torchao_mx.formats import BlockFormat, QuantizeSpec
 from torchao_mx.ops.mm import STRATEGIES, STRATEGIES_OF_8_BITS
-from torchao_mx.ops.quantize import check_per_tensor_scale
+from torchao_mx.ops.quantize import check_packed
 
 
 def product_sizes(qdata: torch.Tensor, fmt: BlockFormat, transpose_weight: bool) -> tuple[int, int]:
@@ -25,6 +31,7 @@ def operands(
     x: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """x in the dtype that the product is computed in (autocast's or its own), and the bias likewise."""
+    check_tensors(x=x, optional={"bias": bias})
     device = x.device.type
     if device != "meta" and torch.is_autocast_enabled(device):  # there is no autocast for meta
         x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
@@ -52,29 +59,26 @@ def check_product(
         )
 
 
-def check_packed(
+def check_weight(
     qdata: torch.Tensor,
     scale: torch.Tensor,
     per_tensor_scale: torch.Tensor | None,
     fmt: BlockFormat,
 ) -> None:
-    """Refuse tensors that are no weight of ``fmt``: kernels would read beyond them."""
-    if not isinstance(fmt, BlockFormat):
-        raise TypeError(f"fmt={fmt!r} is not a BlockFormat; use one from torchao_mx, such as MXFP4")
-    per_scale = fmt.block_size // fmt.elems_per_byte
-    if qdata.dim() < 2 or qdata.shape != (*scale.shape[:-1], scale.shape[-1] * per_scale):
+    """Refuse tensors that are no weight of ``fmt``."""
+    check_packed(qdata, scale, per_tensor_scale, fmt)
+    if qdata.dim() not in (2, 3):
         raise ValueError(
-            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; a weight of {fmt.name} "
-            f"has [N, {per_scale} B] and [N, B], or experts in front: pass the two results of one quantize"
+            f"qdata has shape {tuple(qdata.shape)}; a weight is [N, K], or [E, N, K] of experts: flatten or "
+            f"unsqueeze it"
         )
-    if per_tensor_scale is not None:
-        check_per_tensor_scale(per_tensor_scale, fmt, qdata)
 
 
 def dense_bias(bias: torch.Tensor | None, columns: int, x: torch.Tensor) -> torch.Tensor | None:
     """``bias`` as ``[columns]``; one number is expanded to that."""
     if bias is None:
         return None
+    check_tensors(bias=bias)
     check_on_device_of(x, bias, "bias")
     if bias.shape in ((), (1,)):
         return bias.expand(columns)
@@ -94,15 +98,14 @@ def check_groups(
     bias: torch.Tensor | None,
     columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``offs`` and ``order`` (as int32), contiguous; refuse operands that make no grouped product."""
+    """``offs`` and ``order``, as int32; refuse operands that make no grouped product."""
+    check_tensors(offs=offs, optional={"order": order, "bias": bias})
     if x.dim() != 2 or weight.dim() != 3 or offs.shape != weight.shape[:1]:
         raise ValueError(
             f"x has shape {tuple(x.shape)}, the weight {tuple(weight.shape)} (packed) and offs "
             f"{tuple(offs.shape)}; a grouped product takes x [R, K], a weight [E, N, K] and offs [E]"
         )
-    if offs.dtype != torch.int32:
-        raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
-    check_on_device_of(x, offs, "offs")
+    check_offs(offs, x)
     if bias is not None:
         check_on_device_of(x, bias, "bias")
         if bias.shape != (weight.shape[0], columns):
@@ -110,11 +113,11 @@ def check_groups(
                 f"bias has shape {tuple(bias.shape)}; a grouped product with {weight.shape[0]} experts "
                 f"of {columns} columns takes a bias [{weight.shape[0]}, {columns}]"
             )
-    return offs.contiguous(), None if order is None else check_order(order, x.shape[0], x)
+    return offs, None if order is None else check_order(order, x.shape[0], x)
 
 
 def check_order(order: torch.Tensor, n_tokens: int, x: torch.Tensor) -> torch.Tensor:
-    """``order`` as contiguous int32, refused where it cannot be a permutation of k rows a token."""
+    """``order`` as int32, refused where it cannot be a permutation of k rows a token."""
     if order.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"order has dtype {order.dtype}; row numbers are int32: use order.int()")
     check_on_device_of(x, order, "order")
@@ -124,7 +127,7 @@ def check_order(order: torch.Tensor, n_tokens: int, x: torch.Tensor) -> torch.Te
             f"order has shape {tuple(order.shape)} and there are {n_tokens} token(s); it is [T * k], the "
             f"argsort of the flattened [T, k] expert ids"
         )
-    return order.int().contiguous()
+    return order.int()
 
 
 def check_strategy(strategy: str, max_scratch_bytes: int | None, compute: str = "") -> None:
@@ -143,13 +146,6 @@ def check_strategy(strategy: str, max_scratch_bytes: int | None, compute: str = 
         )
 
 
-def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
-    if other.device != x.device:
-        raise ValueError(
-            f"{name} is on {other.device} and x on {x.device}; move one with .to(device)"
-        )
-
-
 def adapters_of(
     x: torch.Tensor,
     qdata: torch.Tensor,
@@ -160,6 +156,7 @@ def adapters_of(
     transpose_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(down, up)`` of the op; refuses adapters that do not fit the weight."""
+    check_tensors(lora_a=lora_a, lora_b=lora_b)
     *lead, n, packed = qdata.shape
     k = packed * fmt.elems_per_byte
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):

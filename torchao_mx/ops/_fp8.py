@@ -36,6 +36,7 @@ from torchao_mx.ops._fp8_weight import (
     fp8_rows,
     row_flags,
 )
+from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._hopper import hopper_fp8_product, takes_hopper_fp8
 from torchao_mx.ops._launch import capability, cdiv
 from torchao_mx.ops._packed import Packed
@@ -123,7 +124,7 @@ def _product_on_gpu(
     columns = qdata.shape[-2] if transpose_weight else qdata.shape[-1] * MXFP4.elems_per_byte
     if rows.n_rows == 0:
         return x.new_empty((0, columns))
-    x, added = _of_unit_strides(x, added)
+    x = with_unit_rows(x)
     if rows.offs is None:
         qdata, scale, added = qdata[None], scale[None], added.at(None)
     x8, x_scale = quantize_rows(x, *rows[1:], dtype)
@@ -158,7 +159,7 @@ def _fused_on_gpu(
         )
     if rows.n_rows == 0:
         return x.new_empty((0, qdata.shape[-2] if transpose_weight else 2 * qdata.shape[-1]))
-    x, added = _of_unit_strides(x, added)
+    x = with_unit_rows(x)
     lower = lowered_rows if transpose_weight else lowered_columns
     lowered, w_scale, flags = lower(qdata, scale, rows.offs)
     x8, x_scale = permuted_rows(x, "halves" if transpose_weight else "pairs")
@@ -167,14 +168,6 @@ def _fused_on_gpu(
         qdata, scale, flags, added = qdata[None], scale[None], flags[None], added.at(None)
     recompute_flagged(y, x, qdata, scale, flags, rows, transpose_weight, added)
     return y
-
-
-def _of_unit_strides(x: torch.Tensor, added: Added) -> tuple[torch.Tensor, Added]:
-    """x, h and bias with neighbouring elements along their rows."""
-    x, h, bias = (
-        t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, added.h, added.bias)
-    )
-    return x, added._replace(h=h, bias=bias)
 
 
 def _decode(

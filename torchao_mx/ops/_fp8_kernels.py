@@ -125,18 +125,16 @@ def _flagged_columns_kernel(x_ptr, order_ptr, q_ptr, s_ptr, flag_ptr, offs_ptr, 
             if tl.max(flagged.to(tl.int32), axis=0) > 0:
                 first, end = 0, n_rows
                 if GROUPED:
-                    first = tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0)
-                    end = tl.load(offs_ptr + expert)
+                    first = tl.maximum(tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0), 0)
+                    end = tl.minimum(tl.load(offs_ptr + expert), n_rows)
                 wide = tl.cast(expert, tl.int64)  # an int in the interpreter
                 e_q_ptr, e_s_ptr = q_ptr + wide * q_expert, s_ptr + wide * s_expert
                 step = tl.num_programs(1) * TILE_M
                 for row0 in range(first + tl.program_id(1) * TILE_M, end, step):
                     row = row0 + tl.arange(0, TILE_M)
                     mine = row < end
-                    token = row
-                    if GATHER:
-                        token = tl.load(order_ptr + row, mask=mine, other=0) // top_k
-                    x_ptrs = x_ptr + token.to(tl.int64)[:, None] * x_row
+                    token = _groups.token_of(order_ptr, row, mine, top_k, n_rows // top_k, GATHER)
+                    x_ptrs = x_ptr + token[:, None] * x_row
                     total = tl.zeros((TILE_M, TILE_N), tl.float32)
                     if HAS_LORA:
                         total = _low_rank(

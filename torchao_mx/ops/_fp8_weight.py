@@ -283,7 +283,7 @@ def load_values(q_ptr, s_ptr, row, n_rows, q_row, s_row, word_index, words_per_r
 def words_of(qdata: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 words ``[E, N, K / 8]`` and scale bytes ``[E, N, K / 32]``, E = 1 for a matrix; views if they can."""
     qdata, scale = bytes_of(qdata), bytes_of(scale)
-    steps = (qdata.storage_offset(), *qdata.stride()[:-1])
+    steps = (qdata.storage_offset(), qdata.data_ptr(), *qdata.stride()[:-1])
     if qdata.stride(-1) != 1 or any(step % 4 for step in steps):
         qdata = qdata.contiguous()
     if scale.stride(-1) != 1:

@@ -419,7 +419,7 @@ def fused_product(
     dot_dtype = DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the interpreter's only one
     with on_device_of(x):
         _fused_kernel[(row_tiles * cdiv(columns, tile.columns),)](
-            x, words, scale, _contiguous(per_tensor_scale), offs, _contiguous(order), _contiguous(h),
+            x, words, scale, per_tensor_scale, offs, order, h,
             up, bias, y, scaling, n_rows, x.shape[0], row_tiles, n, k, max(1, n_groups), top_k, rank,
             x.stride(0), _expert_stride(words, 3) // word_unit, words.stride(-2) // word_unit,
             _expert_stride(scale, 3), scale.stride(-2), _expert_stride(up, 3), *_last_strides(up, 2),
@@ -466,10 +466,6 @@ def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor,
         starts = (q.data_ptr(), *q.stride()[:-1])
     unit = itemsize if any(start % most for start in starts) else most
     return q.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]), unit // itemsize
-
-
-def _contiguous(t: torch.Tensor | None) -> torch.Tensor | None:
-    return None if t is None else t.contiguous()
 
 
 def _expert_stride(t: torch.Tensor | None, dims: int) -> int:

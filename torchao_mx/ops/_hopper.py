@@ -13,6 +13,7 @@ from torchao_mx.ops._launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops._library import as_dense
 from torchao_mx.ops._skinny import add_splits, partial_sums
 from torchao_mx.reference import Added, Rows
 
@@ -130,7 +131,7 @@ def hopper_product(
     if n_rows == 0:
         return y
     x = permuted(x) if transpose_weight else _rows_of_16_bytes(x)
-    qdata, scale = qdata.contiguous(), bytes_of(scale).contiguous()
+    qdata, scale = as_dense(qdata), as_dense(bytes_of(scale))
     scale = scale if transpose_weight else paired_scales(scale)
     n_groups = 0 if offs is None else offs.shape[0]
     groups = max(1, n_groups)
@@ -158,7 +159,7 @@ def hopper_product(
     sums = partial_sums(y, splits)
     pointers = (
         qdata.view(torch.int32), scale.view(torch.uint16), sums,
-        y if offs is None else offs, y if order is None else order, y if h is None else h.contiguous(),
+        y if offs is None else offs, y if order is None else order, y if h is None else h,
         y if up is None else up, y if bias is None else bias,
     )  # fmt: skip
     numbers = (
@@ -224,7 +225,7 @@ def hopper_fp8_product(
     n, k = qdata.shape[-2], 2 * qdata.shape[-1]
     columns = n if transpose_weight else k
     y = torch.empty((n_rows, columns), dtype=torch.bfloat16, device=x8.device)
-    qdata = bytes_of(qdata.contiguous())
+    qdata = as_dense(bytes_of(qdata))
     n_groups = 0 if offs is None else offs.shape[0]
     tile = tile or _fp8_tile(n_rows, n_groups, transpose_weight)
     tile_t, tile_columns, stages, operands, warps, registers = tile
@@ -245,7 +246,7 @@ def hopper_fp8_product(
         kernel[(slots * cdiv(columns, tile_columns),)](
             x8, x_scale, qdata, lowered, w_scale, y,
             y if offs is None else offs, y if order is None else order,
-            y if h is None else h.contiguous(), y if up is None else up, y if bias is None else bias,
+            y if h is None else h, y if up is None else up, y if bias is None else bias,
             n_rows, max(1, n_groups), n, k, x8.stride(0), top_k, 0 if h is None else h.shape[1],
             *up_strides, bias.stride(0) if bias is not None and bias.dim() == 2 else 0, scaling,
             GROUPED=offs is not None, GATHER=order is not None, RANK=0 if h is None else 1,

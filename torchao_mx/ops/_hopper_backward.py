@@ -32,6 +32,7 @@ from torchao_mx.ops._hopper_tile import (
     overflows,
     part_start,
     prmt,
+    token_of,
     windowed_scale,
 )
 from torchao_mx.ops._launch import launched
@@ -115,7 +116,7 @@ def _restart(c0, c1, c2, c3):
 
 
 @gluon.jit
-def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, top_k,
+def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, n_rows, top_k,
               GATHER: gl.constexpr, PAIRS: gl.constexpr, TILE_T: gl.constexpr):  # fmt: skip
     """Where the first chunk of W, of x and of the scales begins, and which words are inside."""
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
@@ -128,7 +129,7 @@ def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_str
     w_mask = (word < w_row)[None, :] & (n >= 0)[:, None]
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_X)), end - 1)
     if GATHER:
-        m = gl.load(order_ptr + m) // top_k
+        m = token_of(order_ptr, m, n_rows, top_k)
     n_x = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, COPY_X))
     x_ptrs = x_ptr + (m.to(gl.int64) * x_stride)[:, None] + n_x[None, :]
     pair = gl.arange(0, CHUNK // 2, layout=gl.SliceLayout(1, PAIRS))
@@ -223,7 +224,8 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
     w_ptr += first * CHUNK * ((K // 32) * 4)
     s_ptr += first * (CHUNK // 2)
     w_ptrs, x_ptrs, s_ptrs, w_mask = _pointers(
-        x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, top_k, GATHER, PAIRS, TILE_T
+        x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, n_rows,
+        top_k, GATHER, PAIRS, TILE_T,
     )  # fmt: skip
     w_step = (K // 32) * 4 * CHUNK
     chunks = part_start(N // CHUNK, split + 1, SPLITS) - first
@@ -296,7 +298,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
         c2 = zero
         c3 = zero
         w_ptrs, x_ptrs, s_ptrs, w_mask = _pointers(
-            x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, opaque(tile_k) * TILE_K, N, K, x_stride, top_k,
+            x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, opaque(tile_k) * TILE_K, N, K, x_stride, n_rows, top_k,
             GATHER, PAIRS, TILE_T,
         )  # fmt: skip
         for i in range(chunks):

@@ -31,6 +31,7 @@ from torchao_mx.ops._hopper_tile import (
     overflows,
     part_start,
     prmt,
+    token_of,
     windowed_scale,
 )
 from torchao_mx.ops._launch import launched
@@ -84,7 +85,7 @@ def _operand(w_smem, scales, top, WORDS: gl.constexpr, HALF: gl.constexpr, LEFT:
 
 
 @gluon.jit
-def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_stride, top_k,
+def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_stride, n_rows, top_k,
               GATHER: gl.constexpr, ROW: gl.constexpr, TILE_T: gl.constexpr,
               TILE_N: gl.constexpr):  # fmt: skip
     """Where the first chunk of W, of x and of the scales begins."""
@@ -97,7 +98,7 @@ def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_str
     w_ptrs = w_ptr + (first_row + n)[:, None] * ((K // 32) * 4) + word[None, :]
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_X)), end - 1)
     if GATHER:
-        m = gl.load(order_ptr + m) // top_k
+        m = token_of(order_ptr, m, n_rows, top_k)
     k = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, COPY_X))
     x_ptrs = x_ptr + (m.to(gl.int64) * x_stride)[:, None] + k[None, :]
     n_scale = gl.minimum(n0 + gl.arange(0, TILE_N, layout=ROW), N - 1)
@@ -179,7 +180,8 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
     w_ptr += first * 8
     s_ptr += first
     w_ptrs, x_ptrs, s_ptrs = _pointers(
-        x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_stride, top_k, GATHER, ROW, TILE_T, TILE_N
+        x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_stride, n_rows,
+        top_k, GATHER, ROW, TILE_T, TILE_N,
     )  # fmt: skip
     chunks = part_start(K // CHUNK, split + 1, SPLITS) - first
     for i in gl.static_range(STAGES - 1):
@@ -232,7 +234,7 @@ def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_pt
     if overflows(top):
         acc = gl.zeros([TILE_N, TILE_T], gl.float32, mma)
         w_ptrs, x_ptrs, s_ptrs = _pointers(
-            x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, opaque(pid % tiles_n) * TILE_N, N, K, x_stride, top_k,
+            x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, opaque(pid % tiles_n) * TILE_N, N, K, x_stride, n_rows, top_k,
             GATHER, ROW, TILE_T, TILE_N,
         )  # fmt: skip
         for i in range(chunks):

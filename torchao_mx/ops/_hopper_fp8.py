@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from torchao_mx.ops._hopper_forward import _store
-from torchao_mx.ops._hopper_tile import find_tile, opaque
+from torchao_mx.ops._hopper_tile import find_tile, opaque, token_of
 from torchao_mx.ops._launch import launched
 
 CHUNK = gl.constexpr(128)  # columns of K a step
@@ -92,7 +92,7 @@ def _copy(w_smem, x_smem, w_ptrs, byte, x_ptrs, chunk, chunks, row_bytes, STAGES
 
 @gluon.jit
 def finished(acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, expert, row0, end, column, column_up,
-             columns, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER: gl.constexpr,
+             columns, n_rows, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER: gl.constexpr,
              RANK: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr, mma_16: gl.constexpr,
              TILE_T: gl.constexpr):  # fmt: skip
     """The sums ``[TILE, TILE_T]`` times both scales, plus the low-rank term, in bf16 products, and the bias.
@@ -101,7 +101,7 @@ def finished(acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, 
     """
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(0, mma)), end - 1)
     if GATHER:
-        m = gl.load(order_ptr + m) // top_k
+        m = token_of(order_ptr, m, n_rows, top_k)
     scale_ptrs = w_scale_ptr + expert.to(gl.int64) * columns + column
     w_scale = gl.load(scale_ptrs, mask=column < columns, other=0.0)
     acc = acc * w_scale[:, None] * gl.load(x_scale_ptr + m)[None, :]
@@ -187,7 +187,7 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
     w_ptrs = w_ptr + (first_row + n)[:, None] * row_bytes + byte[None, :]
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_X)), end - 1)
     if GATHER:
-        m = gl.load(order_ptr + m) // top_k
+        m = token_of(order_ptr, m, n_rows, top_k)
     k = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, COPY_X))
     x_ptrs = x_ptr + (m.to(gl.int64) * x_stride)[:, None] + k[None, :]
     n_low = gl.minimum(n0 + gl.arange(0, TILE_N, layout=ROW), N - 1)
@@ -218,6 +218,6 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
         acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, expert, row0, end,
         n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, mma)),
         n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, gl.DotOperandLayout(0, mma_16, 2))),
-        N, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
+        N, n_rows, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
     )  # fmt: skip
     _store(y_ptr, acc, row0, end, n0, N, TILE_T, TILE_N)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from torchao_mx.ops._hopper_forward import _store
 from torchao_mx.ops._hopper_fp8 import HIGH, LOW, finished
-from torchao_mx.ops._hopper_tile import find_tile, opaque
+from torchao_mx.ops._hopper_tile import find_tile, opaque, token_of
 from torchao_mx.ops._launch import launched
 
 CHUNK = gl.constexpr(128)  # rows n of W a step
@@ -175,7 +175,7 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
     inside = quad < row_codes
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_X)), end - 1)
     if GATHER:
-        m = gl.load(order_ptr + m) // top_k
+        m = token_of(order_ptr, m, n_rows, top_k)
     n_x = gl.arange(0, CHUNK, layout=gl.SliceLayout(0, COPY_X))
     x_ptrs = x_ptr + (m.to(gl.int64) * x_stride)[:, None] + n_x[None, :]
     place = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, LOWERED))
@@ -209,7 +209,7 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
     acc = finished(
         acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, expert, row0, end,
         _column(k0, gl.arange(0, TILE_K, layout=row)), _column(k0, gl.arange(0, TILE_K, layout=row_up)),
-        K, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
+        K, n_rows, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
     )  # fmt: skip
     # [u, quad / 8, v, quad % 8] to k = 4 quad + 2 u + v
     y = acc.reshape([2, WARPS, 2, 8, TILE_T]).permute([1, 3, 0, 2, 4]).reshape([TILE_K, TILE_T])

@@ -50,6 +50,16 @@ def find_tile(slot, offs_ptr, n_rows, E, GROUPED: gl.constexpr, TILE: gl.constex
 
 
 @gluon.jit
+def token_of(order_ptr, row, n_rows, top_k):
+    """The rows of x that grouped rows read: ``order[row] // top_k``.
+
+    Clamped to x's, so that a bad order reads no other memory.
+    """
+    slot = gl.load(order_ptr + row)
+    return gl.minimum(gl.maximum(slot, 0), n_rows - 1) // top_k
+
+
+@gluon.jit
 def part_start(chunks, split, SPLITS: gl.constexpr):
     """The first chunk of one of SPLITS parts of a reduction, which differ by a chunk at most."""
     return chunks * split // SPLITS

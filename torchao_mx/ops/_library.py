@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 NAMESPACE = "torchao_mx"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as it does
 _BELOW_AUTOGRAD = torch._C._after_autograd_keyset
+_ALIGNMENT = 16  # bytes: the widest load of a kernel
 implementations: dict[tuple[Any, str], Callable[..., Any]] = {}  # by op and type of device
 
 
@@ -22,10 +23,15 @@ def define_op(
     cpu: Callable[..., Any],
     cuda: Callable[..., Any],
     fake: Callable[..., Any],
+    strided: tuple[str, ...] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Define ``torchao_mx::<name>`` and return its overload.
+
+    An implementation may rely on its tensors: all are contiguous and start at a multiple of 16 bytes, but for
+    those that ``strided`` names, whose strides and offset it handles itself. Its results are no views to autograd,
+    which adds to gradients in place; they share no storage with each other or with an argument.
 
     Plain ``torch.library`` definitions rather than ``custom_op``, and an autograd kernel of our own rather
     than ``register_autograd``: the checks of the one and the argument handling of the other (it goes through
@@ -34,28 +40,59 @@ def define_op(
     """
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.impl(qualname, "cpu")(_without_autocast(cpu))
-    torch.library.impl(qualname, "cuda")(cuda)
-    torch.library.register_fake(qualname)(fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    implementations.update({(op, "cpu"): cpu, (op, "cuda"): cuda})
+    dense = _dense_operands(op, strided)
+    for device, implementation in (("cpu", cpu), ("cuda", cuda)):
+        entry = implementations[op, device] = _entry(implementation, device, dense)
+        torch.library.impl(qualname, device)(entry)
+    torch.library.register_fake(qualname)(fake)
     if backward is not None:
         kernel = _autograd_kernel(name, op, setup_context, backward)
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
     return op
 
 
-def _without_autocast(implementation: Callable[..., Any]) -> Callable[..., Any]:
-    """Autocast is for an op's arguments; what the reference computes with them keeps its dtypes."""
+def _dense_operands(op: Any, strided: tuple[str, ...]) -> tuple[int, ...]:
+    """The places of the tensors of ``op`` that its implementations take contiguous and aligned."""
+    tensors = {a.name: i for i, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)}
+    unknown = set(strided) - tensors.keys()
+    if unknown:
+        raise ValueError(
+            f"{op}: strided names {sorted(unknown)}, which are no tensors of its schema"
+        )
+    return tuple(i for name, i in tensors.items() if name not in strided)
+
+
+def _entry(
+    implementation: Callable[..., Any], device: str, dense: tuple[int, ...]
+) -> Callable[..., Any]:
+    """``implementation`` as the dispatcher calls it: on operands that it can rely on, below autograd and autocast.
+
+    Autocast is for an op's arguments; what is computed with them keeps its dtypes.
+    """
 
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
-        if not torch.is_autocast_enabled("cpu"):
-            return implementation(*args)
-        with torch.autocast("cpu", enabled=False):
-            return implementation(*args)
+        for i in dense:
+            if args[i] is not None and not is_dense(args[i]):
+                args = (*args[:i], as_dense(args[i]), *args[i + 1 :])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            if not torch.is_autocast_enabled(device):
+                return implementation(*args)
+            with torch.autocast(device, enabled=False):
+                return implementation(*args)
 
     return run
+
+
+def is_dense(t: torch.Tensor) -> bool:
+    """Whether ``t`` is contiguous and starts where a kernel can load 16 bytes at once."""
+    return t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0
+
+
+def as_dense(t: torch.Tensor) -> torch.Tensor:
+    """``t``, copied unless it :func:`is_dense`."""
+    return t if is_dense(t) else t.clone(memory_format=torch.contiguous_format)
 
 
 def _autograd_kernel(

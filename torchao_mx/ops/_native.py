@@ -41,7 +41,7 @@ def example(fmt: BlockFormat, device: torch.device, *shape: int) -> tuple[torch.
     """A packed operand of ``products``: its elements, block scales and per-tensor scale, one for each expert."""
     g = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(shape, generator=g).to(device, torch.bfloat16)
-    pts = per_tensor_scale_op(x, fmt.name, x.dim() == 3) if fmt.has_per_tensor_scale else None
+    pts = per_tensor_scale_op(x, fmt.name, x.dim() == 3, None) if fmt.has_per_tensor_scale else None
     return (*quantize_op(x, fmt.name, "rceil", -1, pts), pts)
 
 

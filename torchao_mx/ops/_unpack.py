@@ -280,7 +280,7 @@ def _sum_into(
     out: torch.Tensor, part: torch.Tensor, token_sum: TokenSum, slots: torch.Tensor | None
 ) -> None:
     if out.is_cuda:
-        sum_rows(part, *token_sum, None, slots, out)
+        sum_rows(part, *token_sum, None, None, slots, out)
     else:
         out.copy_(reference.sum_rows(part, *token_sum, None))
 
@@ -330,7 +330,7 @@ def _wide_rows_triton(
     grid = (cdiv(n_rows, WIDE_ROWS), cdiv(depth, WIDE_COLUMNS))
     with on_device_of(x):
         _wide_rows_kernel[grid](
-            x, x if order is None else order, x if h is None else h.contiguous(), rows, n_rows,
+            x, x if order is None else order, x if h is None else h, rows, n_rows,
             x.shape[0], top_k, x.stride(0), x.shape[1], rank, depth, HAS_ORDER=order is not None,
             HAS_H=h is not None, ONE=one, ROWS=WIDE_ROWS, COLUMNS=WIDE_COLUMNS,
         )  # fmt: skip

@@ -17,7 +17,7 @@ from torchao_mx.ops import _tile
 from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops._replay import replayed
-from torchao_mx.ops.quantize import check_per_tensor_scale, per_tensor_kind
+from torchao_mx.ops.quantize import check_packed, per_tensor_kind
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
 ROW_TILE, ROW_WARPS = 256, 4
@@ -125,7 +125,7 @@ def _dequantize_triton(
     out = _empty_values(qdata, f, dtype, axis)
     if out.numel() == 0:
         return out
-    qdata, scale = bytes_of(qdata).contiguous(), bytes_of(scale).contiguous()
+    qdata, scale = bytes_of(qdata), bytes_of(scale)
     pts = scale if per_tensor_scale is None else per_tensor_scale
     common = dict(PER_TENSOR=per_tensor_kind(per_tensor_scale), **format_constants(f, qdata.device))
     with on_device_of(qdata):
@@ -212,22 +212,7 @@ def dequantize(
         >>> ops.dequantize(qdata, scale, MXFP4, torch.float32)[-4:]
         tensor([32., 32., 32., 32.])
     """
-    if not isinstance(fmt, BlockFormat):
-        raise TypeError(f"fmt={fmt!r} is not a BlockFormat; use one from torchao_mx, such as MXFP4")
     check_axis(axis)
     check_high_precision(dtype, "the output")
-    if qdata.dtype != fmt.qdata_dtype or scale.dtype != fmt.scale_dtype:
-        raise TypeError(
-            f"{fmt.name} wants qdata of dtype {fmt.qdata_dtype} and scale of dtype {fmt.scale_dtype}; "
-            f"got {qdata.dtype} and {scale.dtype}: reinterpret bytes with .view(dtype)"
-        )
-    per_scale = fmt.block_size // fmt.elems_per_byte
-    if qdata.shape != (*scale.shape[:-1], scale.shape[-1] * per_scale):
-        raise ValueError(
-            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; in {fmt.name} a scale "
-            f"covers {per_scale} bytes of the last axis and the other axes are equal: pass the two results of "
-            f"one quantize"
-        )
-    if per_tensor_scale is not None:
-        check_per_tensor_scale(per_tensor_scale, fmt, qdata)
+    check_packed(qdata, scale, per_tensor_scale, fmt)
     return dequantize_op(qdata, scale, fmt.name, dtype, axis, per_tensor_scale)

@@ -184,6 +184,7 @@ fake_quantize_op = define_op(
     cpu=_fake_quantize_cpu,
     cuda=replayed(_fake_quantize_triton),
     fake=_fake_quantize_fake,
+    strided=("x",),
     setup_context=_setup_context,
     backward=_straight_through,
 )

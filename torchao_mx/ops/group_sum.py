@@ -24,6 +24,7 @@ group_sum_op = define_op(
     cpu=_group_sum,
     cuda=_group_sum,
     fake=_group_sum_fake,
+    strided=("dy",),
 )
 
 
@@ -51,4 +52,5 @@ group_outer_op = define_op(
     cpu=_group_outer,
     cuda=_group_outer,
     fake=_group_outer_fake,
+    strided=("dy", "x"),
 )

@@ -17,9 +17,9 @@ from torchao_mx.ops._arguments import (
     adapters_of,
     as_rows,
     check_groups,
-    check_packed,
     check_product,
     check_strategy,
+    check_weight,
     dense_bias,
     operands,
     product_sizes,
@@ -95,7 +95,7 @@ def lora_matmul(
         >>> ops.lora_matmul(torch.arange(32.0), qdata, scale, MXFP4, a, b, 0.5)[-4:]
         tensor([276., 277., 278., 279.])
     """
-    check_packed(qdata, scale, per_tensor_scale, fmt)
+    check_weight(qdata, scale, per_tensor_scale, fmt)
     reduced, columns = product_sizes(qdata, fmt, transpose_weight)
     x, _ = operands(x, None)
     check_product(x, qdata, reduced, None)
@@ -170,7 +170,7 @@ def lora_grouped_mm(
         >>> ops.lora_grouped_mm(x, qdata, scale, MXFP4, offs, a, b, 0.5, order=order)[:, 0]
         tensor([ 170.,   18., 1800.])
     """
-    check_packed(qdata, scale, per_tensor_scale, fmt)
+    check_weight(qdata, scale, per_tensor_scale, fmt)
     reduced, columns = product_sizes(qdata, fmt, transpose_weight)
     x, _ = operands(x, None)
     check_product(x, qdata, reduced, None)

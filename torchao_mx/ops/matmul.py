@@ -26,13 +26,14 @@ from torchao_mx.ops._add import zero_behind
 from torchao_mx.ops._arguments import (
     as_rows,
     check_groups,
-    check_packed,
     check_product,
     check_strategy,
+    check_weight,
     dense_bias,
     operands,
     product_sizes,
 )
+from torchao_mx.ops._gather import tokens_of
 from torchao_mx.ops._library import define_op
 from torchao_mx.ops._unpack import aligned_rows
 from torchao_mx.ops.dequantize import dequantize_op
@@ -50,12 +51,17 @@ def spec_strings(spec: QuantizeSpec | None) -> tuple[str, str]:
     return NO_ACTIVATION if spec is None else (spec.format.name, spec.scaling_mode.value)
 
 
-def fake_quantize_activation(x: torch.Tensor, fmt: str, scaling_mode: str) -> torch.Tensor:
-    """``x`` as its quantized values; unchanged where ``fmt`` is empty or there are no rows."""
+def fake_quantize_activation(
+    x: torch.Tensor, fmt: str, scaling_mode: str, offs: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``x`` as its quantized values; unchanged where ``fmt`` is empty or there are no rows.
+
+    With ``offs``, end offsets of groups of x's rows, a per-tensor scale is that of the rows in groups.
+    """
     if not fmt or x.numel() == 0:
         return x
     f = format_by_name(fmt)
-    pts = amax_scale(x, f) if f.has_per_tensor_scale else None
+    pts = amax_scale(x, f, offs=offs) if f.has_per_tensor_scale else None
     return fake_quantize_op(x, fmt, scaling_mode, -1, pts)
 
 
@@ -133,6 +139,7 @@ matmul_op = define_op(
     cpu=_matmul,
     cuda=_matmul,
     fake=_matmul_fake,
+    strided=("x",),
     setup_context=_save_packed,
     backward=_matmul_backward,
 )
@@ -143,7 +150,7 @@ def _grouped_mm(*args: Any) -> torch.Tensor:
     offs = a.bias_or_offs
     if not a.x.is_cuda:
         reference.check_offsets(offs, len(a.x))
-    x = fake_quantize_activation(a.x, a.activation, a.activation_mode)
+    x = fake_quantize_activation(a.x, a.activation, a.activation_mode, offs)
     w = a.values(x.dtype).mT
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
@@ -175,6 +182,7 @@ grouped_mm_op = define_op(
     cpu=_grouped_mm,
     cuda=_grouped_mm,
     fake=_matmul_fake,
+    strided=("x",),
     setup_context=_grouped_mm_setup,
     backward=_grouped_mm_backward,
 )
@@ -225,7 +233,7 @@ def matmul(
         >>> ops.matmul(torch.arange(32.0), qdata, scale, MXFP4)[-4:]
         tensor([28., 29., 30., 31.])
     """
-    check_packed(qdata, scale, per_tensor_scale, fmt)
+    check_weight(qdata, scale, per_tensor_scale, fmt)
     reduced, columns = product_sizes(qdata, fmt, transpose_weight)
     x, _ = operands(x, None)
     check_product(x, qdata, reduced, activation)
@@ -271,19 +279,18 @@ def grouped_mm(
 ) -> torch.Tensor:
     """Rows ``offs[e - 1] : offs[e]`` times expert e of the packed ``W [E, N, K]``, plus its bias.
 
-    Rows behind ``offs[-1]`` belong to no expert and are zero, in y and in x's gradient. Nothing waits for the
-    GPU, whose ``offs`` and ``order`` are therefore not looked at: where they are not as said here, results
-    are undefined and memory may be read or written out of bounds, as in ``torch._grouped_mm``. An
-    ``activation`` in NVFP4 has one per-tensor scale, of all rows, those of no expert included: with the ids of
-    other ranks' experts in them a rank then quantizes as one process does, and a NaN anywhere reaches all rows.
+    Rows after ``offs[-1]`` are unassigned: they are zero, in y and in x's gradient, and influence nothing, the
+    per-tensor scale of an NVFP4 ``activation`` included. Nothing waits for the GPU, whose ``offs`` and
+    ``order`` are therefore not looked at: where they are not as said here, results are undefined. Row numbers
+    that are out of range read no other memory; offsets beyond the rows may, as in ``torch._grouped_mm``.
 
     Args:
         x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in the order of the groups; with an
             ``order`` ``[T, K]``, ungrouped. bfloat16, float16 or float32.
         qdata, scale, fmt, per_tensor_scale: ``W``, as in :func:`matmul`.
         offs: ``[E]`` int32 end offsets on x's device, ascending, as in ``torch._grouped_mm``.
-        order: ``[R]`` int32 (or int64, converted), a permutation of the rows: row i is of token
-            ``order[i] // (R // T)``. The argsort of the flattened ``[T, k]`` expert ids.
+        order: ``[R]`` int32 (or int64, converted), a permutation of the rows (checked on the CPU only): row i is
+            of token ``order[i] // (R // T)``. The argsort of the flattened ``[T, k]`` expert ids.
         bias: ``[E, N]`` (``[E, K]``).
         transpose_weight, activation, strategy, max_scratch_bytes: as in :func:`matmul`; ``"unpack"`` of
             an x on a GPU needs bfloat16.
@@ -293,7 +300,8 @@ def grouped_mm(
 
     Raises:
         TypeError: dtypes.
-        ValueError: shapes or devices that do not belong together; on the CPU, ``offs`` that do not ascend;
+        ValueError: shapes or devices that do not belong together; on the CPU, ``offs`` that do not ascend or an
+            ``order`` that is no permutation;
             an ``activation`` with axes that are not multiples of 16 bytes.
 
     Example:
@@ -304,7 +312,7 @@ def grouped_mm(
         >>> ops.grouped_mm(torch.ones(4, 32), qdata, scale, MXFP4, offs)[:, 0]
         tensor([1., 2., 2., 0.])
     """
-    check_packed(qdata, scale, per_tensor_scale, fmt)
+    check_weight(qdata, scale, per_tensor_scale, fmt)
     reduced, columns = product_sizes(qdata, fmt, transpose_weight)
     x, _ = operands(x, None)
     check_product(x, qdata, reduced, activation)
@@ -327,8 +335,8 @@ def grouped_mm(
                 f"the weight has an axis of {size}, in {x.dtype} not a multiple of 16 bytes, which "
                 f"torch._grouped_mm wants of rows forward and backward: pad the weight"
             )
-    if order is not None and len(order):
-        x = x[order // (len(order) // len(x))]
+    if order is not None:
+        x = x[tokens_of(order, len(x))]
     y = grouped_mm_op(
         x, qdata, scale, per_tensor_scale, offs, fmt.name, transpose_weight,
         *spec_strings(activation),
@@ -336,4 +344,4 @@ def grouped_mm(
     if bias is None:
         return y
     expert = torch.searchsorted(offs, torch.arange(len(y), device=y.device), right=True)
-    return y + F.pad(bias.to(y.dtype), (0, 0, 0, 1))[expert]  # nothing for rows of no expert
+    return y + F.pad(bias.to(y.dtype), (0, 0, 0, 1))[expert]  # nothing for unassigned rows

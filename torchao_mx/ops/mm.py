@@ -99,9 +99,7 @@ def choose_strategy(
 
 
 def _packed(a: Arguments | BackwardArguments) -> Packed:
-    # Kernels read one fp32 after the other, and one scale may have been expanded to all experts.
-    pts = None if a.per_tensor_scale is None else a.per_tensor_scale.contiguous()
-    return Packed(a.qdata, a.scale, pts, format_by_name(a.fmt))
+    return Packed(a.qdata, a.scale, a.per_tensor_scale, format_by_name(a.fmt))
 
 
 class _DecodedOnDemand:
@@ -233,6 +231,8 @@ class Arguments(NamedTuple):
 def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     a = Arguments(*args)
     x = with_unit_rows(a.x)
+    if a.order is not None and not x.is_cuda:
+        reference.check_order(a.order)
     rows = Rows.of(x, a.offs, a.order)
     h = None if a.down is None else _low_rank(x, a.down, rows)
     y = _product(
@@ -297,6 +297,7 @@ mm_op = define_op(
     cpu=_mm,
     cuda=replayed(_mm),
     fake=_mm_fake,
+    strided=("x", "qdata", "scale", "down", "up"),
     setup_context=_mm_setup,
     backward=_mm_autograd,
 )
@@ -422,6 +423,7 @@ mm_backward_op = define_op(
     cpu=_mm_backward,
     cuda=replayed(_mm_backward),
     fake=_mm_backward_fake,
+    strided=("dy", "x", "qdata", "scale", "down", "up"),
     setup_context=_mm_backward_setup,
     backward=_mm_backward_autograd,
 )

@@ -13,7 +13,15 @@ import triton
 import triton.language as tl
 
 from torchao_mx import reference
-from torchao_mx.checks import check_axis, check_blocks, check_high_precision
+from torchao_mx.checks import (
+    check_axis,
+    check_blocks,
+    check_format,
+    check_high_precision,
+    check_offs,
+    check_on_device_of,
+    check_tensors,
+)
 from torchao_mx.formats import (
     BlockFormat,
     ScaleCalculationMode,
@@ -293,6 +301,7 @@ quantize_op = define_op(
     cpu=_quantize_cpu,
     cuda=replayed(_quantize_triton),
     fake=_quantize_fake,
+    strided=("x",),
 )
 
 
@@ -339,6 +348,7 @@ quantize_with_values_op = define_op(
     cpu=_with_values_cpu,
     cuda=replayed(_with_values_triton),
     fake=_with_values_fake,
+    strided=("x",),
 )
 
 
@@ -414,39 +424,83 @@ def quantize_with_values(
     )
 
 
-def _per_tensor_scale_cpu(x: torch.Tensor, fmt: str, per_expert: bool) -> torch.Tensor:
-    return reference.per_tensor_scale(x, format_by_name(fmt), per_expert)
+def _per_tensor_scale_cpu(
+    x: torch.Tensor, fmt: str, per_expert: bool, offs: torch.Tensor | None
+) -> torch.Tensor:
+    return reference.per_tensor_scale(x, format_by_name(fmt), per_expert, offs)
 
 
-def _per_tensor_scale_triton(x: torch.Tensor, fmt: str, per_expert: bool) -> torch.Tensor:
-    return amax_scale(x, format_by_name(fmt), per_expert)
+def _per_tensor_scale_triton(
+    x: torch.Tensor, fmt: str, per_expert: bool, offs: torch.Tensor | None
+) -> torch.Tensor:
+    return amax_scale(x, format_by_name(fmt), per_expert, offs)
 
 
-def _per_tensor_scale_fake(x: torch.Tensor, fmt: str, per_expert: bool) -> torch.Tensor:
+def _per_tensor_scale_fake(
+    x: torch.Tensor, fmt: str, per_expert: bool, offs: torch.Tensor | None
+) -> torch.Tensor:
     shape = (x.shape[0], 1, 1) if per_expert else ()
     return x.new_empty(shape, dtype=torch.float32)
 
 
 per_tensor_scale_op = define_op(
     "per_tensor_scale",
-    "(Tensor x, str fmt, bool per_expert) -> Tensor",
+    "(Tensor x, str fmt, bool per_expert, Tensor? offs) -> Tensor",
     cpu=_per_tensor_scale_cpu,
     cuda=replayed(_per_tensor_scale_triton),
     fake=_per_tensor_scale_fake,
+    strided=("x",),
 )
 
 
-def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
+def per_tensor_scale(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    per_expert: bool = False,
+    *,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
     """NVFP4's fp32 scale of ``x``, ``amax / (448 * 6)``: 0-d, or ``[E, 1, 1]`` with ``per_expert``.
 
     See :func:`torchao_mx.reference.per_tensor_scale`. Stays on the device; a GPU multiplies by the fp32
     reciprocal of 2688, as torchao's quantizer does there.
+
+    Args:
+        x: bfloat16, float16 or float32; with ``per_expert`` ``[E, N, K]``.
+        fmt: a format with a per-tensor scale, :data:`torchao_mx.NVFP4`.
+        per_expert: one scale per leading index.
+        offs: int32 end offsets of groups of rows of ``x [R, K]``: only rows that belong to a group count.
+
+    Raises:
+        TypeError: dtypes.
+        ValueError: a format without a per-tensor scale; shapes.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import NVFP4, ops
+        >>> x = torch.tensor([[2688.0], [5376.0]])
+        >>> ops.per_tensor_scale(x, NVFP4), ops.per_tensor_scale(x, NVFP4, offs=torch.tensor([1]).int())
+        (tensor(2.), tensor(1.))
     """
-    if (
-        x.numel() == 0
-    ):  # of no experts there are no scales; of no values torch says that there is none
-        return reference.per_tensor_scale(x.detach(), fmt, per_expert)
-    return per_tensor_scale_op(x.detach(), fmt.name, per_expert)
+    check_tensors(x=x, optional={"offs": offs})
+    check_format(fmt)
+    check_high_precision(x.dtype, "x")
+    if not fmt.has_per_tensor_scale:
+        raise ValueError(f"{fmt.name} has no per-tensor scale; leave per_tensor_scale out")
+    if per_expert and x.dim() != 3:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}; with per_expert it is [E, N, K]: leave per_expert out"
+        )
+    if offs is not None:
+        check_offs(offs, x)
+        if per_expert or x.dim() != 2:
+            raise ValueError(
+                f"x has shape {tuple(x.shape)}, per_expert={per_expert}; offs are of rows of x [R, K] and of one "
+                f"scale for all of them: leave offs out"
+            )
+    if x.numel() == 0:  # a reduction without values, which torch refuses
+        return reference.per_tensor_scale(x.detach(), fmt, per_expert, offs)
+    return per_tensor_scale_op(x.detach(), fmt.name, per_expert, offs)
 
 
 def check_operand(
@@ -457,8 +511,8 @@ def check_operand(
     per_tensor_scale: torch.Tensor | None,
 ) -> None:
     """Refuse what :func:`quantize` and ``fake_quantize`` cannot take, before any kernel runs."""
-    if not isinstance(fmt, BlockFormat):
-        raise TypeError(f"fmt={fmt!r} is not a BlockFormat; use one from torchao_mx, such as MXFP4")
+    check_tensors(x=x, optional={"per_tensor_scale": per_tensor_scale})
+    check_format(fmt)
     check_scaling_mode(scaling_mode)
     check_axis(axis)
     check_high_precision(x.dtype, "x")
@@ -477,9 +531,39 @@ def check_per_tensor_scale(
         raise TypeError(
             f"per_tensor_scale has dtype {per_tensor_scale.dtype}; it must be float32: use .float()"
         )
+    check_on_device_of(x, per_tensor_scale, "per_tensor_scale")
     shape = tuple(per_tensor_scale.shape)
     if shape and (x.dim() != 3 or shape != (x.shape[0], 1, 1)):
         raise ValueError(
             f"per_tensor_scale has shape {shape}; it must be 0-d, or [E, 1, 1] for x [E, M, K]: "
             f"x has shape {tuple(x.shape)}"
         )
+
+
+def check_packed(
+    qdata: torch.Tensor,
+    scale: torch.Tensor,
+    per_tensor_scale: torch.Tensor | None,
+    fmt: BlockFormat,
+) -> None:
+    """Refuse what are no results of :func:`quantize` in ``fmt``: kernels would read beyond them."""
+    check_tensors(qdata=qdata, scale=scale, optional={"per_tensor_scale": per_tensor_scale})
+    check_format(fmt)
+    if qdata.dtype != fmt.qdata_dtype or scale.dtype != fmt.scale_dtype:
+        raise TypeError(
+            f"{fmt.name} wants qdata of dtype {fmt.qdata_dtype} and scale of dtype {fmt.scale_dtype}; "
+            f"got {qdata.dtype} and {scale.dtype}: reinterpret bytes with .view(dtype)"
+        )
+    per_scale = fmt.block_size // fmt.elems_per_byte
+    if qdata.dim() == 0 or qdata.shape != (*scale.shape[:-1], scale.shape[-1] * per_scale):
+        raise ValueError(
+            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; in {fmt.name} a scale "
+            f"covers {per_scale} bytes of the last axis and the other axes are equal: pass the two results of "
+            f"one quantize"
+        )
+    if scale.device != qdata.device:
+        raise ValueError(
+            f"scale is on {scale.device} and qdata on {qdata.device}; move one with .to(device)"
+        )
+    if per_tensor_scale is not None:
+        check_per_tensor_scale(per_tensor_scale, fmt, qdata)

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 from torchao_mx import reference
-from torchao_mx.checks import check_blocks, check_high_precision
+from torchao_mx.checks import check_blocks, check_high_precision, check_tensors
 from torchao_mx.formats import (
     BlockFormat,
     QuantizeSpec,
@@ -281,6 +281,7 @@ quantize_both_op = define_op(
     cpu=_quantize_both_cpu,
     cuda=_quantize_both_cuda,
     fake=_quantize_both_fake,
+    strided=("x",),
 )
 
 
@@ -336,6 +337,8 @@ def quantize_both(
     specs = {"row": row, "column": column}
     if forms is None:
         forms = tuple(f"{name}s" for name, spec in specs.items() if spec is not None)
+    optional = {"row_scale": row_scale, "column_scale": column_scale, "seed": seed, "index": index}
+    check_tensors(x=x, optional=optional)
     check_high_precision(x.dtype, "x")
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; it must be [M, K]: use x.flatten(0, -2)")

@@ -42,7 +42,7 @@ def _quantized(
         return None, None
     pts = None
     if row is not None and format_by_name(row[0]).has_per_tensor_scale and x.numel():
-        pts = per_tensor_scale_op(x, row[0], False)
+        pts = per_tensor_scale_op(x, row[0], False, None)
     tensors = quantize_both_op(
         x, *(row or NO_ACTIVATION), *(column or NO_ACTIVATION), forms, dtype, pts, None, seed, None
     )
@@ -111,6 +111,7 @@ recipe_linear_op = define_op(
     cpu=_forward,
     cuda=replayed(_forward),
     fake=_forward_fake,
+    strided=("x", "weight"),
 )
 
 
@@ -179,4 +180,5 @@ recipe_linear_backward_op = define_op(
     cpu=_backward,
     cuda=replayed(_backward),
     fake=_backward_fake,
+    strided=("dy", "weight"),
 )

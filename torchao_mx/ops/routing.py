@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from torchao_mx.checks import check_tensors
+
 _NARROW = torch.iinfo(torch.int16).max  # a radix sort's time is its keys' bits
 
 
@@ -41,6 +43,7 @@ def route(top_k_index: torch.Tensor, n_experts: int) -> Routing:
         >>> ops.route(torch.tensor([[2, 0], [1, 2], [0, 9]]), 3)
         Routing(order=tensor([1, 4, 2, 0, 3, 5], dtype=torch.int32), offs=tensor([2, 3, 5], dtype=torch.int32))
     """
+    check_tensors(top_k_index=top_k_index)
     no_integers = top_k_index.is_floating_point() or top_k_index.is_complex()
     if no_integers or top_k_index.dtype == torch.bool:
         raise TypeError(

@@ -25,9 +25,14 @@ import triton
 import triton.language as tl
 
 from torchao_mx import reference
-from torchao_mx.checks import HIGH_PRECISION_DTYPES
+from torchao_mx.checks import (
+    HIGH_PRECISION_DTYPES,
+    check_offs,
+    check_on_device_of,
+    check_tensors,
+)
 from torchao_mx.ops import _groups, _skinny
-from torchao_mx.ops._arguments import as_rows, check_on_device_of, operands
+from torchao_mx.ops._arguments import as_rows, operands
 from torchao_mx.ops._gather import with_unit_rows
 from torchao_mx.ops._launch import cdiv, launched, next_power_of_2, on_device_of
 from torchao_mx.ops._library import define_op
@@ -178,7 +183,7 @@ def _experts(
     """(bias, offs, E) as kernels take them; without biases all experts are one."""
     if bias is None:
         return None, None if offs is None else offs[-1:], 1
-    return bias.contiguous(), offs, 1 if offs is None else offs.shape[0]
+    return bias, offs, 1 if offs is None else offs.shape[0]
 
 
 def _swiglu_triton(
@@ -228,6 +233,7 @@ swiglu_op = define_op(
     cpu=reference.swiglu,
     cuda=replayed(_swiglu_triton),
     fake=_swiglu_fake,
+    strided=("x",),
     setup_context=_swiglu_setup,
     backward=_swiglu_autograd,
 )
@@ -294,6 +300,7 @@ swiglu_backward_op = define_op(
     cpu=_swiglu_backward_cpu,
     cuda=replayed(_swiglu_backward_triton),
     fake=_swiglu_backward_fake,
+    strided=("dy", "x"),
     setup_context=lambda ctx, inputs, output: None,
     backward=_refuse_second_derivative,
 )
@@ -355,7 +362,7 @@ def swiglu(
         )
     _check_numbers(alpha, limit, up_offset)
     if offs is not None:
-        offs = _checked_offs(x, offs)
+        _check_rows(x, offs)
     if bias is not None:
         _check_bias(x, bias, offs)
     limit = None if limit is None else float(limit)
@@ -376,19 +383,18 @@ def _check_numbers(alpha: float, limit: float | None, up_offset: float) -> None:
         raise ValueError(f"limit={limit}; it must be a positive number, or None for no clamp")
 
 
-def _checked_offs(x: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    if offs.dtype != torch.int32:
-        raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
-    check_on_device_of(x, offs, "offs")
-    if x.dim() != 2 or offs.dim() != 1 or offs.shape[0] == 0:
+def _check_rows(x: torch.Tensor, offs: torch.Tensor) -> None:
+    check_tensors(offs=offs)
+    if x.dim() != 2:
         raise ValueError(
             f"x has shape {tuple(x.shape)} and offs {tuple(offs.shape)}; with experts they are [R, 2 C] and "
             f"[E], E at least 1: flatten x's leading axes, or leave offs out"
         )
-    return offs.contiguous()
+    check_offs(offs, x)
 
 
 def _check_bias(x: torch.Tensor, bias: torch.Tensor, offs: torch.Tensor | None) -> None:
+    check_tensors(bias=bias)
     if bias.dtype not in HIGH_PRECISION_DTYPES:
         raise TypeError(
             f"bias has dtype {bias.dtype}; it is bfloat16, float16 or float32: convert it with "

@@ -23,6 +23,7 @@ from torchao_mx.experts import MXExperts, check_experts, is_experts, pack
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.modules import twin_of
 from torchao_mx.ops._arguments import operands
+from torchao_mx.ops._gather import tokens_of
 from torchao_mx.ops.group_sum import group_outer_op
 from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
 from torchao_mx.qat.config import MXFakeQuantizeConfig
@@ -55,9 +56,8 @@ class _WeightGradient(torch.autograd.Function):
         x, offs, order = ctx.saved_tensors
         dw = None
         if ctx.needs_input_grad[1]:
-            rows = fake_quantize_activation(x, *ctx.activation)
-            if order is not None and len(x):
-                rows = rows[order // (len(order) // len(x))]
+            rows = x if order is None else x[tokens_of(order, len(x))]
+            rows = fake_quantize_activation(rows, *ctx.activation, offs)
             dw = group_outer_op(dy, rows, offs, ctx.dtype)
         # y, weight, x, offs, order, activation, its mode
         return dy, dw, None, None, None, None, None

@@ -28,6 +28,7 @@ from torchao_mx.checks import check_blocks
 from torchao_mx.experts import MXExperts, check_experts, is_experts, layout_of
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.ops._arguments import operands
+from torchao_mx.ops._gather import tokens_of
 from torchao_mx.ops._groups import completed_groups
 from torchao_mx.ops._launch import bytes_of
 from torchao_mx.ops.combine import combine_op
@@ -127,10 +128,11 @@ def _native_product(
     spec: QuantizeSpec,
 ) -> torch.Tensor:
     """``ops.grouped_mm`` with an activation: rows are gathered once they are packed."""
-    pts = per_tensor_scale_op(x, spec.format.name, False)
+    token = None if order is None else tokens_of(order, len(x))
+    rows = x if order is None else x[token]
+    pts = per_tensor_scale_op(rows, spec.format.name, False, offs)
     x_qdata, x_scale = quantize_op(x, *spec_strings(spec), -1, pts)
     if order is not None:
-        token = order // (len(order) // len(x))
         x_qdata, x_scale = x_qdata[token], bytes_of(x_scale)[token].view(x_scale.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     return grouped_block_scaled_mm_op(
@@ -176,10 +178,10 @@ def _gradients(
             dx = dx_RK.where(is_owned[:, None], 0)
         if order is not None:
             ones = dx.new_ones((x_TK.shape[0], n_rows // x_TK.shape[0]))
-            dx = combine_op(dx, ones, order)
+            dx = combine_op(dx, ones, order, None)
     if needs_dw:
         if order is not None:
-            token = order[index.clamp(min=0)] // (n_rows // x_TK.shape[0])
+            token = tokens_of(order, x_TK.shape[0])[index.clamp(min=0)]
             index = token.where(index >= 0, -1)
         x = quantize_both_op(x_TK, "", "", *backward, [columns], dtype, None, None, None, index)
         if native:

@@ -165,27 +165,39 @@ def gram(
 
 
 def sum_rows(
-    y: torch.Tensor, order: torch.Tensor, top_k: int, weights: torch.Tensor | None
+    y: torch.Tensor,
+    order: torch.Tensor,
+    top_k: int,
+    weights: torch.Tensor | None,
+    offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``[T, C]`` in y's dtype: each token's sum of its ``top_k`` rows of ``y [R, C]``, weighted.
 
-    ``weights [T, top_k]``, row ``i`` having number ``order[i] % top_k`` of its token; None for ones.
+    ``weights [T, top_k]``, row ``i`` having number ``order[i] % top_k`` of its token; None for ones. With
+    ``offs`` rows after the last group, and their weights, count as zero.
     """
-    rows = _ungrouped(y, order, top_k).to(_sum_dtype(y))
+    owned = _owned(offs, y.shape[0])
+    rows = y.to(_sum_dtype(y)).where(owned, 0)
     if weights is not None:
-        rows = rows * weights.to(rows.dtype)[:, :, None]
-    return rows.sum(1).to(y.dtype)
+        rows = (rows * weights.to(rows.dtype).flatten()[order.long()][:, None]).where(owned, 0)
+    return _ungrouped(rows, order, top_k).sum(1).to(y.dtype)
 
 
 def combine_backward(
-    dout: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, order: torch.Tensor
+    dout: torch.Tensor,
+    y: torch.Tensor,
+    weights: torch.Tensor,
+    order: torch.Tensor,
+    offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(dy [R, C], dweights [T, top_k])`` of ``sum_rows(y, order, top_k, weights)``, in their dtypes."""
+    """``(dy [R, C], dweights [T, top_k])`` of ``sum_rows(y, order, top_k, weights, offs)``."""
     dtype = _sum_dtype(dout)
     top_k, order = weights.shape[1], order.long()
-    dout = dout.to(dtype)
-    dweights = (_ungrouped(y, order, top_k).to(dtype) * dout[:, None]).sum(-1)
-    dy = dout[order // top_k] * weights.to(dtype).flatten()[order][:, None]
+    owned = _owned(offs, y.shape[0])
+    dout_rows = dout.to(dtype)[order // top_k].where(owned, 0)
+    products = (y.to(dtype).where(owned, 0) * dout_rows).sum(-1, keepdim=True)
+    dweights = _ungrouped(products, order, top_k).squeeze(-1)
+    dy = (dout_rows * weights.to(dtype).flatten()[order][:, None]).where(owned, 0)
     return dy.to(y.dtype), dweights.to(weights.dtype)
 
 
@@ -220,6 +232,31 @@ def check_offsets(offs: torch.Tensor | None, n_rows: int) -> list[int]:
             f"the number of rows: use the cumulative sum of the experts' row counts"
         )
     return ends
+
+
+def check_order(order: torch.Tensor) -> None:
+    """Refuse an ``order`` that is no permutation of its rows.
+
+    Raises:
+        ValueError: a number that is out of range or stands twice.
+    """
+    rows = torch.arange(order.shape[0], dtype=order.dtype)
+    if not torch.equal(order.sort().values, rows):
+        raise ValueError(
+            f"order has the numbers {_shown(order)}; it holds each of 0 .. {order.shape[0] - 1} once: "
+            f"use the argsort of the flattened [T, k] expert ids, as ops.route gives"
+        )
+
+
+def _shown(t: torch.Tensor, most: int = 8) -> str:
+    numbers = ", ".join(map(str, t[:most].tolist()))
+    return f"{numbers}, ..." if len(t) > most else numbers
+
+
+def _owned(offs: torch.Tensor | None, n_rows: int) -> torch.Tensor:
+    """``[n_rows, 1]``: whether a row belongs to a group."""
+    end = check_offsets(offs, n_rows)[-1]
+    return (torch.arange(n_rows) < end)[:, None]
 
 
 def _groups(offs: torch.Tensor | None, n_rows: int) -> Iterator[tuple[int, slice]]:

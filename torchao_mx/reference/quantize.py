@@ -113,13 +113,23 @@ def fake_quantize(
     return dequantize(qdata, scale, fmt, x.dtype, axis, per_tensor_scale)
 
 
-def per_tensor_scale(x: torch.Tensor, fmt: BlockFormat, per_expert: bool = False) -> torch.Tensor:
+def per_tensor_scale(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    per_expert: bool = False,
+    offs: torch.Tensor | None = None,
+) -> torch.Tensor:
     """NVFP4's fp32 scale: ``amax(|x|) / (448 * 6)``, so that the largest block scale is 448.
 
     One scale (0-d) for the tensor, or one per leading index (``[E, 1, 1]``) with ``per_expert``. At least
     2**-120, so that the reciprocal of a whole scale stays in fp32 and zeros quantize to zeros (torchao
-    divides zero by zero there and yields NaN).
+    divides zero by zero there and yields NaN). With ``offs``, end offsets of groups of rows, rows
+    after the last group do not count.
     """
+    if offs is not None:
+        x = x[: offs[-1].clamp(min=0)]
+    if offs is not None and x.numel() == 0:
+        return x.new_full((), MIN_PER_TENSOR_SCALE, dtype=torch.float32)
     dims = (-2, -1) if per_expert else None
     amax = torch.linalg.vector_norm(x, math.inf, dim=dims, keepdim=per_expert).float()
     return (amax / (E4M3_MAX * fmt.elem_max)).clamp(min=MIN_PER_TENSOR_SCALE)
