@@ -20,7 +20,14 @@ import triton.language as tl
 
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops import _groups, _tile
-from torchao_mx.ops._launch import bytes_of, cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.ops._launch import (
+    bytes_of,
+    cdiv,
+    in_words,
+    launched,
+    next_power_of_2,
+    on_device_of,
+)
 from torchao_mx.reference import fp8 as definition
 
 BLOCK = MXFP4.block_size
@@ -282,10 +289,7 @@ def load_values(q_ptr, s_ptr, row, n_rows, q_row, s_row, word_index, words_per_r
 
 def words_of(qdata: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """int32 words ``[E, N, K / 8]`` and scale bytes ``[E, N, K / 32]``, E = 1 for a matrix; views if they can."""
-    qdata, scale = bytes_of(qdata), bytes_of(scale)
-    steps = (qdata.storage_offset(), qdata.data_ptr(), *qdata.stride()[:-1])
-    if qdata.stride(-1) != 1 or any(step % 4 for step in steps):
-        qdata = qdata.contiguous()
+    qdata, scale = in_words(qdata, 4), bytes_of(scale)
     if scale.stride(-1) != 1:
         scale = scale.contiguous()
     words = qdata.view(torch.int32)

@@ -39,6 +39,7 @@ from torchao_mx.ops._launch import (
     capability,
     cdiv,
     format_constants,
+    in_words,
     launched,
     next_power_of_2,
     on_device_of,
@@ -459,11 +460,8 @@ def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor,
     That many are ``most`` bytes where all rows begin at multiples of that. A copy where a view along K begins
     within a word, or its rows are no whole words apart.
     """
-    q = bytes_of(qdata)
-    starts = (q.data_ptr(), q.storage_offset(), *q.stride()[:-1])
-    if q.stride(-1) != 1 or any(start % itemsize for start in starts):
-        q = q.contiguous()
-        starts = (q.data_ptr(), *q.stride()[:-1])
+    q = in_words(qdata, itemsize)
+    starts = (q.data_ptr(), *q.stride()[:-1])
     unit = itemsize if any(start % most for start in starts) else most
     return q.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[itemsize]), unit // itemsize
 

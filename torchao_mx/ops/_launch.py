@@ -168,6 +168,15 @@ def bytes_of(t: torch.Tensor) -> torch.Tensor:
     return t if t.dtype == torch.uint8 else t.view(torch.uint8)
 
 
+def in_words(t: torch.Tensor, size: int) -> torch.Tensor:
+    """The bytes of ``t``, copied unless each row can be read as words of ``size`` bytes."""
+    t = bytes_of(t)
+    places = (t.data_ptr(), t.storage_offset(), *t.stride()[:-1])
+    if t.stride(-1) == 1 and all(place % size == 0 for place in places):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
 def format_constants(fmt: BlockFormat, device: torch.device) -> dict[str, object]:
     """The constexprs by which a kernel knows ``fmt``."""
     return {

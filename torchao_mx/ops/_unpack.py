@@ -27,7 +27,14 @@ from torchao_mx import reference
 from torchao_mx.ops import _groups, _tile
 from torchao_mx.ops._add import finish
 from torchao_mx.ops._gather import inverse, sum_rows, with_unit_rows
-from torchao_mx.ops._launch import bytes_of, cdiv, format_constants, launched, on_device_of
+from torchao_mx.ops._launch import (
+    bytes_of,
+    cdiv,
+    format_constants,
+    in_words,
+    launched,
+    on_device_of,
+)
 from torchao_mx.ops._packed import Packed
 from torchao_mx.ops.quantize import per_tensor_kind
 from torchao_mx.reference import Added, Rows
@@ -119,9 +126,7 @@ def decode_into(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) 
 
 def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) -> None:
     word = torch.int32 if w.fmt.elem_bits == 4 else torch.int64
-    qdata, scale = bytes_of(w.qdata), bytes_of(w.scale)
-    if not _holds_words(qdata, word.itemsize):
-        qdata = qdata.contiguous()
+    qdata, scale = in_words(w.qdata, word.itemsize), bytes_of(w.scale)
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
     qdata = qdata.view(word)
     experts, rows, words = qdata.shape
@@ -134,12 +139,6 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
             TILE=DECODE_TILE, LONG_ROWS=words >= DECODE_TILE, num_warps=DECODE_WARPS,
             **format_constants(w.fmt, out.device),
         )  # fmt: skip
-
-
-def _holds_words(qdata: torch.Tensor, size: int) -> bool:
-    """Whether bytes can be read as words of ``size`` bytes."""
-    offsets = (qdata.storage_offset(), qdata.data_ptr(), *qdata.stride()[:-1])
-    return qdata.stride(-1) == 1 and all(offset % size == 0 for offset in offsets)
 
 
 def slices(
