@@ -180,13 +180,16 @@ class _Recorder(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        implementation = implementations.get((func, self.device.type))
-        if implementation is not None:
-            try:
-                with self:
-                    return implementation(*args, **kwargs)
-            finally:
-                launches.recording = self
+        # Implementations run below autograd, where torch's composites are dispatched whole: ``to``, which may copy,
+        # would pass for a view.
+        implementation = implementations.get((func, self.device.type), func.decompose)
+        try:
+            with self:
+                result = implementation(*args, **kwargs)
+        finally:
+            launches.recording = self
+        if result is not NotImplemented:
+            return result
         result = func(*args, **kwargs)
         if func in _ALLOCATIONS:
             if result.numel():
