@@ -74,8 +74,9 @@ def _entry(
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
         for i in dense:
-            if args[i] is not None and not is_dense(args[i]):
-                args = (*args[:i], as_dense(args[i]), *args[i + 1 :])
+            t = args[i]
+            if t is not None and not (t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0):
+                args = (*args[:i], as_dense(t), *args[i + 1 :])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             if not torch.is_autocast_enabled(device):
                 return implementation(*args)
@@ -85,14 +86,11 @@ def _entry(
     return run
 
 
-def is_dense(t: torch.Tensor) -> bool:
-    """Whether ``t`` is contiguous and starts where a kernel can load 16 bytes at once."""
-    return t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0
-
-
 def as_dense(t: torch.Tensor) -> torch.Tensor:
-    """``t``, copied unless it :func:`is_dense`."""
-    return t if is_dense(t) else t.clone(memory_format=torch.contiguous_format)
+    """``t``, copied unless it is contiguous and starts where a kernel can load 16 bytes at once."""
+    if t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0:
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
 
 
 def _autograd_kernel(
