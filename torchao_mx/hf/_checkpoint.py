@@ -75,15 +75,15 @@ def read_folder(folder: Path) -> dict[str, Entry]:
         for name, entry in _read_header(folder / file).items():
             if places.get(name) != file:
                 raise ValueError(
-                    f"{name}: in {file}, while {index.name} places it in {places.get(name)}; the files are of "
-                    f"different checkpoints: download all of them again"
+                    f"{name}: in {file}, while {index.name} places it in {places.get(name)}; the files are "
+                    f"of different checkpoints: download all of them again"
                 )
             entries[name] = entry
     lost = sorted(places.keys() - entries.keys())
     if lost:
         raise ValueError(
-            f"{lost[0]}: {index.name} places it in {places[lost[0]]}, where it is not ({len(lost)} such tensors); "
-            f"download that file again"
+            f"{lost[0]}: {index.name} places it in {places[lost[0]]}, where it is not ({len(lost)} such "
+            f"tensors); download that file again"
         )
     return entries
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 
 from torchao_mx.hf._adapter import CONFIG_FILE as ADAPTER_CONFIG
 from torchao_mx.hf._checkpoint import INDEX, SINGLE
-from torchao_mx.hf._merge import MergeError, Update, merge, updates_of
+from torchao_mx.hf._merge import MergeError, Update, merge, updates_of, warn_of_lost
 from torchao_mx.hf._quantizer import MXQuantizationConfig
 from torchao_mx.hf._staging import (
     CONFIG,
@@ -76,7 +76,8 @@ def save_pretrained(
 
     Returns:
         What rounding cost, by the full name of each weight with merged adapters; empty where there are none.
-        **Small updates vanish in 4 bits**: see :class:`MergeError` before serving the result.
+        **Small updates vanish in 4 bits**: see :class:`MergeError` before serving the result. Weights that
+        lost theirs are warned of.
 
     Raises:
         TypeError: the model is wrapped in another, of PEFT say.
@@ -125,14 +126,15 @@ def save_model(
         if others is not None:
             copy_others(others, folder)
         write_tensors(sizes, tensors(), folder, limit, "Saving")
+    warn_of_lost(errors)
     return errors
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, size: int) -> Iterator[Path]:
-    """A new folder to be filled with a checkpoint, of weights of ``size`` bytes, that is then that of ``path``.
+    """A new folder to be filled with a checkpoint, with ``size`` bytes of weights, which then goes to ``path``.
 
-    On an error ``path`` is as it was. What can fail without the weights is best written before them.
+    On an error ``path`` is as it was. The weights take longest, so that what may fail is written before them.
 
     Raises:
         ValueError, OSError: as :func:`check_target`; too little room; another save into it is under way.
@@ -239,17 +241,18 @@ def copy_others(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         copied = folder / file.name
         if file.is_file() and not copied.exists() and not _NOT_COPIED.fullmatch(file.name):
-            with writing(copied, file.stat().st_size):
-                shutil.copyfile(file, copied)
+            size = file.stat().st_size
+            with file.open("rb") as stream, writing(copied, size), copied.open("wb") as out:
+                shutil.copyfileobj(stream, out)
 
 
 def _publish(stage: Path) -> None:
-    """Put the checkpoint in ``stage`` in the place of its parent's, of which transformers loads one at any time.
+    """Put the checkpoint in ``stage`` in the place of its parent's; at every instant one of the two loads.
 
-    The new weights get names of their own beside the old ones. A config.json that names them, by transformers'
-    own key, takes the old one's place: that is the switch. Now the usual names are nobody's, and are replaced
-    one by one; last is config.json as it was written, without the key. Without a config.json before there was
-    nothing to load, and it alone is the switch.
+    The new weights get names of their own beside the old ones. Replacing config.json with one that names them
+    by transformers' own key is the switch. The usual names, which nothing reads now, are replaced one by one,
+    and config.json last, by the one without the key. Where there was none, there was nothing to load, and
+    writing it is the switch.
     """
     target = stage.parent
     files = sorted(file.name for file in stage.iterdir())
@@ -300,16 +303,19 @@ def _link(source: Path, destination: Path) -> None:
         sync(destination)
 
 
-def _siblings(target: Path) -> Iterator[Path]:
-    """Folders in which earlier versions left a checkpoint when they were killed: the old one, an unfinished one."""
-    with contextlib.suppress(OSError):
-        for entry in target.parent.iterdir():
-            ours = re.fullmatch(rf"\.{re.escape(target.name)}\.(old|[0-9a-f]{{8}})", entry.name)
-            if ours and entry.is_dir() and not entry.is_symlink():
-                if not any(entry.iterdir()) or any(
-                    _REPLACED.fullmatch(file.name) for file in entry.iterdir()
-                ):
-                    yield entry
+def _siblings(target: Path) -> list[Path]:
+    """Where earlier versions, if killed, left the old checkpoint or an unfinished one, beside ``target``."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.(old|[0-9a-f]{{8}})")
+    try:
+        found = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
+        return [entry for entry in found if not entry.is_symlink() and _is_ours(entry)]
+    except OSError:  # not readable
+        return []
+
+
+def _is_ours(folder: Path) -> bool:
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else ["a file"]
+    return not names or any(map(_REPLACED.fullmatch, names))
 
 
 def _restore(target: Path) -> None:
@@ -321,5 +327,5 @@ def _restore(target: Path) -> None:
 
 
 def _remove_siblings(target: Path) -> None:
-    for folder in list(_siblings(target)):
+    for folder in _siblings(target):
         shutil.rmtree(folder, ignore_errors=True)

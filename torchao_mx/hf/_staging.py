@@ -1,8 +1,7 @@
 """Files written into a hidden folder inside their own, and renamed from there once all of them are complete.
 
-Write permission in the target is all that is needed: a mount point, ".", and a link to a folder are written as
-any other folder, and whatever else the target holds is not touched. What a killed save leaves there, the next
-one removes.
+Write permission in the target is all that is needed, so mount points, ".", and links to folders will do,
+and whatever else the target holds is not touched. What a killed save leaves there, the next one removes.
 """
 
 from __future__ import annotations
@@ -81,7 +80,9 @@ def check_folder(path: str | Path) -> Path:
     if not present.is_dir():
         raise ValueError(f"{present} is a file; give the folder to write into")
     # Not mode bits: of a file system mounted read-only, this is False for root too.
-    if not os.access(present, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+    if not os.access(
+        present, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
         raise PermissionError(
             errno.EACCES, "no permission to write into the folder; give another", str(present)
         )
@@ -161,10 +162,11 @@ def writing(file: Path, size: int = 0) -> Iterator[None]:
             code = int(match[1]) if match else errno.EIO
         target = file.parent.parent
         what = f" ({size:,} bytes; {shutil.disk_usage(target).free:,} are free)" if size else ""
+        room = "make room there, or " if code in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(
             code,
-            f"{os.strerror(code)}: {file.name}{what} could not be written, and the folder is as it was; make "
-            f"room there, or give another folder",
+            f"{os.strerror(code)}: {file.name}{what} could not be written, and the folder is as it was; "
+            f"{room}give another folder",
             str(target),
         ) from error
 
