@@ -62,6 +62,7 @@ def save_distributed(
         ValueError: tensors that are missing, misshapen, or that the layout has no place for (adapters:
             they are saved by :func:`save_adapter`), each named; an expert weight of another format, or of
             high precision without ``quantize``; a scale that is NaN, a weight of zeros; ``path`` a file.
+        OSError: as :func:`save_pretrained`.
 
     Example::
 
@@ -93,10 +94,10 @@ def save_distributed(
         for name in names:
             yield from _drawn(checkpoint, prefix, name, records[name], name in weights, quantize)
 
-    with replacing(path) as folder:
-        write_tensors(sizes, tensors(), folder, limit, "Saving")
+    with replacing(path, sum(sizes.values())) as folder:
         unpacked = next(name for name in names if name not in weights)
         _write_configs(skeleton.to(records[unpacked].properties.dtype), folder)
+        write_tensors(sizes, tensors(), folder, limit, "Saving")
 
 
 def _check_quantize(quantize: Any) -> None:
