@@ -393,7 +393,9 @@ def test_other_cases_are_torchaos():
 
     plain = linear()
     layer = plain[0]
-    with pytest.warns(UserWarning, match="was never prepared, so convert leaves it in high precision"):
+    with pytest.warns(
+        UserWarning, match="was never prepared, so convert leaves it in high precision"
+    ):
         assert convert(plain, W4A4)[0] is layer
     assert type(layer.weight.data) is torch.Tensor
 

@@ -194,7 +194,9 @@ def test_check_model_names_the_layers():
     assert [line.split(":")[0] for line in str(info.value).splitlines()[1:]] == ["up", "down"]
     mixed = nn.Sequential(*recipe(), nn.Linear(48, 64))
     check_model(mixed, CONFIG)
-    with pytest.warns(UserWarning, match="1 layer was never prepared and stays in high precision: 1$"):
+    with pytest.warns(
+        UserWarning, match="1 layer was never prepared and stays in high precision: 1$"
+    ):
         check_model(mixed, CONVERT)
 
 

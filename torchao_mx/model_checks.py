@@ -189,13 +189,16 @@ class _Plan:
             if left and self.selected:
                 subject = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
                 notes.append(
-                    f"{subject} in training: {_some(left)}; give the filter_fn of the prepare step to convert "
-                    f"all that it prepared"
+                    f"{subject} in training: {_some(left)}; give the filter_fn of the prepare step to "
+                    f"convert all that it prepared"
                 )
             never = [n for n, m in self.given.items() if is_in_high_precision(m)]
             never = [n for n in never if n not in self.in_training]
             if never and self.selected:
-                one, many = "1 layer was never prepared and stays", "layers were never prepared and stay"
+                one, many = (
+                    "1 layer was never prepared and stays",
+                    "layers were never prepared and stay",
+                )
                 subject = one if len(never) == 1 else f"{len(never)} {many}"
                 notes.append(f"{subject} in high precision: {_some(never)}")
         elif self.check is not None:

@@ -195,8 +195,8 @@ def _what_to_select(module: nn.Module) -> str:
     experts = sum(is_experts(m) for m in module.modules())
     if not linear and not experts:
         return "; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)"
-    held = [f"{linear} linear layer(s)"] * (linear > 0)
-    held += [f"{experts} module(s) of experts"] * (experts > 0)
+    held = [f"{linear} linear layer{'s' * (linear > 1)}"] * (linear > 0)
+    held += [f"{experts} module{'s' * (experts > 1)} of experts"] * (experts > 0)
     kind = "is_linear" if linear else "is_experts"
     return (
         f" but holds {' and '.join(held)}, which quantize_ does not reach: it stops at the first module that "

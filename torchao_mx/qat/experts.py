@@ -25,7 +25,7 @@ from torchao_mx.modules import twin_of
 from torchao_mx.ops._arguments import operands
 from torchao_mx.ops.group_sum import group_outer_op
 from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
-from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.qat.config import MXFakeQuantizeConfig, check_configs
 from torchao_mx.qat.fake_quantizer import FakeQuantized
 from torchao_mx.tensor import MXTensor
 
@@ -112,17 +112,7 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
             TypeError: a module that :func:`torchao_mx.is_experts` does not know; configs of other types.
             ValueError: no ``weight_config``; weights that cannot be packed so.
         """
-        for name, config in (("weight", weight_config), ("activation", activation_config)):
-            if not isinstance(config, MXFakeQuantizeConfig) and (config or name == "weight"):
-                raise TypeError(
-                    f"{name}_config={config!r}; it must be a torchao_mx.MXFakeQuantizeConfig"
-                )
-        if not is_experts(module):
-            raise TypeError(
-                f"{type(module).__name__} is no module of experts that is known; select them with "
-                f"quantize_(..., filter_fn=torchao_mx.is_experts)"
-            )
-        check_experts(module, weight_config.spec, activation_config and activation_config.spec)
+        check_fake_quantized_experts(module, activation_config, weight_config)
         twin = cls.stand_in(module)
         twin._set_configs(activation_config, weight_config)
         return twin
@@ -193,3 +183,18 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         if self.activation_config is not None:
             text += f", activation={self.activation_config.spec}"
         return text + self._switch_repr()
+
+
+def check_fake_quantized_experts(
+    module: nn.Module,
+    activation: MXFakeQuantizeConfig | None,
+    weight: MXFakeQuantizeConfig | None,
+) -> None:
+    """Refuse a module that cannot become an :class:`MXFakeQuantizedExperts`; nothing is changed."""
+    check_configs(activation, weight)
+    if not is_experts(module):
+        raise TypeError(
+            f"{type(module).__name__} is no module of experts that is known; select them with "
+            f"quantize_(..., filter_fn=torchao_mx.is_experts)"
+        )
+    check_experts(module, weight.spec, None if activation is None else activation.spec)

@@ -72,8 +72,8 @@ class FakeQuantized:
         if on and on != wanted and on[0] not in self._alone:
             raise ValueError(
                 f"{type(self).__name__}: fake quantization is on for the {on[0]} alone, which this module "
-                f"does not compute; set enabled alike on weight_fake_quantizer and activation_fake_quantizer, "
-                f"as torchao_mx.qat.enable_fake_quant and disable_fake_quant do"
+                f"does not compute; set enabled alike on weight_fake_quantizer and "
+                f"activation_fake_quantizer, as torchao_mx.qat.enable_fake_quant and disable_fake_quant do"
             )
         if specs["weight"] is None and isinstance(weight, MXTensor):
             raise ValueError(

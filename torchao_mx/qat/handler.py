@@ -28,19 +28,18 @@ from torchao.quantization.transform_module import (
     register_quantize_module_handler,
 )
 
-from torchao_mx.experts import check_experts, is_experts
+from torchao_mx.experts import is_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec
 from torchao_mx.modules import check_replaceable, in_place_of, ties_of
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
-    check_linear,
     is_in_high_precision,
 )
 from torchao_mx.qat.config import MXFakeQuantizeConfig
-from torchao_mx.qat.experts import MXFakeQuantizedExperts
+from torchao_mx.qat.experts import MXFakeQuantizedExperts, check_fake_quantized_experts
 from torchao_mx.qat.fake_quantizer import FakeQuantized
-from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_own_forward
+from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_fake_quantized_linear
 
 _Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
 
@@ -79,17 +78,9 @@ def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Modu
     if isinstance(module, FakeQuantized):
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
+    _check_prepared(module, configs, config)
     if is_experts(module):
         return MXFakeQuantizedExperts.from_experts(module, *configs)
-    if (
-        isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
-        and isinstance(module, nn.Linear)
-        and module.weight.dtype != torch.bfloat16
-    ):
-        raise TypeError(
-            f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert after "
-            f"training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
-        )
     return MXFakeQuantizedLinear.from_linear(module, *configs)
 
 
@@ -98,22 +89,22 @@ def check_of(config: QATConfig) -> Callable[[nn.Module], None] | None:
     if config.step == "convert":
         return lambda module: _check_converted(module, config)
     configs = _configs_of(config)
-    if configs is None:
-        return None
-    activation, weight = (None if c is None else c.spec for c in configs)
-    return lambda module: _check_prepared(module, weight, activation)
+    return None if configs is None else lambda module: _check_prepared(module, configs, config)
 
 
-def _check_prepared(
-    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
-) -> None:
+def _check_prepared(module: nn.Module, configs: _Configs, config: QATConfig) -> None:
     if isinstance(module, FakeQuantized):
         return
     if is_experts(module):
-        check_experts(module, weight, activation)
+        check_fake_quantized_experts(module, *configs)
     else:
-        check_linear(module, weight, activation)
-        check_own_forward(module)
+        check_fake_quantized_linear(module, *configs)
+        is_torchaos = isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
+        if is_torchaos and module.weight.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert "
+                f"after training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
+            )
     check_replaceable(module)
 
 

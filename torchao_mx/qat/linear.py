@@ -32,7 +32,7 @@ from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
 from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale, quantize_op, quantize_with_values_op
 from torchao_mx.ptq import check_linear, is_linear
-from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.qat.config import MXFakeQuantizeConfig, check_configs
 from torchao_mx.qat.fake_quantizer import FakeQuantized
 from torchao_mx.tensor import MXTensor
 
@@ -162,7 +162,7 @@ class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
         dtype: torch.dtype | None = None,
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
-        _check(linear, activation_config, weight_config)
+        check_fake_quantized_linear(linear, activation_config, weight_config)
         # torchao's constructor knows torchao's configs alone.
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._set_configs(activation_config, weight_config)
@@ -200,8 +200,7 @@ class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
         Raises:
             TypeError, ValueError: as the constructor; ``linear`` is unchanged.
         """
-        _check(linear, activation_config, weight_config)
-        check_own_forward(linear)
+        check_fake_quantized_linear(linear, activation_config, weight_config)
         twin = twin_of(cls, linear)
         twin._set_configs(activation_config, weight_config)
         return twin
@@ -227,19 +226,12 @@ def check_own_forward(linear: nn.Linear) -> None:
         )
 
 
-def _check(
-    linear: nn.Linear,
+def check_fake_quantized_linear(
+    linear: nn.Module,
     activation: MXFakeQuantizeConfig | None,
     weight: MXFakeQuantizeConfig | None,
 ) -> None:
-    if weight is None:
-        raise ValueError(
-            "weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for "
-            "weight-only)"
-        )
-    for name, config in (("weight_config", weight), ("activation_config", activation)):
-        if config is not None and not isinstance(config, MXFakeQuantizeConfig):
-            raise TypeError(
-                f"{name} is a {type(config).__name__}; it must be a torchao_mx.MXFakeQuantizeConfig"
-            )
+    """Refuse a module that cannot become an :class:`MXFakeQuantizedLinear`; nothing is changed."""
+    check_configs(activation, weight)
     check_linear(linear, weight.spec, None if activation is None else activation.spec)
+    check_own_forward(linear)
