@@ -96,8 +96,8 @@ def test_all_or_nothing(config):
 def test_a_filter_that_selects_nothing(config):
     model = Model()
     text = (
-        r"filter_fn selects nothing in Model, which holds 3 linear layers \(blocks.0.0, blocks.1.0, head\): "
-        r"filter_fn=torchao_mx.is_linear; 1 modules? of experts \(experts\): filter_fn=torchao_mx.is_experts"
+        r"filter_fn selects nothing in Model, which holds linear layers \(blocks.0.0, blocks.1.0, head\): "
+        r"filter_fn=torchao_mx.is_linear; modules of experts \(experts\): filter_fn=torchao_mx.is_experts"
     )
     with pytest.raises(ValueError, match=text):
         check_model(model, config, lambda m, n: "attention" in n)
@@ -150,7 +150,7 @@ def test_a_module_at_two_places_is_one_and_nothing_is_warned_of():
 
 def test_other_configs_are_torchaos():
     model = Model()
-    silent(quantize_, model, Int8WeightOnlyConfig())
+    quantize_(model, Int8WeightOnlyConfig())
     assert type(model.head.weight).__module__.startswith("torchao.")
     with pytest.warns(UserWarning, match="filter_fn selects nothing in Model"):
         quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda m, n: False)

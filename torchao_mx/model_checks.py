@@ -88,7 +88,7 @@ def quantize_(
     torchao.quantization.quantize_(model, config, filter_fn=plan.filter_fn(selects), device=device)
 
 
-def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter = is_linear) -> None:
+def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | None = None) -> None:
     """Refuse, before ``quantize_``, a model that it could not convert to the end.
 
     torchao's ``quantize_`` converts layer by layer and does not tell a handler the layer's name, so an error
@@ -119,7 +119,7 @@ def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter = is_
         ValueError: 1 of 2 layers cannot be quantized:
         up: Linear(in_features=100, out_features=64): its weight has shape (64, 100); ...
     """
-    plan = _Plan(model, config, filter_fn)
+    plan = _Plan(model, config, is_linear if filter_fn is None else filter_fn)
     if plan.check is None:
         raise TypeError(
             f"{type(config).__name__} holds no scheme of torchao_mx; give MXWeightOnlyConfig, "
@@ -248,13 +248,9 @@ def _nothing_selected(model: nn.Module) -> str:
     known = [n for n, m in model.named_modules() if is_experts(m)]
     held = []
     if linear:
-        held.append(
-            f"{len(linear)} linear layers ({_some(linear)}): filter_fn=torchao_mx.is_linear"
-        )
+        held.append(f"linear layers ({_some(linear)}): filter_fn=torchao_mx.is_linear")
     if known:
-        held.append(
-            f"{len(known)} modules of experts ({_some(known)}): filter_fn=torchao_mx.is_experts"
-        )
+        held.append(f"modules of experts ({_some(known)}): filter_fn=torchao_mx.is_experts")
     what = "; ".join(held) or "neither linear layers nor modules of experts that are known"
     return f"filter_fn selects nothing in {type(model).__name__}, which holds {what}"
 

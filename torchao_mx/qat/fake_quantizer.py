@@ -59,28 +59,24 @@ class FakeQuantized:
             ValueError: one operand alone is quantized, and this class does not compute that; ``weight`` was
                 gathered packed, and is not to be quantized.
         """
-        quantizers = {
-            "weight": self.weight_fake_quantizer,
-            "activation": self.activation_fake_quantizer,
-        }
-        specs = {
-            name: None if quantizer is None or not quantizer.enabled else quantizer.config.spec
-            for name, quantizer in quantizers.items()
-        }
-        on = [name for name, spec in specs.items() if spec is not None]
-        wanted = [name for name, quantizer in quantizers.items() if quantizer is not None]
-        if on and on != wanted and on[0] not in self._alone:
-            raise ValueError(
-                f"{type(self).__name__}: fake quantization is on for the {on[0]} alone, which this module "
-                f"does not compute; set enabled alike on weight_fake_quantizer and "
-                f"activation_fake_quantizer, as torchao_mx.qat.enable_fake_quant and disable_fake_quant do"
-            )
-        if specs["weight"] is None and isinstance(weight, MXTensor):
+        w, x = self.weight_fake_quantizer, self.activation_fake_quantizer
+        weight_spec = w.config.spec if w.enabled else None
+        activation_spec = x.config.spec if x is not None and x.enabled else None
+        if x is not None and w.enabled != x.enabled:
+            on = "weight" if w.enabled else "activation"
+            if on not in self._alone:
+                raise ValueError(
+                    f"{type(self).__name__}: fake quantization is on for the {on} alone, which this module "
+                    f"does not compute; set enabled alike on weight_fake_quantizer and "
+                    f"activation_fake_quantizer, as torchao_mx.qat.enable_fake_quant and "
+                    f"disable_fake_quant do"
+                )
+        if weight_spec is None and isinstance(weight, MXTensor):
             raise ValueError(
                 f"{type(self).__name__}: fake quantization of the weight is off, and FSDP2 gathered it "
                 f"packed; leave gather_packed out to train with it off, or switch it on"
             )
-        return specs["weight"], specs["activation"]
+        return weight_spec, activation_spec
 
     @property
     def is_switched_off(self) -> bool:
