@@ -119,6 +119,15 @@ def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | Non
         ValueError: 1 of 2 layers cannot be quantized:
         up: Linear(in_features=100, out_features=64): its weight has shape (64, 100); ...
     """
+    plan = check_layers(model, config, filter_fn)
+    if plan.nothing:
+        raise ValueError(plan.nothing)
+    for text in plan.notes():
+        warnings.warn(text, stacklevel=2)
+
+
+def check_layers(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | None = None) -> _Plan:
+    """The refusals of :func:`check_model` alone, for a caller that names itself what is left out."""
     plan = _Plan(model, config, is_linear if filter_fn is None else filter_fn)
     if plan.check is None:
         raise TypeError(
@@ -127,10 +136,7 @@ def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | Non
             f"NVFP4ForwardMXFP8BackwardConfig"
         )
     plan.raise_problems()
-    if plan.nothing:
-        raise ValueError(plan.nothing)
-    for text in plan.notes():
-        warnings.warn(text, stacklevel=2)
+    return plan
 
 
 class _Plan:
