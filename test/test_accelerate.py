@@ -39,6 +39,22 @@ def model_of(device):
     return model.to(device).train()
 
 
+def test_hooks_of_accelerate_call_what_experts_became():
+    """They put a forward on the instance that calls the class's, as where a device map spreads a model."""
+    from _experts import Concatenated, inputs
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    layer, (args, _) = Concatenated(), inputs(Concatenated, 5)
+    add_hook_to_module(layer, ModelHook())
+    quantize_(layer, MXWeightOnlyLoRAConfig(r=4), filter_fn=is_experts)
+    y = layer(*args)
+    assert torch.equal(y, type(layer).forward(layer, *args))
+    y.sum().backward()
+    assert layer.gate_up_proj_lora_B.grad is not None
+    remove_hook_from_module(layer)
+    assert torch.equal(layer(*args), y)
+
+
 def optimizer_of(model):
     return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 

@@ -234,7 +234,7 @@ def test_refusals():
         quantized(ours, BASES["w4a4"])
     with pytest.raises(TypeError, match="is being trained; convert it first"):
         quantized(ours, MXWeightOnlyLoRAConfig(r=4))
-    with pytest.raises(TypeError, match="weight_config=None"):
+    with pytest.raises(ValueError, match="weight_config is missing"):
         MXFakeQuantizedExperts.from_experts(Titan())
     with pytest.raises(TypeError, match="no module of experts"):
         MXFakeQuantizedExperts.from_experts(nn.Linear(32, 32), None, MXFakeQuantizeConfig())

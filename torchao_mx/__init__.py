@@ -12,10 +12,10 @@ from torchao_mx.formats import (
     ScaleCalculationMode,
 )
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
+from torchao_mx.model_checks import check_model, quantize_
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
-    check_model,
     is_linear,
 )
 from torchao_mx.qat import (
@@ -58,6 +58,7 @@ __all__ = [
     "is_experts",
     "is_linear",
     "ops",
+    "quantize_",
 ]
 
 register_qat_handler()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +26,7 @@ from torchao_mx.experts import (
     quantize_experts,
 )
 from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
-from torchao_mx.modules import in_place_of
+from torchao_mx.modules import check_replaceable, in_place_of
 from torchao_mx.tensor import MXTensor
 
 
@@ -138,108 +137,10 @@ def is_linear(module: nn.Module, fqn: str = "") -> bool:
     )
 
 
-def check_model(
-    model: nn.Module,
-    config: AOBaseConfig,
-    filter_fn: Callable[[nn.Module, str], bool] = is_linear,
-) -> None:
-    """Refuse, before ``quantize_``, a model that it could not convert to the end.
-
-    ``quantize_`` converts layer by layer and does not tell a handler the layer's name, so an error half-way
-    leaves the layers before it converted. This looks at all of them first, changes nothing, and names each.
-
-    Args:
-        model: what will be given to ``quantize_``.
-        config: ours, LoRA's and the recipe's included, or torchao's ``QATConfig`` with one of ours as
-            ``base_config`` or ``weight_config``.
-        filter_fn: as for ``quantize_``.
-
-    Raises:
-        TypeError: a config with no scheme of ours in it.
-        ValueError: one line for each layer that cannot be quantized so.
-
-    Example:
-        >>> import torch
-        >>> from torchao_mx import MXWeightOnlyConfig, check_model
-        >>> model = torch.nn.ModuleDict({"up": torch.nn.Linear(100, 64), "down": torch.nn.Linear(64, 64)})
-        >>> check_model(model, MXWeightOnlyConfig())  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-            ...
-        ValueError: 1 of 2 layers cannot be quantized:
-        up: Linear(in_features=100, out_features=64): its weight has shape (64, 100); ...
-    """
-    check = _check_of(config)
-    selected = [(name, m) for name, m in model.named_modules() if filter_fn(m, name)]
-    problems = []
-    for name, module in selected:
-        error = _refusal(check, module)
-        if error is not None:
-            problems.append(f"{name or 'the model'}: {error}")
-    if problems:
-        lines = "\n".join(problems)
-        raise ValueError(f"{len(problems)} of {len(selected)} layers cannot be quantized:\n{lines}")
-
-
-def _refusal(check: Callable[[nn.Module], None], module: nn.Module) -> str | None:
-    try:
-        check(module)
-    except (TypeError, ValueError) as error:
-        return str(error)
-    return None
-
-
-def _check_of(config: Any) -> Callable[[nn.Module], None]:
-    """What raises for a layer that ``quantize_`` would refuse; those that it leaves as they are pass."""
-    from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
-    from torchao_mx.lora.handler import check_lora_module
-    from torchao_mx.qat.handler import check_qat_module
-    from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
-    from torchao_mx.recipes.handler import check_recipe_module
-
-    if isinstance(config, MXWeightOnlyLoRAConfig):
-        return lambda module: check_lora_module(module, config)
-    if isinstance(config, NVFP4ForwardMXFP8BackwardConfig):
-        return lambda module: check_recipe_module(module, config)
-    weight, activation = _specs_of(config)
-    step = getattr(config, "step", None)  # of a QATConfig
-    if step == "convert":
-        return lambda module: None
-    if step is not None:
-        return lambda module: check_qat_module(module, weight, activation)
-
-    def check(module: nn.Module) -> None:
-        _check_not_in_training(module)
-        if is_experts(module):
-            if not is_packed(module):
-                check_experts(module, weight, activation)
-        elif not (isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor)):
-            check_linear(module, weight, activation)
-
-    return check
-
-
-def _specs_of(config: Any) -> tuple[QuantizeSpec, QuantizeSpec | None]:
-    """(weight, activation) of a PTQ config, or of what a ``QATConfig`` prepares."""
-    base = getattr(config, "base_config", None) or config
-    if isinstance(base, (MXWeightOnlyConfig, MXDynamicActivationMXWeightConfig)):
-        return base.weight_spec, base.activation_spec
-    weight = getattr(getattr(config, "weight_config", None), "spec", None)
-    if not isinstance(weight, QuantizeSpec):
-        raise TypeError(
-            f"{type(config).__name__} holds no scheme of torchao_mx; give MXWeightOnlyConfig, "
-            f"MXDynamicActivationMXWeightConfig, a QATConfig of one, MXWeightOnlyLoRAConfig or "
-            f"NVFP4ForwardMXFP8BackwardConfig"
-        )
-    return weight, getattr(config.activation_config, "spec", None)
-
-
 def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
     """Refuse a module whose weight cannot be quantized so; nothing is changed."""
     if not isinstance(module, nn.Linear):
-        raise TypeError(
-            f"{type(module).__name__} is not an nn.Linear; select linear layers with "
-            f"quantize_(..., filter_fn=torchao_mx.is_linear)"
-        )
+        raise TypeError(f"{type(module).__name__} is not an nn.Linear{_what_to_select(module)}")
     name = (
         f"{type(module).__name__}(in_features={module.in_features}, "
         f"out_features={module.out_features})"
@@ -288,14 +189,48 @@ def quantize_linear(
     return module
 
 
-def _check_not_in_training(module: nn.Module) -> None:
-    from torchao_mx.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
+def _what_to_select(module: nn.Module) -> str:
+    """Rather than ``module``, which is neither a linear layer nor experts: what an error says of it."""
+    linear = sum(is_linear(m) for m in module.modules())
+    experts = sum(is_experts(m) for m in module.modules())
+    if not linear and not experts:
+        return "; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)"
+    held = [f"{linear} linear layer{'s' * (linear > 1)}"] * (linear > 0)
+    held += [f"{experts} module{'s' * (experts > 1)} of experts"] * (experts > 0)
+    kind = "is_linear" if linear else "is_experts"
+    return (
+        f" but holds {' and '.join(held)}, which quantize_ does not reach: it stops at the first module that "
+        f"filter_fn selects, and one that goes by names selects the model itself; have it ask for the kind "
+        f"too: lambda module, name: torchao_mx.{kind}(module) and ..."
+    )
 
-    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+
+def check_ptq_module(
+    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
+) -> None:
+    """Refuse what the handler would refuse; nothing is changed, nor is what is packed already looked at."""
+    _check_not_in_training(module)
+    if is_experts(module):
+        if not is_packed(module):
+            check_experts(module, weight, activation)
+            check_replaceable(module)
+    elif not (isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor)):
+        check_linear(module, weight, activation)
+
+
+def _check_not_in_training(module: nn.Module) -> None:
+    if getattr(module, "is_in_training", False):
         raise TypeError(
             f"{module} is being trained; convert it with quantize_(model, QATConfig(config, "
             f"step='convert'))"
         )
+
+
+def is_in_high_precision(module: nn.Module) -> bool:
+    """Whether ``module`` is a linear layer or one of experts, and its weights are not quantized."""
+    if is_experts(module):
+        return not is_packed(module)
+    return isinstance(module, nn.Linear) and type(module.weight.data) in (torch.Tensor, DTensor)
 
 
 def _extra_repr(module: Any) -> str:
@@ -311,5 +246,6 @@ def _quantize_handler(
     module: nn.Module, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
 ) -> nn.Module:
     _check_not_in_training(module)
-    quantize = quantize_experts if is_experts(module) else quantize_linear
-    return in_place_of(module, quantize(module, config.weight_spec, config.activation_spec))
+    if not is_experts(module):
+        return quantize_linear(module, config.weight_spec, config.activation_spec)
+    return in_place_of(module, quantize_experts(module, config.weight_spec, config.activation_spec))

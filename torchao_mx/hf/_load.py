@@ -18,7 +18,7 @@ from torchao_mx.hf._layout import BLOCKS, SCALES, skeleton_of
 from torchao_mx.hf._quantizer import NAME
 from torchao_mx.hf._versions import is_v5
 from torchao_mx.hf._while_loading import PTQConfig, packs_while_loading, selection
-from torchao_mx.ptq import check_model
+from torchao_mx.model_checks import check_model
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _REFUSED = frozenset(

@@ -11,7 +11,7 @@ from torchao_mx.experts import is_experts
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
 from torchao_mx.lora.experts import MXLoRAExperts, check_lora_experts
 from torchao_mx.lora.linear import MXLoRALinear, check_lora_linear
-from torchao_mx.modules import in_place_of
+from torchao_mx.modules import check_replaceable, in_place_of
 
 _OURS = (MXLoRALinear, MXLoRAExperts)
 
@@ -34,3 +34,4 @@ def check_lora_module(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None
     """Refuse what the handler would refuse; nothing is changed."""
     if not isinstance(module, _OURS):
         (check_lora_experts if is_experts(module) else check_lora_linear)(module, config)
+        check_replaceable(module)

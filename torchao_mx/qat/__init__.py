@@ -2,6 +2,7 @@
 
 from torchao_mx.qat.config import MXFakeQuantizeConfig
 from torchao_mx.qat.experts import MXFakeQuantizedExperts
+from torchao_mx.qat.fake_quantizer import disable_fake_quant, enable_fake_quant
 from torchao_mx.qat.handler import register_qat_handler
 from torchao_mx.qat.linear import MXFakeQuantizedLinear
 
@@ -9,5 +10,7 @@ __all__ = [
     "MXFakeQuantizeConfig",
     "MXFakeQuantizedExperts",
     "MXFakeQuantizedLinear",
+    "disable_fake_quant",
+    "enable_fake_quant",
     "register_qat_handler",
 ]

@@ -67,3 +67,17 @@ class MXFakeQuantizeConfig(FakeQuantizeConfigBase):
         if spec is None:
             return None
         return cls(spec.format.elem_dtype, spec.format.block_size, spec.scaling_mode)
+
+
+def check_configs(activation: object, weight: object) -> None:
+    """Raise ValueError without a ``weight``, TypeError for what is no :class:`MXFakeQuantizeConfig`."""
+    if weight is None:
+        raise ValueError(
+            "weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for "
+            "weight-only)"
+        )
+    for name, config in (("weight_config", weight), ("activation_config", activation)):
+        if config is not None and not isinstance(config, MXFakeQuantizeConfig):
+            raise TypeError(
+                f"{name} is a {type(config).__name__}; it must be a torchao_mx.MXFakeQuantizeConfig"
+            )

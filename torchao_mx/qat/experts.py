@@ -26,7 +26,8 @@ from torchao_mx.ops._arguments import operands
 from torchao_mx.ops._gather import tokens_of
 from torchao_mx.ops.group_sum import group_outer_op
 from torchao_mx.ops.matmul import fake_quantize_activation, spec_strings
-from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.qat.config import MXFakeQuantizeConfig, check_configs
+from torchao_mx.qat.fake_quantizer import FakeQuantized
 from torchao_mx.tensor import MXTensor
 
 
@@ -73,12 +74,13 @@ def _packed(weight: torch.Tensor, spec: QuantizeSpec) -> tuple[torch.Tensor, ...
     return *ops.quantize(stored, spec.format, spec.scaling_mode, per_tensor_scale=pts), pts
 
 
-class MXFakeQuantizedExperts(MXExperts):
+class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
     """A module of experts that computes with quantized weights, and activations, and trains through them.
 
     It is called as its source is and shares its parameters, in high precision. Made by ``quantize_`` with
     ``QATConfig(base, step="prepare")`` and ``filter_fn=is_experts``. ``QATConfig(base, step="convert")``
     makes an :class:`MXExperts` of it, whose forward is the same; without a ``base``, the source again.
+    :func:`torchao_mx.qat.disable_fake_quant` has it compute in high precision until it is enabled again.
 
     Example:
         >>> import torch
@@ -95,8 +97,7 @@ class MXFakeQuantizedExperts(MXExperts):
         torch.Size([4, 64, 32])
     """
 
-    activation_config: MXFakeQuantizeConfig | None
-    weight_config: MXFakeQuantizeConfig
+    _alone = ("weight",)
 
     @classmethod
     def from_experts(
@@ -111,19 +112,9 @@ class MXFakeQuantizedExperts(MXExperts):
             TypeError: a module that :func:`torchao_mx.is_experts` does not know; configs of other types.
             ValueError: no ``weight_config``; weights that cannot be packed so.
         """
-        for name, config in (("weight", weight_config), ("activation", activation_config)):
-            if not isinstance(config, MXFakeQuantizeConfig) and (config or name == "weight"):
-                raise TypeError(
-                    f"{name}_config={config!r}; it must be a torchao_mx.MXFakeQuantizeConfig"
-                )
-        if not is_experts(module):
-            raise TypeError(
-                f"{type(module).__name__} is no module of experts that is known; select them with "
-                f"quantize_(..., filter_fn=torchao_mx.is_experts)"
-            )
-        check_experts(module, weight_config.spec, activation_config and activation_config.spec)
+        check_fake_quantized_experts(module, activation_config, weight_config)
         twin = cls.stand_in(module)
-        twin.activation_config, twin.weight_config = activation_config, weight_config
+        twin._set_configs(activation_config, weight_config)
         return twin
 
     @property
@@ -131,7 +122,17 @@ class MXFakeQuantizedExperts(MXExperts):
         return None if self.activation_config is None else self.activation_config.spec
 
     def weight(self, name: str) -> moe.Product:
-        """A product with the weight ``name`` as it is once quantized."""
+        """A product with the weight ``name`` as it is once quantized; with itself while that is off."""
+        weight_spec, activation_spec = self._specs(self.local_parameter(name))
+        if weight_spec is None and activation_spec is None:
+            return lambda x, offs, order, bias: moe.grouped_linear(
+                operands(x, None)[0],
+                self.base(name),
+                offs,
+                order=order,
+                bias=bias,
+                transpose_weight=True,
+            )
         return lambda x, offs, order, bias: self._product(name, x, offs, order, bias)
 
     def _product(
@@ -143,7 +144,8 @@ class MXFakeQuantizedExperts(MXExperts):
         bias: torch.Tensor | None,
     ) -> torch.Tensor:
         x, _ = operands(x, None)
-        weight, spec, activation = self.base(name), self.weight_config.spec, self.activation_spec
+        weight = self.base(name)
+        spec, activation = self._specs(weight)
         with torch.no_grad():
             qdata, scale, pts = _packed(weight.detach(), spec)
         y = ops.grouped_mm(
@@ -155,14 +157,19 @@ class MXFakeQuantizedExperts(MXExperts):
     def to_source(self) -> nn.Module:
         """The module that this was made of, on the same parameters, in high precision."""
         source = twin_of(self.source_class, self)
-        for name in ("activation_config", "weight_config", "layout", "source_class"):
+        for name in (
+            "activation_fake_quantizer",
+            "weight_fake_quantizer",
+            "layout",
+            "source_class",
+        ):
             del source.__dict__[name]
         return source
 
     def to_packed(self) -> MXExperts:
         """The frozen module on the quantized weights, that computes what this one does."""
         twin = MXExperts.stand_in(self)
-        del twin.activation_config, twin.weight_config
+        del twin.activation_fake_quantizer, twin.weight_fake_quantizer
         for name in self.layout.weights:
             packed = pack(
                 self._parameters[name].detach(), self.layout.transposed, self.weight_config.spec,
@@ -175,4 +182,19 @@ class MXFakeQuantizedExperts(MXExperts):
         text = f"{self.shapes_repr()}, weight={self.weight_config.spec}"
         if self.activation_config is not None:
             text += f", activation={self.activation_config.spec}"
-        return text
+        return text + self._switch_repr()
+
+
+def check_fake_quantized_experts(
+    module: nn.Module,
+    activation: MXFakeQuantizeConfig | None,
+    weight: MXFakeQuantizeConfig | None,
+) -> None:
+    """Refuse a module that cannot become an :class:`MXFakeQuantizedExperts`; nothing is changed."""
+    check_configs(activation, weight)
+    if not is_experts(module):
+        raise TypeError(
+            f"{type(module).__name__} is no module of experts that is known; select them with "
+            f"quantize_(..., filter_fn=torchao_mx.is_experts)"
+        )
+    check_experts(module, weight.spec, None if activation is None else activation.spec)

@@ -5,34 +5,55 @@ torchao's handler of ``QATConfig`` knows torchao's own classes alone. :func:`reg
 
 * prepare from our PTQ configs, from torchao's ``MXDynamicActivationMXWeightConfig``, or from our
   ``MXFakeQuantizeConfig``;
-* convert of our fake-quantized modules.
+* convert of our fake-quantized modules, alone or inside the module that is given.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torchao.prototype.qat
 from torch import nn
+from torchao.core.config import AOBaseConfig
 from torchao.prototype.mx_formats import (
     MXDynamicActivationMXWeightConfig as TorchaoMXDynamicActivationMXWeightConfig,
 )
-from torchao.quantization.qat import QATConfig
+from torchao.quantization import quantize_
+from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, QATConfig
 from torchao.quantization.transform_module import (
     _QUANTIZE_CONFIG_HANDLER,
     register_quantize_module_handler,
 )
 
-from torchao_mx.experts import check_experts, is_experts
+from torchao_mx.experts import is_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec
-from torchao_mx.modules import in_place_of
-from torchao_mx.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, check_linear
+from torchao_mx.modules import check_replaceable, in_place_of, ties_of
+from torchao_mx.ptq import (
+    MXDynamicActivationMXWeightConfig,
+    MXWeightOnlyConfig,
+    is_in_high_precision,
+)
 from torchao_mx.qat.config import MXFakeQuantizeConfig
-from torchao_mx.qat.experts import MXFakeQuantizedExperts
-from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_own_forward
+from torchao_mx.qat.experts import MXFakeQuantizedExperts, check_fake_quantized_experts
+from torchao_mx.qat.fake_quantizer import FakeQuantized
+from torchao_mx.qat.linear import MXFakeQuantizedLinear, check_fake_quantized_linear
 
 _Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
+
+_TORCHAOS = (
+    FakeQuantizedLinear,
+    FakeQuantizedEmbedding,
+    torchao.prototype.qat.MXFakeQuantizedLinear,
+    torchao.prototype.qat.NVFP4FakeQuantizedLinear,
+)
+
+
+def is_fake_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is in training, ours or torchao's, and ``step="convert"`` would convert it."""
+    return isinstance(module, (FakeQuantized, *_TORCHAOS))
 
 
 def _configs_of(config: QATConfig) -> _Configs | None:
@@ -54,52 +75,103 @@ def _configs_of(config: QATConfig) -> _Configs | None:
 
 
 def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Module:
-    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+    if isinstance(module, FakeQuantized):
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
+    _check_prepared(module, configs, config)
     if is_experts(module):
         return MXFakeQuantizedExperts.from_experts(module, *configs)
-    if (
-        isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
-        and isinstance(module, nn.Linear)
-        and module.weight.dtype != torch.bfloat16
-    ):
-        raise TypeError(
-            f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert after "
-            f"training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
-        )
     return MXFakeQuantizedLinear.from_linear(module, *configs)
 
 
-def check_qat_module(
-    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
-) -> None:
-    """Refuse what the prepare step would refuse; nothing is changed."""
-    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+def check_of(config: QATConfig) -> Callable[[nn.Module], None] | None:
+    """What raises for a module that the handler would refuse; None where torchao's handler is to say."""
+    if config.step == "convert":
+        return lambda module: _check_converted(module, config)
+    configs = _configs_of(config)
+    return None if configs is None else lambda module: _check_prepared(module, configs, config)
+
+
+def _check_prepared(module: nn.Module, configs: _Configs, config: QATConfig) -> None:
+    if isinstance(module, FakeQuantized):
         return
     if is_experts(module):
-        check_experts(module, weight, activation)
+        check_fake_quantized_experts(module, *configs)
+    else:
+        check_fake_quantized_linear(module, *configs)
+        is_torchaos = isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
+        if is_torchaos and module.weight.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert "
+                f"after training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
+            )
+    check_replaceable(module)
+
+
+def _check_converted(module: nn.Module, config: QATConfig) -> None:
+    base = config.base_config
+    if base is None or not isinstance(module, FakeQuantized):
         return
-    check_linear(module, weight, activation)
-    check_own_forward(module)
+    wanted, trained = _configs_of(config), (module.activation_config, module.weight_config)
+    if wanted is None or [c and c.spec for c in wanted] != [c and c.spec for c in trained]:
+        raise ValueError(
+            f"{module} cannot be converted with {base}: that is not what it was trained for. Convert "
+            f"with the base config of its prepare step, or without one and quantize the result"
+        )
 
 
 def _convert(
     module: MXFakeQuantizedLinear | MXFakeQuantizedExperts, config: QATConfig
 ) -> nn.Module:
+    _check_converted(module, config)
     base = config.base_config
-    trained = (module.activation_config, module.weight_config)
-    if base is not None:
-        wanted = _configs_of(config)
-        if wanted is None or [c and c.spec for c in wanted] != [c and c.spec for c in trained]:
-            raise ValueError(
-                f"{module} cannot be converted with {base}: that is not what it was trained for. Convert "
-                f"with the base config of its prepare step, or without one and quantize the result"
-            )
+    if module.is_switched_off:
+        warnings.warn(
+            f"{module} is converted while its fake quantization is switched off: it was not trained for what "
+            f"it computes from now on; see torchao_mx.qat.enable_fake_quant",
+            stacklevel=2,
+        )
     if isinstance(module, MXFakeQuantizedExperts):
         return module.to_source() if base is None else module.to_packed()
     linear = module.to_linear()
     return linear if base is None else _QUANTIZE_CONFIG_HANDLER[type(base)](linear, base)
+
+
+def convert_inside(
+    module: nn.Module,
+    config: AOBaseConfig,
+    is_in_training: Callable[[nn.Module], bool],
+    how_to_prepare: str,
+) -> nn.Module:
+    """Convert what is in training inside ``module``, which is not; say so where there is nothing.
+
+    ``quantize_`` gives a handler the first module that ``filter_fn`` selects: the model itself, of a filter
+    that goes by names.
+    """
+    inside = {name: m for name, m in module.named_modules() if is_in_training(m)}
+    if inside:
+        for tie in ties_of(module, inside.values()):
+            warnings.warn(tie, stacklevel=2)
+        quantize_(module, config, filter_fn=lambda m, name: is_in_training(m))
+    elif isinstance(module, FakeQuantized):
+        warnings.warn(
+            f"{module} was prepared otherwise and stays in training; convert it with the config of its "
+            f"prepare step",
+            stacklevel=2,
+        )
+    elif is_in_high_precision(module):
+        warnings.warn(
+            f"{module} was never prepared, so convert leaves it in high precision; {how_to_prepare}, or "
+            f"leave it out with filter_fn",
+            stacklevel=2,
+        )
+    elif any(is_in_high_precision(m) for m in module.modules()):
+        warnings.warn(
+            f"nothing in {type(module).__name__} was prepared, so convert leaves it as it is; "
+            f"{how_to_prepare}",
+            stacklevel=2,
+        )
+    return module
 
 
 def register_qat_handler() -> None:
@@ -110,8 +182,11 @@ def register_qat_handler() -> None:
 
     def handler(module: nn.Module, config: QATConfig, **kwargs: Any) -> nn.Module:
         if config.step == "convert":
-            if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+            if isinstance(module, FakeQuantized):
                 return in_place_of(module, _convert(module, config))
+            if not is_fake_quantized(module):
+                how = "prepare it with QATConfig(base_config, step='prepare') and train it"
+                return convert_inside(module, config, is_fake_quantized, how)
         else:
             configs = _configs_of(config)
             if configs is not None:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torchao.quantization.qat import FakeQuantizedLinear
 
 from torchao_mx.formats import format_by_name
 from torchao_mx.modules import twin_of
@@ -31,16 +32,20 @@ from torchao_mx.ops.matmul import check_product, operands, product, spec_strings
 from torchao_mx.ops.mxfp4_product import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.quantize import per_tensor_scale, quantize_op, quantize_with_values_op
 from torchao_mx.ptq import check_linear, is_linear
-from torchao_mx.qat.config import MXFakeQuantizeConfig
+from torchao_mx.qat.config import MXFakeQuantizeConfig, check_configs
+from torchao_mx.qat.fake_quantizer import FakeQuantized
 from torchao_mx.tensor import MXTensor
 
-_Packed = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]  # qdata, scale, per-tensor scale
+# (qdata, scale, per-tensor scale), or (the operand, None, None) where it is not quantized
+_Packed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def _pack(
     x: torch.Tensor, fmt: str, scaling_mode: str, dtype: torch.dtype
 ) -> tuple[_Packed, torch.Tensor]:
-    """``x`` packed, and its dequantized values in ``dtype``."""
+    """``x`` packed, and its dequantized values in ``dtype``; as it is where ``fmt`` is empty."""
+    if not fmt:
+        return (x, None, None), x.to(dtype)
     if isinstance(x, MXTensor):
         packed = x.qdata, x.scale, x.per_tensor_scale
         return packed, _unpack(packed, fmt, dtype)
@@ -52,6 +57,8 @@ def _pack(
 
 def _unpack(packed: _Packed, fmt: str, dtype: torch.dtype) -> torch.Tensor:
     qdata, scale, pts = packed
+    if not fmt:
+        return qdata.to(dtype)
     return dequantize_op(qdata, scale, fmt, dtype, -1, pts)
 
 
@@ -81,15 +88,13 @@ class _FakeQuantizedLinear(torch.autograd.Function):
             y = mxfp4_product_op(*x_saved[:2], *w_packed[:2], bias)
         else:
             w_packed, wq = _pack(weight, weight_format, weight_mode, x.dtype)
-            if activation_format and x.numel():
-                x_saved, xq = _pack(x, activation_format, activation_mode, x.dtype)
-            else:
+            if not x.numel():
                 activation_format = ""
-                x_saved, xq = (x,), x
+            x_saved, xq = _pack(x, activation_format, activation_mode, x.dtype)
             y = product(xq, wq, bias)
         needs_dx, needs_dw, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
-            *(w_packed if needs_dx else (None,) * 3), *(x_saved if needs_dw else (None,))
+            *(w_packed if needs_dx else (None,) * 3), *(x_saved if needs_dw else (None,) * 3)
         )
         ctx.weight_format, ctx.activation_format = weight_format, activation_format
         ctx.compute_dtype, ctx.weight_dtype = x.dtype, weight.dtype
@@ -105,21 +110,23 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         if needs_dx:
             dx = dy @ _unpack(w_packed, ctx.weight_format, ctx.compute_dtype)
         if needs_dw:
-            xq = x_saved[0]
-            if ctx.activation_format:
-                xq = _unpack(x_saved, ctx.activation_format, ctx.compute_dtype)
+            xq = _unpack(x_saved, ctx.activation_format, ctx.compute_dtype)
             dw = (dy.mT @ xq).to(ctx.weight_dtype)
         dbias = dy.sum(0) if needs_dbias else None
         # x, weight, bias, weight_format, weight_mode, activation_format, activation_mode
         return dx, dw, dbias, None, None, None, None
 
 
-class MXFakeQuantizedLinear(nn.Linear):
+class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
     """An ``nn.Linear`` that computes with quantized weights, and activations, and trains through them.
 
     Its parameters are those of the linear layer it came from (high precision, any of bfloat16, float16
     and float32; the activations' dtype may differ). Under autocast x is cast and the weight is quantized
     from its own dtype, as conversion will quantize it.
+
+    It is one of torchao's ``FakeQuantizedLinear``, whose ``disable_linear_fake_quant`` and
+    ``enable_linear_fake_quant`` switch it: while off, it computes what ``nn.Linear`` does. So do
+    ``weight_fake_quantizer.enabled`` and ``activation_fake_quantizer.enabled``, each for its operand.
 
     Args:
         in_features: K, a multiple of both block sizes.
@@ -155,15 +162,15 @@ class MXFakeQuantizedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
-        _check(linear, activation_config, weight_config)
-        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.activation_config = activation_config
-        self.weight_config = weight_config
+        check_fake_quantized_linear(linear, activation_config, weight_config)
+        # torchao's constructor knows torchao's configs alone.
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_configs(activation_config, weight_config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, activation = self.weight_config.spec, None
-        if self.activation_config is not None:
-            activation = self.activation_config.spec
+        weight, activation = self._specs(self.weight)
+        if weight is None and activation is None:
+            return nn.Linear.forward(self, x)
         x, bias = operands(x, self.bias)
         check_product(x, self.weight, self.in_features, activation)
         y = _FakeQuantizedLinear.apply(
@@ -179,7 +186,7 @@ class MXFakeQuantizedLinear(nn.Linear):
         text = f"{super().extra_repr()}, weight={self.weight_config.spec}"
         if self.activation_config is not None:
             text += f", activation={self.activation_config.spec}"
-        return text
+        return text + self._switch_repr()
 
     @classmethod
     def from_linear(
@@ -193,17 +200,15 @@ class MXFakeQuantizedLinear(nn.Linear):
         Raises:
             TypeError, ValueError: as the constructor; ``linear`` is unchanged.
         """
-        _check(linear, activation_config, weight_config)
-        check_own_forward(linear)
+        check_fake_quantized_linear(linear, activation_config, weight_config)
         twin = twin_of(cls, linear)
-        twin.activation_config = activation_config
-        twin.weight_config = weight_config
+        twin._set_configs(activation_config, weight_config)
         return twin
 
     def to_linear(self) -> nn.Linear:
         """The plain ``nn.Linear`` on the same parameters."""
         linear = twin_of(nn.Linear, self)
-        del linear.activation_config, linear.weight_config
+        del linear.activation_fake_quantizer, linear.weight_fake_quantizer
         return linear
 
 
@@ -221,19 +226,12 @@ def check_own_forward(linear: nn.Linear) -> None:
         )
 
 
-def _check(
-    linear: nn.Linear,
+def check_fake_quantized_linear(
+    linear: nn.Module,
     activation: MXFakeQuantizeConfig | None,
     weight: MXFakeQuantizeConfig | None,
 ) -> None:
-    if weight is None:
-        raise ValueError(
-            "weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for "
-            "weight-only)"
-        )
-    for name, config in (("weight_config", weight), ("activation_config", activation)):
-        if config is not None and not isinstance(config, MXFakeQuantizeConfig):
-            raise TypeError(
-                f"{name} is a {type(config).__name__}; it must be a torchao_mx.MXFakeQuantizeConfig"
-            )
+    """Refuse a module that cannot become an :class:`MXFakeQuantizedLinear`; nothing is changed."""
+    check_configs(activation, weight)
     check_linear(linear, weight.spec, None if activation is None else activation.spec)
+    check_own_forward(linear)

@@ -215,6 +215,7 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
     """
 
     recipe: NVFP4ForwardMXFP8BackwardConfig
+    _alone = ()
 
     @classmethod
     def from_experts(
@@ -255,7 +256,7 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
         return packed
 
     def extra_repr(self) -> str:
-        return f"{self.shapes_repr()}, {self.recipe}"
+        return f"{self.shapes_repr()}, {self.recipe}{self._switch_repr()}"
 
 
 def check_recipe_experts(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:

@@ -8,10 +8,10 @@ from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_mx.experts import is_experts
-from torchao_mx.modules import in_place_of
+from torchao_mx.modules import check_replaceable, in_place_of
 from torchao_mx.ptq import quantize_linear
-from torchao_mx.qat.experts import MXFakeQuantizedExperts
-from torchao_mx.qat.linear import MXFakeQuantizedLinear
+from torchao_mx.qat.fake_quantizer import FakeQuantized
+from torchao_mx.qat.handler import convert_inside
 from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
 from torchao_mx.recipes.experts import NVFP4MXFP8Experts, check_recipe_experts
 from torchao_mx.recipes.linear import NVFP4MXFP8Linear, check_recipe_linear
@@ -21,9 +21,12 @@ _OURS = (NVFP4MXFP8Linear, NVFP4MXFP8Experts)
 
 @register_quantize_module_handler(NVFP4ForwardMXFP8BackwardConfig)
 def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> nn.Module:
-    """Prepare: the twin under the recipe; twice is once, with a warning. Convert: other modules stay."""
+    """Prepare: the twin under the recipe; twice is once, with a warning. Convert: the packed module."""
     if config.step == "convert":
-        return in_place_of(module, _convert(module))
+        if isinstance(module, _OURS):
+            return in_place_of(module, _convert(module))
+        how = "prepare it with NVFP4ForwardMXFP8BackwardConfig() and train it"
+        return convert_inside(module, config, is_under_recipe, how)
     if isinstance(module, _OURS):
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
@@ -33,22 +36,28 @@ def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) 
     return in_place_of(module, NVFP4MXFP8Linear.from_linear(module, config))
 
 
-def _convert(module: nn.Module) -> nn.Module:
+def is_under_recipe(module: nn.Module) -> bool:
+    """Whether ``module`` is trained in the recipe, and ``step="convert"`` of its config would convert it."""
+    return isinstance(module, _OURS)
+
+
+def _convert(module: NVFP4MXFP8Linear | NVFP4MXFP8Experts) -> nn.Module:
     if isinstance(module, NVFP4MXFP8Experts):
         return module.to_packed()
-    if isinstance(module, NVFP4MXFP8Linear):
-        spec = module.recipe.forward_spec
-        return quantize_linear(module.to_linear(), spec, spec)
-    return module
+    spec = module.recipe.forward_spec
+    return quantize_linear(module.to_linear(), spec, spec)
 
 
 def check_recipe_module(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
     """Refuse what the handler would refuse; nothing is changed."""
-    if isinstance(module, _OURS) or config.step == "convert":
+    if isinstance(module, _OURS):
         return
-    if isinstance(module, (MXFakeQuantizedLinear, MXFakeQuantizedExperts)):
+    if config.step == "convert":
+        return
+    if isinstance(module, FakeQuantized):
         raise TypeError(
             f"{module} is in quantization-aware training; convert it first, with quantize_(model, "
             f"QATConfig(step='convert')), or leave it out with filter_fn"
         )
     (check_recipe_experts if is_experts(module) else check_recipe_linear)(module, config)
+    check_replaceable(module)

@@ -112,6 +112,7 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
     """
 
     recipe: NVFP4ForwardMXFP8BackwardConfig
+    _alone = ()
 
     def __init__(
         self,
@@ -130,6 +131,8 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
         self.recipe = config
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self._specs(self.weight) == (None, None):
+            return nn.Linear.forward(self, x)
         x, _ = operands(x, None)
         check_product(x, self.weight, self.in_features, self.recipe.forward_spec)
         rows = x.reshape(-1, self.in_features)
@@ -145,7 +148,7 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
         return y.reshape(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"{nn.Linear.extra_repr(self)}, {self.recipe}"
+        return f"{nn.Linear.extra_repr(self)}, {self.recipe}{self._switch_repr()}"
 
     @classmethod
     def from_linear(
