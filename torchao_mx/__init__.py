@@ -11,6 +11,7 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
+from torchao_mx.layouts import register_experts
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
@@ -58,6 +59,7 @@ __all__ = [
     "is_experts",
     "is_linear",
     "ops",
+    "register_experts",
 ]
 
 register_qat_handler()

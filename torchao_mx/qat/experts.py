@@ -85,10 +85,15 @@ class MXFakeQuantizedExperts(MXExperts):
         >>> from torchao.quantization import quantize_
         >>> from torchao.quantization.qat import QATConfig
         >>> from torchao_mx import MXWeightOnlyConfig, is_experts
-        >>> experts = torch.nn.Module()  # as torchtitan has it
-        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
-        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, QATConfig(MXWeightOnlyConfig(), step="prepare"), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
         >>> model["experts"].w1.grad.shape
@@ -130,7 +135,7 @@ class MXFakeQuantizedExperts(MXExperts):
     def activation_spec(self) -> QuantizeSpec | None:
         return None if self.activation_config is None else self.activation_config.spec
 
-    def weight(self, name: str) -> moe.Product:
+    def operand(self, name: str) -> moe.Product:
         """A product with the weight ``name`` as it is once quantized."""
         return lambda x, offs, order, bias: self._product(name, x, offs, order, bias)
 

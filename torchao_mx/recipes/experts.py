@@ -202,10 +202,15 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
         >>> import torch
         >>> from torchao.quantization import quantize_
         >>> from torchao_mx import NVFP4ForwardMXFP8BackwardConfig, is_experts
-        >>> experts = torch.nn.Module()  # as torchtitan has it
-        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
-        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, NVFP4ForwardMXFP8BackwardConfig(), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
         >>> model["experts"].w1.grad.shape
