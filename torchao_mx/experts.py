@@ -6,6 +6,7 @@ each rank; the products see the local part.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -315,12 +316,9 @@ def _unclaimed(module: nn.Module) -> str | None:
 
 def _may_be_experts(name: str, p: torch.Tensor | None, dims: int) -> bool:
     """Whether a parameter may be a stack of weights in high precision; tables of embeddings are none."""
-    return (
-        p is not None
-        and p.is_floating_point()
-        and not isinstance(local_of(p), TorchAOBaseTensor)
-        and p.dim() >= dims
-        and min(p.shape[-2:]) >= NVFP4.block_size  # the smallest
-        and 1 not in p.shape
-        and "embed" not in name
-    )
+    if p is None or p.dim() < dims or not p.is_floating_point() or 1 in p.shape or "embed" in name:
+        return False
+    _, *rows, columns = p.shape if p.dim() > 2 else (1, *p.shape)
+    smallest = NVFP4.block_size
+    is_packed = isinstance(local_of(p), TorchAOBaseTensor)
+    return math.prod(rows) >= smallest and columns >= smallest and not is_packed
