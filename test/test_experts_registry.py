@@ -152,6 +152,35 @@ def test_known_classes_are_quantized(name):
     assert not unclaimed_experts(model)
 
 
+@pytest.mark.parametrize("name", KNOWN)
+def test_known_classes_are_trained(name):
+    """LoRA begins as the packed layer and trains its adapters; QAT converts to what it trained."""
+    base, shape, counts = KNOWN[name]
+    cls = of_class(name, base)
+    x = torch.randn(shape, generator=generator(1))
+    args = (x,) if counts is None else (x, counts)
+
+    def quantized(model, *configs):
+        for config in configs:
+            quantize_(model, config, filter_fn=is_experts)
+        return model["experts"]
+
+    packed = quantized(nn.ModuleDict({"experts": cls()}), MXWeightOnlyConfig())
+    adapted = quantized(nn.ModuleDict({"experts": cls()}), MXWeightOnlyLoRAConfig(r=4))
+    y = adapted(*args)
+    torch.testing.assert_close(y, packed(*args))
+    y.square().sum().backward()
+    trained = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+    assert len(trained) == 2 * len(packed.layout.weights)
+    assert all(p.grad.abs().max() > 0 for n, p in trained.items() if "lora_B" in n)
+    base = MXWeightOnlyConfig()
+    model = nn.ModuleDict({"experts": cls()})
+    y = quantized(model, QATConfig(base, step="prepare"))(*args)
+    y.square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters())
+    assert torch.equal(quantized(model, QATConfig(base, step="convert"))(*args), y)
+
+
 # --- what is not known ----------------------------------------------------------------------------
 
 

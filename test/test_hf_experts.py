@@ -17,26 +17,28 @@ from torch import nn
 from torchao_mx import MXExperts
 from torchao_mx.experts import layout_of, unclaimed_experts
 
-E, H, I, K, T = 4, 64, 96, 2, 13
+E, H, INNER, K, T = 4, 64, 96, 2, 13
+
+
+VALUES = dict(
+    hidden_act="silu", mlp_hidden_act="relu2", moe_latent_size=None, swiglu_alpha=1.702, zero_expert_num=2,
+    swiglu_limit=0.7, rms_norm_eps=1e-6, post_norm_eps=1e-6, num_experts_per_tok=K,
+)  # fmt: skip
 
 
 class Config:
     """What any class of experts asks its config for."""
 
     _experts_implementation = "eager"
-    values = dict(
-        hidden_act="silu", mlp_hidden_act="relu2", moe_latent_size=None, swiglu_alpha=1.702, zero_expert_num=2,
-        swiglu_limit=0.7, rms_norm_eps=1e-6, num_experts_per_tok=K, mlp_gate_softcap=3.0, swiglu_beta=1.0,
-    )  # fmt: skip
 
     def __getattr__(self, name):
-        if name in self.values:
-            return self.values[name]
+        if name in VALUES:
+            return VALUES[name]
         if "expert" in name and ("num" in name or name.startswith("n_")):
             return E
         if "intermediate" in name or "ffn" in name:
-            return I
-        if name == "hidden_size":
+            return INNER
+        if "hidden" in name:
             return H
         raise AttributeError(name)
 
@@ -71,7 +73,7 @@ def arguments(kind, module):
 BOTH = {
     "gpt_oss": ("GptOssExperts", "TransformersLayout" if V5 else "GptOssV4Layout"),
     "llama4": ("Llama4TextExperts", "Llama4Layout"),
-    "jetmoe": ("JetMoeParallelExperts", "GroupedLinearLayout", E, H, I),
+    "jetmoe": ("JetMoeParallelExperts", "GroupedLinearLayout", E, H, INNER),
 }
 OF_5 = {
     "nemotron_h": ("NemotronHExperts", "TransformersLayout"),
@@ -82,9 +84,9 @@ OF_5 = {
     "step3p7": ("Step3p7Experts", "TransformersLayout"),
 }
 OF_4 = {
-    "granitemoe": ("GraniteMoeParallelExperts", "GroupedLinearLayout", E, H, I),
-    "granitemoehybrid": ("GraniteMoeHybridParallelExperts", "GroupedLinearLayout", E, H, I),
-    "aria": ("AriaGroupedExpertsGemm", "AriaLayout", H, I, E),
+    "granitemoe": ("GraniteMoeParallelExperts", "GroupedLinearLayout", E, H, INNER),
+    "granitemoehybrid": ("GraniteMoeHybridParallelExperts", "GroupedLinearLayout", E, H, INNER),
+    "aria": ("AriaGroupedExpertsGemm", "AriaLayout", H, INNER, E),
 }
 KNOWN = BOTH | (OF_5 if V5 else OF_4)
 
@@ -136,11 +138,11 @@ def test_dbrx_holds_experts_in_matrices():
         from types import SimpleNamespace
 
         config = SimpleNamespace(
-            hidden_size=H, ffn_hidden_size=I, moe_num_experts=E, ffn_act_fn={"name": "silu"}
+            hidden_size=H, ffn_hidden_size=INNER, moe_num_experts=E, ffn_act_fn={"name": "silu"}
         )
         module = experts("dbrx", "DbrxExpertGLU", config)
     else:
-        module = experts("dbrx", "DbrxExpertGLU", H, I, E, {"name": "silu"})
+        module = experts("dbrx", "DbrxExpertGLU", H, INNER, E, {"name": "silu"})
     assert unclaimed_experts(module)[""].startswith(
         "DbrxExpertGLU holds w1 [384, 64], v1 [384, 64]"
     )
@@ -163,6 +165,7 @@ def test_subclasses_of_decorated_classes():
     source = Gated(Config())
     for p in source.parameters():
         nn.init.normal_(p, std=0.2, generator=generator(0))
+    source.config._experts_implementation = "batched_mm"  # eager is written without _apply_gate
     inputs, _ = arguments("TransformersLayout", source)
     torch.testing.assert_close(MXExperts.stand_in(source)(*inputs), source(*inputs))
     assert layout_of(Computing(Config())) is None
