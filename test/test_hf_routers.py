@@ -9,7 +9,7 @@ import pytest
 import torch
 
 transformers = pytest.importorskip("transformers")
-from test_hf_load import V5
+from test_hf_load import V5, config_of, tensors_of, write
 from test_hf_quantize import DENSE, checkpoint, packed_names
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -270,6 +270,25 @@ def test_classifiers(auto_class, labels, tmp_path):
     out = model(torch.randint(1, 100, (2, 5))).logits
     out.float().sum().backward()
     assert weight.grad.isfinite().all() and out.isfinite().all()
+
+
+def test_a_classifier_of_a_packed_checkpoint(tmp_path):
+    """Its experts are the file's; of the base model nothing may be missing."""
+    config = config_of(num_labels=1)
+    tensors = tensors_of(config)
+    folder = write(tmp_path / "model", config, tensors)
+    model, _ = loaded(folder, auto_class=AutoModelForSequenceClassification)
+    name = "model.layers.1.mlp.experts.down_proj"
+    assert torch.equal(model.get_parameter(name).mT.to_blocks()[0], tensors[f"{name}_blocks"])
+    assert model.score.weight.shape == (1, 64) and type(model.score.weight.data) is torch.Tensor
+    model(torch.randint(2, 100, (1, 5))).logits.float().sum().backward()
+    assert model.score.weight.grad.isfinite().all()
+    with pytest.raises(ValueError, match="filter_fn chooses what config quantizes"):
+        from_pretrained(folder, filter_fn=attention)
+    del tensors["model.norm.weight"]
+    write(folder, config, tensors)
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: missing"):
+        from_pretrained(folder, auto_class=AutoModelForSequenceClassification)
 
 
 def test_a_class_that_loads_nothing_is_refused(tmp_path):
