@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from _grids import generator
 from torch import nn
 
+from torchao_mx import register_experts
+
 EXPERTS, HIDDEN, INNER, TOP_K = 4, 64, 96, 2
 NAMES = ("gate_up_proj", "down_proj")
 
@@ -105,6 +107,8 @@ class Titan(nn.Module):
         return torch.cat([*rows, torch.zeros_like(rest)])
 
 
+register_experts(GptOssV4, "transformers_v4_gpt_oss")
+register_experts(Titan, "torchtitan")
 FAMILIES = [Concatenated, GptOss, GptOssV4, Titan]
 each_family = pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.__name__)
 

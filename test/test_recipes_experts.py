@@ -117,7 +117,7 @@ def test_product(config, groups, top_k, with_bias, transposed, device):
     leaf = x.to(device).requires_grad_()
     bias_leaf = bias.to(device).requires_grad_() if with_bias else None
     offs = torch.tensor(ends, dtype=torch.int32, device=device)
-    y = ours.weight(name)(leaf, offs, None if order is None else order.to(device), bias_leaf)
+    y = ours.operand(name)(leaf, offs, None if order is None else order.to(device), bias_leaf)
     y.backward(dy.to(device))
     weight_grad = module._parameters[name].grad
     got = [y, leaf.grad, weight_grad.mT if transposed else weight_grad]
@@ -143,7 +143,7 @@ def test_backward_operands_are_torchaos(k):
     module._parameters["gate_up_proj"] = nn.Parameter(w)
     ours = NVFP4MXFP8Experts.from_experts(module, CONFIG)
     x, dy = randn(ends[-1], k).requires_grad_(), randn(ends[-1], 64, seed=3)
-    ours.weight("gate_up_proj")(x, torch.tensor(ends, dtype=torch.int32), None, None).backward(dy)
+    ours.operand("gate_up_proj")(x, torch.tensor(ends, dtype=torch.int32), None, None).backward(dy)
     for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         if start == end:
             continue
@@ -168,11 +168,11 @@ def test_a_value_that_is_not_finite_reaches_all_rows(value):
     """Of the experts here, by the per-tensor scale, as in the converted module; from unassigned rows none."""
     ours = NVFP4MXFP8Experts.from_experts(Concatenated(), CONFIG)
     x, offs = randn(9, HIDDEN), torch.tensor([2, 5, 5, 7], dtype=torch.int32)
-    clean = ours.weight("gate_up_proj")(x, offs, None, None)
+    clean = ours.operand("gate_up_proj")(x, offs, None, None)
     for row in (0, 8):
         poisoned = x.clone()
         poisoned[row, 0] = value
-        y = ours.weight("gate_up_proj")(poisoned, offs, None, None)
+        y = ours.operand("gate_up_proj")(poisoned, offs, None, None)
         assert y[offs[-1] :].eq(0).all()
         assert y[: offs[-1]].isnan().all() if row == 0 else torch.equal(y, clean)
 
@@ -184,9 +184,9 @@ def test_zeros_give_zeros():
         module.gate_up_proj[1] = 0
     ours = NVFP4MXFP8Experts.from_experts(module, CONFIG)
     offs = torch.tensor([2, 5, 5, 7], dtype=torch.int32)
-    assert ours.weight("gate_up_proj")(torch.zeros(7, HIDDEN), offs, None, None).eq(0).all()
+    assert ours.operand("gate_up_proj")(torch.zeros(7, HIDDEN), offs, None, None).eq(0).all()
     x = randn(7, HIDDEN).requires_grad_()
-    y = ours.weight("gate_up_proj")(x, offs, None, None)
+    y = ours.operand("gate_up_proj")(x, offs, None, None)
     y.backward(randn(*y.shape))
     assert y[2:5].eq(0).all() and x.grad[2:5].eq(0).all()
     assert y[:2].ne(0).any() and module.gate_up_proj.grad.isfinite().all()
@@ -201,7 +201,7 @@ def test_blocks_of_tokens_mix_no_experts():
         with torch.no_grad():
             x[:9] *= giant
         offs = torch.tensor([9, 9, 20, 20], dtype=torch.int32)
-        ours.weight("w1")(x, offs, None, None).backward(randn(20, 96, seed=3))
+        ours.operand("w1")(x, offs, None, None).backward(randn(20, 96, seed=3))
         grads.append(ours.w1.grad)
     assert torch.equal(grads[0][2], grads[1][2])
     assert not torch.equal(grads[0][0], grads[1][0])
@@ -228,7 +228,7 @@ def test_only_one_input_needs_its_gradient(needs):
     tensors[needs].requires_grad_()
     offs = torch.tensor([3, 3, 9, 11], dtype=torch.int32)
     args = (tensors["x"], offs, None, tensors["bias"])
-    ours.weight("gate_up_proj")(*args).sum().backward()
+    ours.operand("gate_up_proj")(*args).sum().backward()
     assert {name for name, t in tensors.items() if t.grad is not None} == {needs}
 
 
@@ -236,7 +236,7 @@ def test_bias_gradient_is_summed_in_fp32():
     ours = prepared(GptOss)
     offs = torch.tensor([4097, 4097, 4100, 4100], dtype=torch.int32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ours.weight("gate_up_proj")(
+        y = ours.operand("gate_up_proj")(
             torch.randn(4100, HIDDEN), offs, None, ours.gate_up_proj_bias
         )
     y.backward(torch.ones_like(y))
@@ -250,7 +250,7 @@ def test_stochastic_rounding():
     def gradients(seed):
         torch.manual_seed(seed)
         leaf = x.clone().requires_grad_()
-        return torch.autograd.grad(ours.weight("w1")(leaf, offs, None, None), (leaf, ours.w1), dy)
+        return torch.autograd.grad(ours.operand("w1")(leaf, offs, None, None), (leaf, ours.w1), dy)
 
     assert all(map(torch.equal, gradients(1), gradients(1)))
     draws = [gradients(seed) for seed in range(200)]

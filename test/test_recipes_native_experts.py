@@ -293,7 +293,7 @@ def product_results(config, ordered, with_bias):
     order = torch.randperm(42, generator=generator()).int() if ordered else None
     x = randn(21 if ordered else 42, k, dtype=torch.bfloat16).requires_grad_()
     bias = randn(EXPERTS, n, dtype=torch.bfloat16, seed=2).requires_grad_() if with_bias else None
-    y = experts.weight("gate_up_proj")(x, offsets([5, 5, 37, 39]), order, bias)
+    y = experts.operand("gate_up_proj")(x, offsets([5, 5, 37, 39]), order, bias)
     y.backward(randn(*y.shape, dtype=torch.bfloat16, seed=3))
     dbias = [bias.grad] if with_bias else []
     return [y.detach(), x.grad, experts.gate_up_proj.grad, *dbias]

@@ -11,6 +11,7 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
+from torchao_mx.layouts import register_experts
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.model_checks import check_model, quantize_
 from torchao_mx.ptq import (
@@ -59,6 +60,7 @@ __all__ = [
     "is_linear",
     "ops",
     "quantize_",
+    "register_experts",
 ]
 
 register_qat_handler()

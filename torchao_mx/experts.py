@@ -1,32 +1,27 @@
-"""How classes of experts hold their 3-D weights and are called: one row a family, found by what a module has.
+"""MXExperts, which stands in for a module of experts, and how such modules are packed, checked and reported.
 
-No model library is imported: a module is known by its parameters and flags. ::
-
-    transformers v5   gate_up_proj, down_proj; is_transposed, has_bias; _apply_gate    (hidden, ids, weights)
-    transformers v4   gpt-oss alone: the same parameters, transposed          (hidden, ids, scores [T, E])
-    torchtitan        w1, w2, w3 [E, out, in]          (rows in the order of the experts, rows an expert)
-
-A layout's ``forward`` runs the pipeline of ``moe.py`` for an :class:`MXExperts`, the module of ours that
-stands in for the source, with its attributes. Parameters may be DTensors that hold a part of the experts on
+``layouts.py`` says which classes are known. Parameters may be DTensors that hold a part of the experts on
 each rank; the products see the local part.
 """
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
+from torchao.utils import TorchAOBaseTensor
 
-from torchao_mx import moe, ops
+from torchao_mx import moe
 from torchao_mx.checks import check_blocks, check_high_precision
-from torchao_mx.formats import QuantizeSpec
+from torchao_mx.formats import NVFP4, QuantizeSpec
+from torchao_mx.layouts import Layout, _layout_of, layout_of
 from torchao_mx.modules import twin_of
 from torchao_mx.tensor import MXTensor
 
@@ -55,132 +50,6 @@ class Exchange(Protocol):
         """``(rows [R, H] in the order of all E experts, counts [E]) -> [R, H]``, in that order."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """The names of a module's parameters and what they mean.
-
-    Attributes:
-        weights: of the 3-D parameters, in the order in which they are used.
-        biases: of the ``[E, out]`` parameters, a name for each weight or none at all.
-        transposed: whether weights are stored ``[E, in, out]``; otherwise ``[E, out, in]``.
-    """
-
-    weights: tuple[str, ...]
-    biases: tuple[str, ...] = ()
-    transposed: bool = False
-
-    def forward(self, module: MXExperts, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The source's forward, on ``module.weight(name)``."""
-        raise NotImplementedError
-
-    def routed(
-        self,
-        module: MXExperts,
-        hidden: torch.Tensor,
-        ids: torch.Tensor,
-        weights: torch.Tensor,
-        gate: moe.Activation,
-    ) -> torch.Tensor:
-        """``moe.experts`` of two weights."""
-
-        def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            up, down = (module.weight(name) for name in self.weights)
-            biases = [local_of(getattr(module, name)) for name in self.biases]
-            up_bias, down_bias = biases or (None, None)
-            return moe.experts(
-                x, ids, weights, up, down, gate, n_experts=module.n_experts,
-                transpose_weight=not self.transposed, gate_up_bias=up_bias, down_bias=down_bias,
-                **module.options,
-            )  # fmt: skip
-
-        if module.exchange is None:
-            return experts(hidden, ids, weights)
-        return module.exchange.routed(experts, hidden, ids, weights)
-
-
-@dataclass(frozen=True)
-class TransformersLayout(Layout):
-    """Routed by the caller: ``(hidden [T, H], top_k_index [T, k], top_k_weights [T, k])``."""
-
-    def forward(
-        self,
-        module: MXExperts,
-        hidden_states: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        gate = gate_of(module, module.source_class)
-        return self.routed(module, hidden_states, top_k_index, top_k_weights, gate)
-
-
-@dataclass(frozen=True)
-class GptOssV4Layout(Layout):
-    """transformers 4.57's gpt-oss: ``(hidden [B, S, H], router_indices [T, k], routing_weights [T, E])``."""
-
-    def forward(
-        self,
-        module: MXExperts,
-        hidden_states: torch.Tensor,
-        router_indices: torch.Tensor,
-        routing_weights: torch.Tensor,
-    ) -> torch.Tensor:
-        hidden = hidden_states.reshape(-1, hidden_states.shape[-1])
-        weights = routing_weights.gather(1, router_indices)
-        out = self.routed(module, hidden, router_indices, weights, gpt_oss_gate(module))
-        return out.view_as(hidden_states)
-
-
-@dataclass(frozen=True)
-class TitanLayout(Layout):
-    """torchtitan's ``(x [R, H], num_tokens_per_expert [E])``: rows in the experts' order, in and out."""
-
-    def forward(
-        self, module: MXExperts, x: torch.Tensor, num_tokens_per_expert: torch.Tensor
-    ) -> torch.Tensor:
-        if module.exchange is None:
-            offs = num_tokens_per_expert.cumsum(0, dtype=torch.int32)
-            return self._products(module, x, offs, None)
-
-        def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-            order, offs = ops.route(ids, module.n_experts)
-            y = self._products(module, x, offs, order)
-            return ops.combine(y, weights, order, offs=offs)
-
-        return module.exchange.grouped(experts, x, num_tokens_per_expert)
-
-    def _products(
-        self, module: MXExperts, x: torch.Tensor, offs: torch.Tensor, order: torch.Tensor | None
-    ) -> torch.Tensor:
-        gate, up, down = (module.weight(name) for name in self.weights)
-        options = {"transpose_weight": True} | module.options
-        gate = F.silu(moe.grouped_linear(x, gate, offs, order=order, **options))
-        rows = gate * moe.grouped_linear(x, up, offs, order=order, **options)
-        return moe.grouped_linear(rows, down, offs, **options)
-
-
-def gate_of(module: Any, cls: type) -> moe.Activation:
-    """The ``_apply_gate`` of ``cls``, with module's attributes; as one op where that knows it."""
-    gate = _gate_name(cls)
-    if gate == "GptOssExperts._apply_gate":
-        return gpt_oss_gate(module)
-    is_silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    if gate == "_default_apply_gate" and is_silu:
-        return lambda gate_up, offs: ops.swiglu(gate_up)
-    return lambda gate_up, offs: cls._apply_gate(module, gate_up)
-
-
-@torch.compiler.assume_constant_result
-def _gate_name(cls: type) -> str:
-    """Not traced: to torch.compile (2.13) a ``__qualname__`` equals no string, and gates would be unknown."""
-    return getattr(cls._apply_gate, "__qualname__", "")
-
-
-def gpt_oss_gate(module: Any) -> moe.Activation:
-    """The gate of gpt-oss, with module's ``alpha`` and ``limit``."""
-    options = {"interleaved": True, "up_offset": 1.0, "alpha": module.alpha, "limit": module.limit}
-    return lambda gate_up, offs: ops.swiglu(gate_up, **options)
-
-
 class MXExperts(nn.Module):
     """A module of experts on frozen packed weights, computed by the pipeline of ``moe.py``.
 
@@ -192,10 +61,15 @@ class MXExperts(nn.Module):
         >>> import torch
         >>> from torchao.quantization import quantize_
         >>> from torchao_mx import MXWeightOnlyConfig, is_experts
-        >>> experts = torch.nn.Module()  # as torchtitan has it
-        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
-        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, MXWeightOnlyConfig(), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).shape
         torch.Size([5, 32])
@@ -227,7 +101,7 @@ class MXExperts(nn.Module):
         """The parameter ``name``; of a DTensor its part on this rank, through which gradients go."""
         return local_of(self._parameters[name])
 
-    def weight(self, name: str) -> moe.Weight:
+    def operand(self, name: str) -> moe.Weight:
         """What the products take for the weight ``name``, stored as the source stores it."""
         return self.local_parameter(name)
 
@@ -261,6 +135,7 @@ def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
     """``local`` as this rank's part of a DTensor, split as ``tensor`` is; itself if that is not split."""
     if not isinstance(tensor, DTensor):
         return local
+    check_placements(tensor, "the weight")
     return split_experts(local, tensor.device_mesh, tensor.placements, tensor.shape[0])
 
 
@@ -272,6 +147,22 @@ def split_experts(
     # FSDP2 takes what is contiguous. Packed weights whose blocks lie dense are, transposed or not.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def check_placements(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a DTensor that is split otherwise than by whole experts, along its first axis.
+
+    Raises:
+        TypeError: it is; blocks and shapes of the part on a rank say nothing about the whole then.
+    """
+    if not isinstance(tensor, DTensor):
+        return
+    if not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+        raise TypeError(
+            f"{what} is a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements}, and "
+            f"experts are split along axis 0, by whole experts; call quantize_ before they are split, gather "
+            f"them with full_tensor(), or redistribute them to Shard(0)"
+        )
 
 
 def pack(
@@ -314,7 +205,7 @@ def quantize_experts(
 def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
     """Refuse a module of experts whose weights cannot be quantized so; nothing is changed."""
     layout, kind = layout_of(module), type(module).__name__
-    check_biases(module)
+    check_parameters(module)
     for name in layout.weights:
         data, what = local_of(module._parameters[name]).detach(), f"{kind}.{name}"
         if isinstance(data, MXTensor):
@@ -329,13 +220,14 @@ def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeS
             check_blocks(stored.shape, activation.format, -1, f"{what}: its input")
 
 
-def check_biases(module: nn.Module) -> None:
-    """Refuse a module of experts without the biases that its flags promise."""
-    missing = [n for n in layout_of(module).biases if module._parameters.get(n) is None]
+def check_parameters(module: nn.Module) -> None:
+    """Refuse a module of experts without the biases that its flags promise, or split within experts."""
+    layout, kind = layout_of(module), type(module).__name__
+    missing = [n for n in layout.biases if module._parameters.get(n) is None]
     if missing:
-        raise ValueError(
-            f"{type(module).__name__} has no {' and no '.join(missing)}, which its flags promise"
-        )
+        raise ValueError(f"{kind} has no {' and no '.join(missing)}, which its flags promise")
+    for name in (*layout.weights, *layout.biases):
+        check_placements(module._parameters[name], f"{kind}.{name}")
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -344,33 +236,14 @@ def is_packed(module: nn.Module) -> bool:
     return all(isinstance(local_of(weight), MXTensor) for weight in weights)
 
 
-def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module of experts; None for any other module."""
-    if isinstance(module, MXExperts):
-        return module.layout
-    weights = {name: p for name, p in module._parameters.items() if p is not None and p.dim() == 3}
-    if weights.keys() == {"w1", "w2", "w3"}:
-        return TitanLayout(("w1", "w3", "w2"))
-    if weights.keys() != {"gate_up_proj", "down_proj"}:
-        return None
-    names = ("gate_up_proj", "down_proj")
-    if hasattr(module, "_apply_gate"):
-        if not getattr(module, "has_gate", True) or getattr(module, "has_post_expert_norm", False):
-            return None
-        biases = (
-            tuple(f"{name}_bias" for name in names) if getattr(module, "has_bias", False) else ()
-        )
-        return TransformersLayout(names, biases, getattr(module, "is_transposed", False))
-    if hasattr(module, "limit") and hasattr(module, "alpha"):
-        return GptOssV4Layout(names, tuple(f"{name}_bias" for name in names), True)
-    return None
-
-
 def is_experts(module: nn.Module, fqn: str = "") -> bool:
     """A ``filter_fn`` for ``quantize_``: modules of experts with 3-D weights that our configs convert.
 
-    transformers v5's expert classes with a gate (gpt-oss, Qwen3-MoE, Mixtral, DeepSeek-V3, OLMoE, GLM4-MoE
-    and their like), transformers 4.57's gpt-oss, and torchtitan's ``GroupedExperts`` of three weights.
+    transformers v5's classes under ``use_experts_implementation`` (gpt-oss, Qwen3-MoE, Mixtral, DeepSeek-V3,
+    Nemotron-H, GLM4-MoE and their like), Llama 4's and JetMoE's; transformers 4.57's gpt-oss, Llama 4,
+    Granite, JetMoE and Aria; torchtitan's ``GroupedExperts`` and ``GptOssGroupedExperts``; and classes given
+    to :func:`torchao_mx.register_experts`. A module that holds 3-D weights and is none of these gets a
+    warning, once for each class; :func:`unclaimed_experts` names them all.
 
     Example:
         >>> import torch
@@ -378,4 +251,74 @@ def is_experts(module: nn.Module, fqn: str = "") -> bool:
         >>> is_experts(torch.nn.Linear(32, 32))
         False
     """
-    return layout_of(module) is not None
+    if layout_of(module) is not None:
+        return True
+    reason = _unclaimed(module)
+    if reason is not None and type(module) not in _WARNED:
+        _WARNED.add(type(module))
+        warnings.warn(f"{fqn or 'a module'}: {reason}", stacklevel=2)
+    return False
+
+
+_WARNED: WeakSet[type[nn.Module]] = WeakSet()
+
+
+def unclaimed_experts(model: nn.Module) -> dict[str, str]:
+    """The modules of ``model`` that may be experts and stay in high precision, as no layout claims them.
+
+    Those are modules with floating 3-D parameters of their own, large enough to be packed, and modules whose
+    class is called experts and has weights of its own. Layers of ``torch.nn`` and embeddings are not meant.
+
+    Returns:
+        ``{fully qualified name: reason}``; the reason says what the module holds and what to do.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx.experts import unclaimed_experts
+        >>> class GeluExperts(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        >>> unclaimed_experts(torch.nn.ModuleDict({"experts": GeluExperts()}))  # doctest: +ELLIPSIS
+        {'experts': 'GeluExperts holds w1 [4, 64, 32] and is of no class of experts that is known; ...'}
+    """
+    reasons = ((name, _unclaimed(module)) for name, module in model.named_modules())
+    return {name: reason for name, reason in reasons if reason is not None}
+
+
+def _unclaimed(module: nn.Module) -> str | None:
+    """Why a module that may be one of experts is not claimed; None of any other."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.nn.") or layout_of(module) is not None:
+        return None
+    # isinstance: of what torch.nn defines, and FSDP2 or a parametrization gave a class of its own
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear)):
+        return None
+    by_name = "expert" in cls.__name__.lower()
+    held = {
+        name: p
+        for name, p in module._parameters.items()
+        if _may_be_experts(name, p, 2 if by_name else 3)
+    }
+    if not held:
+        return None
+    shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in held.items())
+    try:
+        _layout_of(module)
+        why = "is of no class of experts that is known"
+    except ValueError as error:
+        why = f"cannot be taken as experts: {error}"
+    return (
+        f"{cls.__name__} holds {shapes} and {why}; it stays in high precision. If it computes as a known "
+        f"class does, call torchao_mx.register_experts({cls.__name__}, layout)"
+    )
+
+
+def _may_be_experts(name: str, p: torch.Tensor | None, dims: int) -> bool:
+    """Whether a parameter may be a stack of weights in high precision; tables of embeddings are none."""
+    if p is None or p.dim() < dims or not p.is_floating_point() or 1 in p.shape or "embed" in name:
+        return False
+    _, *rows, columns = p.shape if p.dim() > 2 else (1, *p.shape)
+    smallest = NVFP4.block_size
+    is_packed = isinstance(local_of(p), TorchAOBaseTensor)
+    return math.prod(rows) >= smallest and columns >= smallest and not is_packed

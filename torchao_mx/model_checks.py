@@ -17,8 +17,8 @@ from torchao.core.config import AOBaseConfig
 from torchao.quantization import FqnToConfig
 from torchao.quantization.qat import QATConfig
 
-from torchao_mx import experts
-from torchao_mx.experts import is_experts
+from torchao_mx.experts import unclaimed_experts
+from torchao_mx.layouts import layout_of
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
 from torchao_mx.lora.handler import check_lora_module
 from torchao_mx.modules import ties_of
@@ -208,7 +208,7 @@ class _Plan:
                 subject = one if len(never) == 1 else f"{len(never)} {many}"
                 notes.append(f"{subject} in high precision: {_some(never)}")
         elif self.check is not None:
-            notes.extend(f"{name}: {why}" for name, why in _unclaimed_experts(self.model).items())
+            notes.extend(f"{name}: {why}" for name, why in unclaimed_experts(self.model).items())
         is_unpacked = isinstance(self.config, QATConfig) and self.config.base_config is None
         if self.check is not None and not (self.is_convert and is_unpacked):
             notes.extend(ties_of(self.model, self.selected.values()))
@@ -251,7 +251,7 @@ def _selected(model: nn.Module, filter_fn: _Filter) -> dict[str, nn.Module]:
 
 def _nothing_selected(model: nn.Module) -> str:
     linear = [n for n, m in model.named_modules() if is_linear(m)]
-    known = [n for n, m in model.named_modules() if is_experts(m)]
+    known = [n for n, m in model.named_modules() if layout_of(m) is not None]
     held = []
     if linear:
         held.append(f"linear layers ({_some(linear)}): filter_fn=torchao_mx.is_linear")
@@ -265,11 +265,6 @@ def _some(names: Any) -> str:
     """The first names, and that there are more."""
     names = [name or "the model" for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _unclaimed_experts(model: nn.Module) -> dict[str, str]:
-    named = getattr(experts, "unclaimed_experts", None)
-    return {} if named is None else named(model)
 
 
 def _refusal(check: _Check, module: nn.Module) -> str | None:

@@ -20,7 +20,6 @@ from torchao.quantization.transform_module import register_quantize_module_handl
 from torchao_mx.checks import check_blocks, check_high_precision
 from torchao_mx.experts import (
     check_experts,
-    is_experts,
     is_packed,
     local_of,
     quantize_experts,
@@ -192,7 +191,7 @@ def quantize_linear(
 def _what_to_select(module: nn.Module) -> str:
     """Rather than ``module``, which is neither a linear layer nor experts: what an error says of it."""
     linear = sum(is_linear(m) for m in module.modules())
-    experts = sum(is_experts(m) for m in module.modules())
+    experts = sum(layout_of(m) is not None for m in module.modules())
     if not linear and not experts:
         return "; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)"
     held = [f"{linear} linear layer{'s' * (linear > 1)}"] * (linear > 0)
@@ -210,7 +209,7 @@ def check_ptq_module(
 ) -> None:
     """Refuse what the handler would refuse; nothing is changed, nor is what is packed already looked at."""
     _check_not_in_training(module)
-    if is_experts(module):
+    if layout_of(module) is not None:
         if not is_packed(module):
             check_experts(module, weight, activation)
             check_replaceable(module)
@@ -228,7 +227,7 @@ def _check_not_in_training(module: nn.Module) -> None:
 
 def is_in_high_precision(module: nn.Module) -> bool:
     """Whether ``module`` is a linear layer or one of experts, and its weights are not quantized."""
-    if is_experts(module):
+    if layout_of(module) is not None:
         return not is_packed(module)
     return isinstance(module, nn.Linear) and type(module.weight.data) in (torch.Tensor, DTensor)
 
@@ -246,6 +245,6 @@ def _quantize_handler(
     module: nn.Module, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
 ) -> nn.Module:
     _check_not_in_training(module)
-    if not is_experts(module):
+    if layout_of(module) is None:
         return quantize_linear(module, config.weight_spec, config.activation_spec)
     return in_place_of(module, quantize_experts(module, config.weight_spec, config.activation_spec))

@@ -39,7 +39,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchao_mx import ops
-from torchao_mx.experts import LocalExperts, MXExperts, is_experts, split_experts
+from torchao_mx.experts import LocalExperts, MXExperts, split_experts
+from torchao_mx.layouts import layout_of
 from torchao_mx.ops.combine import combine_op
 
 
@@ -261,7 +262,7 @@ def check_splittable(module: nn.Module, mesh: DeviceMesh) -> None:
     """Refuse a module whose experts cannot be split over ``mesh``; nothing is changed."""
     kind = type(module).__name__
     if not isinstance(module, MXExperts):
-        what = "computes by itself" if is_experts(module) else "is no module of experts"
+        what = "computes by itself" if layout_of(module) is not None else "is no module of experts"
         raise TypeError(
             f"ExpertParallel takes modules of experts made by quantize_(..., filter_fn=is_experts), and this "
             f"{kind} {what}: quantize it first, or take it out of the plan"

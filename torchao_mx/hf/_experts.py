@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from torchao_mx import moe
-from torchao_mx.experts import gate_of
+from torchao_mx.layouts import gate_of
 
 
 def experts_forward(
@@ -39,9 +39,8 @@ def experts_forward(
             f"{type(self).__name__} norms each expert's output, which experts_implementation='torchao_mx' "
             f"does not: use model.set_experts_implementation('grouped_mm')"
         )
-    gated = getattr(self, "has_gate", True)
-    activation = gate_of(self, type(self)) if gated else lambda x, offs: self.act_fn(x)
-    first = "gate_up_proj" if gated else "up_proj"
+    first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
+    activation = gate_of(self, type(self))
     return compute(self, first, activation, hidden_states, top_k_index, top_k_weights)
 
 

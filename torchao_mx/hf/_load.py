@@ -4,21 +4,31 @@ from __future__ import annotations
 
 import copy
 import functools
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from torchao_mx.checks import check_high_precision
-from torchao_mx.hf._checkpoint import INDEX, SINGLE, check_checkpoint, quant_method, read_folder
+from torchao_mx.hf._checkpoint import (
+    INDEX,
+    SINGLE,
+    Entry,
+    check_checkpoint,
+    quant_method,
+    read_folder,
+)
 from torchao_mx.hf._layout import BLOCKS, SCALES, skeleton_of
 from torchao_mx.hf._quantizer import NAME
 from torchao_mx.hf._versions import is_v5
-from torchao_mx.hf._while_loading import PTQConfig, packs_while_loading, selection
-from torchao_mx.model_checks import check_model
+from torchao_mx.hf._while_loading import PTQConfig, packs_while_loading, report_of, selection
+from torchao_mx.model_checks import check_layers
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
 _REFUSED = frozenset(
@@ -42,11 +52,13 @@ def from_pretrained(
     path: str | Path,
     *,
     config: AOBaseConfig | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
+    auto_class: Any = AutoModelForCausalLM,
     device_map: Any = None,
     dtype: torch.dtype = torch.bfloat16,
     **kw: Any,
 ) -> PreTrainedModel:
-    """Load a causal language model with its weights in a block format, ready to be trained.
+    """Load a model of transformers with its weights in a block format, ready to be trained.
 
     A checkpoint in MXFP4 (gpt-oss) is loaded as it is: each expert weight becomes a frozen :class:`MXTensor`
     of the logical shape that the model's class declares, ``gate_up_proj [E, H, 2 I]`` and ``down_proj
@@ -54,13 +66,20 @@ def from_pretrained(
     trainable and in ``dtype``. Experts compute through :mod:`torchao_mx.moe`. The whole checkpoint is checked
     first.
 
-    A checkpoint in high precision is quantized with ``config``: every ``nn.Linear`` but the output head and
-    routers, and every module of experts that :func:`torchao_mx.is_experts` knows. With a config of weights,
+    A checkpoint in high precision is quantized with ``config``: every ``nn.Linear`` but the output head,
+    routers, gates and layers of one output, and every module of experts that :func:`torchao_mx.is_experts`
+    knows, as far as their sizes fit the format. One warning names what else stays in high precision, and why:
+    routers and gates, layers that do not fit, 3-D weights of a class that is not known
+    (:func:`torchao_mx.register_experts`). With a config of weights,
     ``MXWeightOnlyConfig`` or ``MXDynamicActivationMXWeightConfig``, each is packed as soon as it has been
     read, in ``dtype``, so that beside the packed ones a few are in memory in high precision and not the
     model. The result is that of loading the model in ``dtype`` and then calling ``quantize_``, which is what
     is done with every other config: ``QATConfig`` trains the weights in high precision. For LoRA, load with
     ``MXWeightOnlyConfig`` and give ``quantize_`` an ``MXWeightOnlyLoRAConfig``, which keeps packed weights.
+
+    With an ``auto_class`` other than ``AutoModelForCausalLM``, tensors outside the base model that the
+    checkpoint lacks, such as a classifier's ``score``, are initialized anew, as transformers does and warns;
+    heads stay in high precision.
 
     ``model.save_pretrained`` of such a model saves adapters alone and otherwise raises, as transformers has
     no layout for it; ``model.config`` names no quantization.
@@ -69,19 +88,24 @@ def from_pretrained(
         path: a folder, or a name on the Hub.
         config: for a checkpoint in high precision, a config of ``quantize_`` such as
             ``MXWeightOnlyConfig()``.
+        filter_fn: ``(module, name) -> bool``, which modules ``config`` quantizes, in the place of what is
+            said above: heads and routers too, if it selects them. What is packed already is never asked for.
+        auto_class: of transformers: ``AutoModelForSequenceClassification``, say.
         device_map: as in transformers; packed weights are not offloaded to the CPU or to disk.
         dtype: of all that is not packed, and the logical dtype of what is.
-        kw: further options of ``AutoModelForCausalLM.from_pretrained``.
+        kw: further options of ``auto_class.from_pretrained``.
 
     Returns:
         The model, in evaluation mode as transformers returns it.
 
     Raises:
-        TypeError: ``config`` is no config of ``quantize_``, ``dtype`` no floating dtype, or ``kw`` has
-            options that this function sets or does not take.
-        ValueError: the checkpoint is damaged, or of another quantization, or has layers that ``config``
-            cannot quantize, or lacks weights to be quantized or has them in other shapes; the message names
-            each.
+        TypeError: ``config`` is no config of ``quantize_``, ``filter_fn`` no function, ``auto_class`` none of
+            transformers' auto classes, ``dtype`` no floating dtype, or ``kw`` has options that this function
+            sets or does not take.
+        ValueError: the checkpoint is damaged, or of another quantization, or ``config`` can quantize none of
+            its layers or not all that ``filter_fn`` selects, or ``filter_fn`` selects nothing or is given
+            for a packed checkpoint; or weights to be quantized are missing or have other shapes. The message
+            names each.
         NotImplementedError: it is in MXFP4 and its experts are of no class known here.
 
     Example::
@@ -96,6 +120,13 @@ def from_pretrained(
             f"config is a {type(config).__name__}; it is a config of quantize_ such as MXWeightOnlyConfig(); "
             f"transformers' own is read from the folder"
         )
+    if filter_fn is not None and not callable(filter_fn):
+        raise TypeError(f"filter_fn={filter_fn!r} must be a function (module, name) -> bool")
+    if not (hasattr(auto_class, "from_pretrained") and hasattr(auto_class, "from_config")):
+        raise TypeError(
+            f"auto_class={auto_class!r} must be one of transformers' auto classes, such as "
+            f"AutoModelForSequenceClassification"
+        )
     refused = sorted(kw.keys() & _REFUSED)
     if refused:
         raise TypeError(
@@ -109,7 +140,7 @@ def from_pretrained(
     method = quant_method(model_config)
     options = {"device_map": device_map, "dtype": dtype, **kw}
     if method is None:
-        model = _load_and_quantize(folder, model_config, config, options)
+        model = _load_and_quantize(folder, model_config, config, filter_fn, auto_class, options)
     elif method != "mxfp4":
         raise ValueError(
             f"{folder}: config.json says quant_method={method!r}; 'mxfp4' is read here, and checkpoints in "
@@ -120,8 +151,13 @@ def from_pretrained(
             f"{folder}: packed in mxfp4 already, and config={config} would quantize it again; leave config "
             f"out, and give it to quantize_ for the layers that are not packed"
         )
+    elif filter_fn is not None:
+        raise ValueError(
+            f"{folder}: packed in mxfp4 already, and filter_fn chooses what config quantizes; leave it out, "
+            f"and give it to quantize_ for the layers that are not packed"
+        )
     else:
-        model = _load_packed(folder, model_config, options)
+        model = _load_packed(folder, model_config, auto_class, options)
     # PEFT stores it: the Hub's name, not that of a folder in its cache.
     model.name_or_path = model.config.name_or_path = str(path)
     return model
@@ -146,20 +182,41 @@ def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
     return Path(folder)
 
 
-def _load_packed(folder: Path, config: Any, options: dict[str, Any]) -> PreTrainedModel:
+def _load_packed(
+    folder: Path, config: Any, auto_class: Any, options: dict[str, Any]
+) -> PreTrainedModel:
     config = copy.deepcopy(config)
     record = config.quantization_config
     del config.quantization_config
     entries = read_folder(folder)
-    check_checkpoint(entries, skeleton_of(AutoModelForCausalLM.from_config, config), folder)
+    skeleton = skeleton_of(auto_class.from_config, config)
+    if auto_class is not AutoModelForCausalLM:
+        entries = _without_new_heads(entries, skeleton)
+    check_checkpoint(entries, skeleton, folder)
     config.quantization_config = record | {"quant_method": NAME}
     if is_v5():
         options = {"experts_implementation": NAME, **options}
-    return AutoModelForCausalLM.from_pretrained(folder, config=config, **options)
+    return auto_class.from_pretrained(folder, config=config, **options)
+
+
+def _without_new_heads(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, Entry]:
+    """Of ``entries`` those that the skeleton or its base model has, and of the skeleton's heads likewise."""
+    inside = f"{skeleton.base_model_prefix}."
+    for name, child in list(skeleton.named_children()):
+        stored = any(f"{name}.{key}" in entries for key in child.state_dict())
+        if child is not skeleton.base_model and not stored:
+            del skeleton._modules[name]
+    names = skeleton.state_dict().keys()
+    return {n: entry for n, entry in entries.items() if n in names or n.startswith(inside)}
 
 
 def _load_and_quantize(
-    folder: Path, model_config: Any, config: AOBaseConfig | None, options: dict[str, Any]
+    folder: Path,
+    model_config: Any,
+    config: AOBaseConfig | None,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
+    auto_class: Any,
+    options: dict[str, Any],
 ) -> PreTrainedModel:
     if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
         packed = [name for name in read_folder(folder) if name.endswith((BLOCKS, SCALES))]
@@ -174,14 +231,23 @@ def _load_and_quantize(
             f"how to quantize it, as with config=MXWeightOnlyConfig()"
         )
     build = functools.partial(
-        AutoModelForCausalLM.from_config,
+        auto_class.from_config,
         dtype=options["dtype"],
         trust_remote_code=options.get("trust_remote_code", False),
     )
     skeleton = skeleton_of(build, model_config)
-    check_model(skeleton, config, selection(skeleton))
+    selects, left = selection(skeleton, config, filter_fn)
+    check_layers(skeleton, config, selects)
+    if not any(selects(module, name) for name, module in skeleton.named_modules()):
+        raise ValueError(
+            f"{folder}: {type(skeleton).__name__} has nothing to quantize: filter_fn selects no module, or "
+            f"there is no linear layer and no module of experts that is known; load it with transformers' "
+            f"own from_pretrained"
+        )
+    if left:
+        warnings.warn(f"{folder}: left in high precision:\n{report_of(left)}", stacklevel=3)
     if packs_while_loading(skeleton, config, options):
-        options = {"quantization_config": PTQConfig(config), **options}
-    model = AutoModelForCausalLM.from_pretrained(folder, **options)
-    quantize_(model, config, filter_fn=selection(model))
+        options = {"quantization_config": PTQConfig(config, selects), **options}
+    model = auto_class.from_pretrained(folder, **options)
+    quantize_(model, config, filter_fn=selects)
     return model

@@ -173,7 +173,7 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
             transposed = module.layout.transposed
             for weight in module.layout.weights:
                 updates[f"{name}.{weight}"] = Update(
-                    *module.weight(weight), SCALING_MODE, transposed
+                    *module.operand(weight), SCALING_MODE, transposed
                 )
     _check_size(updates)
     return updates

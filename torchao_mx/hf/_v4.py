@@ -14,19 +14,18 @@ from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.quantizers.auto import register_quantizer
 
-from torchao_mx.experts import gpt_oss_gate
 from torchao_mx.hf._experts import compute
 from torchao_mx.hf._layout import BLOCKS, SCALES, WEIGHTS, assemble, block_shapes, packed_modules
 from torchao_mx.hf._quantizer import NAME, MXQuantizer
 from torchao_mx.hf._while_loading import PTQ_NAME, PTQQuantizer
+from torchao_mx.layouts import gpt_oss_gate, register_experts
 from torchao_mx.modules import twin_of
 
 
 class MXGptOssExperts(GptOssExperts):
     """v4's GptOssExperts, computed by the pipeline of ``moe.py``.
 
-    PEFT reads ``is_transposed``, which v4's own lacks, and so gives adapters the layout that v5's have. There
-    is no ``_apply_gate``: :func:`torchao_mx.is_experts` knows v5's classes, called otherwise, by it.
+    PEFT reads ``is_transposed``, which v4's own lacks, and so gives adapters the layout that v5's have.
     """
 
     is_transposed = True
@@ -41,8 +40,12 @@ class MXGptOssExperts(GptOssExperts):
         """``[B, S, H]`` of hidden_states; router_indices ``[B S, k]``, dense routing_weights ``[B S, E]``."""
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         weights = routing_weights.gather(1, router_indices)
-        out = compute(self, "gate_up_proj", gpt_oss_gate(self), rows, router_indices, weights)
+        gate = gpt_oss_gate(self.alpha, self.limit)
+        out = compute(self, "gate_up_proj", gate, rows, router_indices, weights)
         return out.view(hidden_states.shape)
+
+
+register_experts(MXGptOssExperts, "transformers_v4_gpt_oss")
 
 
 def swap_experts(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ in memory in high precision than the weight at hand. ``_v5.py`` and ``_v4.py`` a
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,13 @@ from torchao.core.config import AOBaseConfig
 from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from torchao_mx.experts import MXExperts, is_experts, is_packed, layout_of, pack
+from torchao_mx.experts import MXExperts, is_packed, layout_of, pack, unclaimed_experts
 from torchao_mx.formats import BlockFormat
 from torchao_mx.hf._checkpoint import raise_problems
 from torchao_mx.hf._quantizer import MXQuantizer
+from torchao_mx.hf._roles import HEAD, kept_linears
 from torchao_mx.hf._versions import is_v5
+from torchao_mx.model_checks import check_layers
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
@@ -31,21 +34,65 @@ from torchao_mx.tensor import MXTensor
 
 PTQ_NAME = "torchao_mx_ptq"
 _PTQ_CONFIGS = (MXWeightOnlyConfig, MXDynamicActivationMXWeightConfig)
-_ROUTERS = ("gate", "router")  # where a model has an nn.Linear for it
+
+Filter = Callable[[nn.Module, str], bool]  # of quantize_
 
 
-def selection(model: PreTrainedModel) -> Callable[[nn.Module, str], bool]:
-    """A ``filter_fn`` for ``quantize_``: of what :func:`torchao_mx.hf.from_pretrained` says, the unpacked."""
-    head = model.get_output_embeddings()
+def selection(
+    skeleton: PreTrainedModel, config: AOBaseConfig, filter_fn: Filter | None = None
+) -> tuple[Filter, dict[str, str]]:
+    """What of the model :func:`torchao_mx.hf.from_pretrained` quantizes, and what it leaves by name and why.
 
-    def selects(module: nn.Module, name: str) -> bool:
-        if is_experts(module):
-            return not is_packed(module)
-        if not is_linear(module) or isinstance(module.weight, MXTensor):
-            return False
-        return module is not head and name.rpartition(".")[2] not in _ROUTERS
+    Without a ``filter_fn``: linear layers and modules of experts, but for routers, gates and heads, and for
+    those whose sizes ``config`` does not fit, unless it fits none. In no case what is packed already.
 
-    return selects
+    Args:
+        skeleton: the model on ``meta``.
+        config: of ``quantize_``.
+        filter_fn: the user's.
+
+    Returns:
+        A ``filter_fn`` for any model of the skeleton's names, and ``{name: reason}``.
+    """
+    if filter_fn is not None:
+        return lambda m, name: not _holds_packed(m) and bool(filter_fn(m, name)), {}
+    kept = kept_linears(skeleton)
+    wanted = {
+        name: module
+        for name, module in skeleton.named_modules()
+        if layout_of(module) is not None or (is_linear(module) and name not in kept)
+    }
+    unfit = {name: why for name, module in wanted.items() if (why := _refusal(module, config))}
+    names = wanted.keys() - (unfit.keys() if len(unfit) < len(wanted) else ())
+    left = unclaimed_experts(skeleton) | unfit
+    left |= {name: role for name, role in kept.items() if role != HEAD}
+    return lambda m, name: name in names and not _holds_packed(m), left
+
+
+def _holds_packed(module: nn.Module) -> bool:
+    if layout_of(module) is not None:
+        return is_packed(module)
+    return is_linear(module) and isinstance(module.weight, MXTensor)
+
+
+def _refusal(module: nn.Module, config: AOBaseConfig) -> str | None:
+    """Why ``config`` cannot quantize a layer, if it cannot."""
+    try:
+        check_layers(nn.ModuleDict({"layer": module}), config, lambda m, name: name == "layer")
+    except ValueError as error:
+        return str(error).rpartition("\nlayer: ")[2]
+    return None
+
+
+def report_of(left: dict[str, str]) -> str:
+    """One text of what is left in high precision, a line for the layers that differ in a number alone."""
+    lines: dict[tuple[str, str], int] = {}
+    for name, reason in left.items():
+        key = re.sub(r"\.\d+(?=\.|$)", ".*", name), reason
+        lines[key] = lines.get(key, 0) + 1
+    return "\n".join(
+        f"{name}{f' ({count})' if count > 1 else ''}: {why}" for (name, why), count in lines.items()
+    )
 
 
 def packs_while_loading(
@@ -74,11 +121,15 @@ class PTQConfig(QuantizationConfigMixin):
 
     Args:
         config: how each weight is quantized.
+        selects: which modules are.
     """
 
-    def __init__(self, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig) -> None:
+    def __init__(
+        self, config: MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig, selects: Filter
+    ) -> None:
         self.quant_method = PTQ_NAME
         self.config = config
+        self.selects = selects
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method}
@@ -112,14 +163,15 @@ class PTQQuantizer(MXQuantizer):
         Weights that the model's class declares in a dtype of their own are left to ``quantize_``, as v5 reads
         in ``dtype`` what it is to quantize.
         """
-        selects = selection(model)
+        selects = self.quantization_config.selects
         for name, module in list(model.named_modules()):
             if not selects(module, name):
                 continue
-            weights = ("weight",) if is_linear(module) else layout_of(module).weights
+            layout = layout_of(module)
+            weights = ("weight",) if layout is None else layout.weights
             if any(getattr(module, w).dtype != model.config.dtype for w in weights):
                 continue
-            if is_experts(module):
+            if layout is not None:
                 module = MXExperts.stand_in(module)
                 model.set_submodule(name, module)
             self._weights[module] = weights

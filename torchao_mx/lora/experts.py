@@ -18,7 +18,7 @@ from torch import nn
 from torchao_mx.checks import check_blocks, check_high_precision
 from torchao_mx.experts import (
     MXExperts,
-    check_biases,
+    check_parameters,
     layout_of,
     local_of,
     pack,
@@ -46,10 +46,15 @@ class MXLoRAExperts(MXExperts):
         >>> import torch
         >>> from torchao.quantization import quantize_
         >>> from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
-        >>> experts = torch.nn.Module()  # as torchtitan has it
-        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
-        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, MXWeightOnlyLoRAConfig(r=4), filter_fn=is_experts)
         >>> rows_an_expert = torch.tensor([2, 0, 1, 2])
         >>> model["experts"](torch.randn(5, 32), rows_an_expert).sum().backward()
@@ -113,7 +118,7 @@ class MXLoRAExperts(MXExperts):
             "grad_compute_dtype": config.grad_compute_dtype,
         }
 
-    def weight(self, name: str) -> AdaptedWeight:
+    def operand(self, name: str) -> AdaptedWeight:
         """The weight ``name`` with its adapters."""
         a, b = (self.local_parameter(f"{name}_lora_{side}") for side in "AB")
         return AdaptedWeight(self.local_parameter(name), a, b, self.lora_config.scaling)
@@ -124,7 +129,7 @@ class MXLoRAExperts(MXExperts):
 
         Of experts that are split over ranks it is this rank's.
         """
-        _, *adapters = self.weight(name)
+        _, *adapters = self.operand(name)
         return LoRATensor(self.base(name), *adapters, self.layout.transposed).dequantize()
 
     def extra_repr(self) -> str:
@@ -160,7 +165,7 @@ def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> Non
             f"{name}: grad_compute_dtype=torch.float8_e5m2; gradients of experts are computed in "
             f"torch.float8_e4m3fn or, by default, in x's dtype"
         )
-    check_biases(module)
+    check_parameters(module)
     for weight_name in layout.weights:
         weight = local_of(module._parameters[weight_name]).detach()
         _check_weight(f"{name}.{weight_name}", weight, layout, config)

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from torchao_mx.experts import is_experts
+from torchao_mx.layouts import layout_of
 from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
 from torchao_mx.lora.experts import MXLoRAExperts, check_lora_experts
 from torchao_mx.lora.linear import MXLoRALinear, check_lora_linear
@@ -25,7 +25,7 @@ def _lora_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Modul
             stacklevel=2,
         )
         return module
-    if is_experts(module):
+    if layout_of(module) is not None:
         return in_place_of(module, MXLoRAExperts.from_experts(module, config))
     return in_place_of(module, MXLoRALinear.from_linear(module, config))
 
@@ -33,5 +33,5 @@ def _lora_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Modul
 def check_lora_module(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
     """Refuse what the handler would refuse; nothing is changed."""
     if not isinstance(module, _OURS):
-        (check_lora_experts if is_experts(module) else check_lora_linear)(module, config)
+        (check_lora_experts if layout_of(module) is not None else check_lora_linear)(module, config)
         check_replaceable(module)

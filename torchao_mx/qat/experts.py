@@ -19,8 +19,9 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from torchao_mx import moe, ops
-from torchao_mx.experts import MXExperts, check_experts, is_experts, pack
+from torchao_mx.experts import MXExperts, check_experts, pack
 from torchao_mx.formats import QuantizeSpec
+from torchao_mx.layouts import layout_of
 from torchao_mx.modules import twin_of
 from torchao_mx.ops._arguments import operands
 from torchao_mx.ops._gather import tokens_of
@@ -87,10 +88,15 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         >>> from torchao.quantization import quantize_
         >>> from torchao.quantization.qat import QATConfig
         >>> from torchao_mx import MXWeightOnlyConfig, is_experts
-        >>> experts = torch.nn.Module()  # as torchtitan has it
-        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
-        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, QATConfig(MXWeightOnlyConfig(), step="prepare"), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
         >>> model["experts"].w1.grad.shape
@@ -121,7 +127,7 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
     def activation_spec(self) -> QuantizeSpec | None:
         return None if self.activation_config is None else self.activation_config.spec
 
-    def weight(self, name: str) -> moe.Product:
+    def operand(self, name: str) -> moe.Product:
         """A product with the weight ``name`` as it is once quantized; with itself while that is off."""
         weight_spec, activation_spec = self._specs(self.local_parameter(name))
         if weight_spec is None and activation_spec is None:
@@ -192,7 +198,7 @@ def check_fake_quantized_experts(
 ) -> None:
     """Refuse a module that cannot become an :class:`MXFakeQuantizedExperts`; nothing is changed."""
     check_configs(activation, weight)
-    if not is_experts(module):
+    if layout_of(module) is None:
         raise TypeError(
             f"{type(module).__name__} is no module of experts that is known; select them with "
             f"quantize_(..., filter_fn=torchao_mx.is_experts)"

@@ -28,8 +28,8 @@ from torchao.quantization.transform_module import (
     register_quantize_module_handler,
 )
 
-from torchao_mx.experts import is_experts
 from torchao_mx.formats import BlockFormat, QuantizeSpec
+from torchao_mx.layouts import layout_of
 from torchao_mx.modules import check_replaceable, in_place_of, ties_of
 from torchao_mx.ptq import (
     MXDynamicActivationMXWeightConfig,
@@ -79,7 +79,7 @@ def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Modu
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
     _check_prepared(module, configs, config)
-    if is_experts(module):
+    if layout_of(module) is not None:
         return MXFakeQuantizedExperts.from_experts(module, *configs)
     return MXFakeQuantizedLinear.from_linear(module, *configs)
 
@@ -95,7 +95,7 @@ def check_of(config: QATConfig) -> Callable[[nn.Module], None] | None:
 def _check_prepared(module: nn.Module, configs: _Configs, config: QATConfig) -> None:
     if isinstance(module, FakeQuantized):
         return
-    if is_experts(module):
+    if layout_of(module) is not None:
         check_fake_quantized_experts(module, *configs)
     else:
         check_fake_quantized_linear(module, *configs)

@@ -25,8 +25,9 @@ from torchao.quantization.quantize_.common.kernel_preference import KernelPrefer
 
 from torchao_mx import ops
 from torchao_mx.checks import check_blocks
-from torchao_mx.experts import MXExperts, check_experts, is_experts, layout_of
+from torchao_mx.experts import MXExperts, check_experts
 from torchao_mx.formats import QuantizeSpec
+from torchao_mx.layouts import layout_of
 from torchao_mx.ops._arguments import operands
 from torchao_mx.ops._gather import tokens_of
 from torchao_mx.ops._groups import completed_groups
@@ -204,10 +205,15 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
         >>> import torch
         >>> from torchao.quantization import quantize_
         >>> from torchao_mx import NVFP4ForwardMXFP8BackwardConfig, is_experts
-        >>> experts = torch.nn.Module()  # as torchtitan has it
-        >>> for name, shape in {"w1": (4, 64, 32), "w2": (4, 32, 64), "w3": (4, 64, 32)}.items():
-        ...     setattr(experts, name, torch.nn.Parameter(torch.randn(shape)))
-        >>> model = torch.nn.ModuleDict({"experts": experts})
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, NVFP4ForwardMXFP8BackwardConfig(), filter_fn=is_experts)
         >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).sum().backward()
         >>> model["experts"].w1.grad.shape
@@ -263,7 +269,7 @@ def check_recipe_experts(module: nn.Module, config: NVFP4ForwardMXFP8BackwardCon
     """Refuse a module that cannot become an :class:`NVFP4MXFP8Experts`; nothing is changed."""
     check_config(config)
     kind = type(module).__name__
-    if not is_experts(module):
+    if layout_of(module) is None:
         raise TypeError(
             f"{kind} is no module of experts that is known; select them with "
             f"quantize_(..., filter_fn=torchao_mx.is_experts)"

@@ -7,7 +7,7 @@ import warnings
 from torch import nn
 from torchao.quantization.transform_module import register_quantize_module_handler
 
-from torchao_mx.experts import is_experts
+from torchao_mx.layouts import layout_of
 from torchao_mx.modules import check_replaceable, in_place_of
 from torchao_mx.ptq import quantize_linear
 from torchao_mx.qat.fake_quantizer import FakeQuantized
@@ -31,7 +31,7 @@ def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) 
         warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
         return module
     check_recipe_module(module, config)
-    if is_experts(module):
+    if layout_of(module) is not None:
         return in_place_of(module, NVFP4MXFP8Experts.from_experts(module, config))
     return in_place_of(module, NVFP4MXFP8Linear.from_linear(module, config))
 
@@ -59,5 +59,5 @@ def check_recipe_module(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConf
             f"{module} is in quantization-aware training; convert it first, with quantize_(model, "
             f"QATConfig(step='convert')), or leave it out with filter_fn"
         )
-    (check_recipe_experts if is_experts(module) else check_recipe_linear)(module, config)
+    (check_recipe_experts if layout_of(module) is not None else check_recipe_linear)(module, config)
     check_replaceable(module)
