@@ -25,6 +25,7 @@ from torchao_mx.experts import (
     quantize_experts,
 )
 from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
+from torchao_mx.layouts import layout_of
 from torchao_mx.modules import check_replaceable, in_place_of
 from torchao_mx.tensor import MXTensor
 
