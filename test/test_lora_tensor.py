@@ -390,7 +390,7 @@ def test_refusals_of_operators():
     assert_expected_inline(
         text,
         """\
-NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first
+NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)
 NotImplementedError: aten.sum.default is not implemented for <w>: call .dequantize() on it first
 NotImplementedError: aten.mul_.Tensor is not implemented for <w>: call .dequantize() on it first
 NotImplementedError: aten.zeros_like.default is not implemented for <w>: call .dequantize() on it first
@@ -446,7 +446,7 @@ NotImplementedError: addmm takes an MXTensor or a LoRATensor as its second matri
 TypeError: the weight of LoRA adapters is a Tensor; it is an MXTensor: quantize with MXTensor.from_hp
 ValueError: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, packed_axis=-2, device=cpu) is not [N, K] or [E, N, K], packed along the last axis, as a weight with LoRA adapters is: reshape it, or undo a transpose with .mT
 ValueError: MXTensor(shape=(1, 3, 64, 96), mxfp4, orig_dtype=float32, device=cpu) is not [N, K] or [E, N, K], packed along the last axis, as a weight with LoRA adapters is: reshape it, or undo a transpose with .mT
-NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first""",
+NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)""",
     )
 
 

@@ -444,7 +444,7 @@ def transcript(expected, **names):
 
 def test_what_operators_refuse():
     expected = """
-w + 1  ->  NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first
+w + 1  ->  NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)
 torch.zeros_like(w)  ->  NotImplementedError: aten.zeros_like.default is not implemented for <w>: call .dequantize() on it first
 w.double()  ->  TypeError: <w> cannot become torch.float64; its logical dtype is bfloat16, float16 or float32: call .dequantize() on it first
 w[1]  ->  NotImplementedError: select of <w>: the result would have one dimension, and an MXTensor has two or more; call .dequantize() on it first

@@ -29,7 +29,13 @@ def next_power_of_2(n: int) -> int:
 
 @functools.lru_cache
 def capability(index: int) -> tuple[int, int]:
-    """A GPU's compute capability; refuses one older than Ampere."""
+    """A GPU's compute capability; refuses one older than Ampere, and AMD's."""
+    if torch.version.hip is not None:  # inline PTX ends the process in Triton's AMD back end
+        raise NotImplementedError(
+            f"cuda:{index} is a GPU of a ROCm build of torch ({torch.version.hip}); the Triton kernels need an "
+            f"NVIDIA GPU of compute capability 8.0 (Ampere) or newer: move the tensors to the CPU, which has a "
+            f"reference path"
+        )
     major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         raise NotImplementedError(
@@ -113,6 +119,7 @@ class launched:
         compiled = self.compiled.get(key)
         values = [constants[name] for name in self.constants]
         if compiled is None:
+            capability(torch.cuda.current_device())  # before Triton sees the kernel
             compiled = self.compiled[key] = self.kernel[grid](*arguments, **constants)
         else:
             compiled[(*grid, 1, 1)](*arguments, *values)

@@ -68,7 +68,7 @@ class _WeightGradient(torch.autograd.Function):
 def _packed(weight: torch.Tensor, spec: QuantizeSpec) -> tuple[torch.Tensor, ...]:
     """(qdata, scale, per-tensor scale) of a weight ``[E, out, in]``, which FSDP2 may have gathered packed."""
     if isinstance(weight, MXTensor):
-        return weight.qdata, weight.scale, weight.per_tensor_scale
+        return weight.packed_as(spec.format.name)
     stored, pts = weight.contiguous(), None
     if spec.format.has_per_tensor_scale:
         pts = ops.per_tensor_scale(stored, spec.format, True)

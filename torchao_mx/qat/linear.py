@@ -47,7 +47,7 @@ def _pack(
     if not fmt:
         return (x, None, None), x.to(dtype)
     if isinstance(x, MXTensor):
-        packed = x.qdata, x.scale, x.per_tensor_scale
+        packed = x.packed_as(fmt)
         return packed, _unpack(packed, fmt, dtype)
     f = format_by_name(fmt)
     pts = per_tensor_scale(x, f) if f.has_per_tensor_scale else None
@@ -81,7 +81,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         if takes_mxfp4_product(x, len(weight), weight_format, activation_format):
             if isinstance(weight, MXTensor):
-                w_packed = weight.qdata, weight.scale, None
+                w_packed = weight.packed_as(weight_format)
             else:
                 w_packed = *quantize_op(weight, weight_format, weight_mode, -1, None), None
             x_saved = *quantize_op(x, activation_format, activation_mode, -1, None), None

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import return_and_correct_aliasing
 
 from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.tensor._fsdp import moved, noted_shard, outside_inference
+from torchao_mx.tensor.flat import FlatMXTensor
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 aten = torch.ops.aten
@@ -172,13 +173,9 @@ def _empty_like(
     return out.replace(orig_dtype=dtype)
 
 
-def _tensors(x: MXTensor) -> list[torch.Tensor]:
-    return [getattr(x, name) for name in x.__tensor_flatten__()[0]]
-
-
 @_implements(aten.is_pinned.default)
 def _is_pinned(x, device=None):
-    return all(t.is_pinned() for t in _tensors(x))
+    return all(t.is_pinned() for t in x.parts())
 
 
 @_implements(aten._pin_memory.default)
@@ -226,7 +223,7 @@ def _copy_(x, src, non_blocking=False):
             f"copy_ into {x}, a part of {base}: the source's per_tensor_scale would become that of "
             f"the other parts too; clone() the part, or give experts a scale each (torch.stack)"
         )
-    for to, origin in zip(_tensors(x), _tensors(src), strict=True):
+    for to, origin in zip(x.parts(), src.parts(), strict=True):
         to.copy_(origin, non_blocking)
     return x
 
@@ -292,11 +289,17 @@ def _squeeze(x, dim):
     return _select(x, dim, 0) if x.shape[_axis(dim, x.dim())] == 1 else _alias(x)
 
 
-@_implements(aten.view.default, aten._unsafe_view.default)
-def _view(x, size):
-    size = list(size)
-    if size == [-1]:
-        return _alias(x)  # what FSDP2 keeps of a shard and, of one that gathers itself, never reads
+@MXTensor.implements([aten.view.default, aten._unsafe_view.default])
+def _view(func, types, args, kwargs):
+    x, size = args
+    with outside_inference(func, args):
+        if list(size) in ([-1], [x.numel()]):
+            return FlatMXTensor(x)  # another class: return_and_correct_aliasing would refuse it
+        out = _in_axes(x, list(size))
+    return return_and_correct_aliasing(func, args, kwargs, out)
+
+
+def _in_axes(x: MXTensor, size: list[int]) -> MXTensor:
     if -1 in size:
         i = size.index(-1)
         size[i] = x.numel() // max(1, math.prod(size[:i] + size[i + 1 :]))

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
 from torchao_mx.checks import check_high_precision
 from torchao_mx.ops._arguments import adapters_of
+from torchao_mx.tensor._storage import Unread, wrapper
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 
-class LoRATensor(torch.Tensor):
+class LoRATensor(Unread):
     """``base + scaling * lora_b @ lora_a``, or the transpose of it, as a weight of matrix products.
 
     ``linear``, ``mm``, ``addmm``, ``matmul``, ``bmm``, ``baddbmm`` and ``grouped_mm`` take it as their second
@@ -53,8 +53,6 @@ class LoRATensor(torch.Tensor):
         torch.Size([128, 8])
     """
 
-    functions: dict[Callable, Callable] = {}  # what torch functions do with it
-
     base: MXTensor
     lora_a: torch.Tensor
     lora_b: torch.Tensor
@@ -80,15 +78,16 @@ class LoRATensor(torch.Tensor):
         shape, strides = list(base.shape), list(base.stride())
         if transposed:
             shape[-2:], strides[-2:] = shape[:-3:-1], strides[:-3:-1]
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, shape, strides=strides, dtype=base.dtype, device=base.device
-        )
+        self = wrapper(cls, shape, strides, base.dtype, base.device)
         self.base = base
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scaling = scaling
         self.transposed = transposed
         return self
+
+    def parts(self) -> list[torch.Tensor]:
+        return [*self.base.parts(), self.lora_a, self.lora_b]
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
         """The values in ``output_dtype``, or else in base's ``orig_dtype``, with gradients to the adapters.
@@ -122,29 +121,11 @@ class LoRATensor(torch.Tensor):
 
     __str__ = __repr__
 
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        implementation = cls.functions.get(func)
-        if implementation is not None:
-            return implementation(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **(kwargs or {}))
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args, kwargs=None):
-        tensor = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, LoRATensor))
-        raise NotImplementedError(
-            f"{func} is not implemented for {tensor}: call .dequantize() on it first"
-        )
-
     def __reduce_ex__(self, protocol):
         raise NotImplementedError(
             f"{self} is formed in each forward pass and cannot be saved: save its base, lora_a and lora_b, "
             f"or what .dequantize() gives"
         )
-
-    def __deepcopy__(self, memo):
-        return self.__reduce_ex__(2)
 
 
 def check_base(base: MXTensor) -> None:

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map_only
 from torchao_mx import ops
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.tensor._fsdp import moved, noted_shard, outside_inference, padded_shard
+from torchao_mx.tensor._storage import wrapper
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 aten = torch.ops.aten
@@ -62,10 +63,9 @@ class MasterTensor(torch.Tensor):
     transposed: bool
 
     def __new__(cls, data: torch.Tensor, spec: QuantizeSpec, transposed: bool = False):
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, data.shape, strides=data.stride(), storage_offset=data.storage_offset(),
-            dtype=data.dtype, device=data.device,
-        )  # fmt: skip
+        self = wrapper(
+            cls, data.shape, data.stride(), data.dtype, data.device, data.storage_offset()
+        )
         self.data_ = data
         self.spec = spec
         self.transposed = transposed
@@ -84,6 +84,11 @@ class MasterTensor(torch.Tensor):
                 return cls(func(t.data_, *others, **kwargs or {}), t.spec, t.transposed)
 
             return moved(x, move)
+        if torch.Tag.inplace_view in func.tags and isinstance(args[0], cls):
+            raise NotImplementedError(
+                f"{func} of {args[0]}, a parameter that FSDP2 shards and gathers packed: use the operator "
+                f"that makes a new tensor, without the underscore"
+            )
         # inference_mode sends composite operators (narrow) here whole.
         out = func.decompose(*args, **kwargs or {})
         if out is not NotImplemented:
@@ -104,7 +109,7 @@ class MasterTensor(torch.Tensor):
             out.is_padded_shard = True  # see _fsdp.py
         elif func is aten.slice.Tensor and args[1:3] == (0, 0):
             noted_shard(out, args[0])
-        elif func not in _KEPT and not func._schema.is_mutable:
+        elif func not in _KEPT and not (func._schema.is_mutable and isinstance(args[0], cls)):
             return out
         return return_and_correct_aliasing(func, args, kwargs or {}, out)
 
@@ -137,6 +142,25 @@ class MasterTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"MasterTensor(shape={tuple(self.shape)}, {dtype}, gathered as {self.spec})"
+
+
+def _of_data(name: str) -> Callable[..., Any]:
+    """The method ``name``, which no operator is behind: that of ``data_``."""
+
+    def method(self: MasterTensor, *args: Any, **kwargs: Any) -> Any:
+        # Torch refuses some of them where gradients are required.
+        data = self.data_.detach().requires_grad_(self.requires_grad)
+        out = getattr(data, name)(*args, **kwargs)
+        return self if out is data else out
+
+    return method
+
+
+for _name in (
+    "__array__", "__dlpack__", "__dlpack_device__", "apply_", "const_data_ptr", "data_ptr", "is_shared",
+    "map2_", "map_", "numpy", "share_memory_", "storage", "tolist", "untyped_storage", "_typed_storage",
+):  # fmt: skip
+    setattr(MasterTensor, _name, _of_data(_name))
 
 
 def _quantized(shard: MasterTensor, mesh: DeviceMesh) -> MXTensor:

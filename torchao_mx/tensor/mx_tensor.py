@@ -13,7 +13,6 @@ import copy
 import math
 
 import torch
-from torch.utils._pytree import tree_leaves
 from torchao.prototype.mx_formats.mx_tensor import MXTensor as TorchAOMXTensor
 from torchao.prototype.mx_formats.mx_tensor import QuantizeTensorToMXKwargs
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
@@ -33,6 +32,7 @@ from torchao_mx.formats import (
     format_by_name,
 )
 from torchao_mx.tensor._fsdp import UNSAVED, PackedAllGather
+from torchao_mx.tensor._storage import not_implemented, wrapper
 
 
 class MXTensor(PackedAllGather, TorchAOBaseTensor):
@@ -49,6 +49,9 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
             are transposed views, ``[..., K / elems_per_byte, N]`` and ``[..., K / block_size, N]``.
         per_tensor_scale: fp32, 0-d or one per expert ``[E, 1, 1]``; for NVFP4, else None.
         activation: how a matmul quantizes its other operand on the fly; None leaves that one alone.
+
+    ``nbytes`` and ``element_size()`` tell the packed bytes, scales included; ``share_memory_()`` shares them.
+    What ``torch.jit.save`` writes of such a weight ``torch.jit.load`` refuses: use ``torch.export`` instead.
 
     Raises:
         TypeError: a field has the wrong type or dtype.
@@ -87,14 +90,8 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         width = format.elems_per_byte
         strides = [s * width for s in qdata.stride()]
         strides[packed_axis] = qdata.stride(packed_axis)
-        self = torch.Tensor._make_wrapper_subclass(
-            cls,
-            shape,
-            strides=strides,
-            storage_offset=qdata.storage_offset() * width,
-            dtype=orig_dtype,
-            device=qdata.device,
-        )
+        offset = qdata.storage_offset() * width
+        self = wrapper(cls, shape, strides, orig_dtype, qdata.device, offset)
         self.qdata = qdata
         self.scale = scale
         self.format = format
@@ -272,6 +269,23 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
             return ops.dequantize(qdata, scale, self.format, dtype, per_tensor_scale=pts)
         return ops.dequantize(qdata.mT, scale.mT, self.format, dtype, per_tensor_scale=pts).mT
 
+    def packed_as(self, fmt: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """``(qdata, scale, per_tensor_scale)`` for a layer that quantizes its weight to the format ``fmt``.
+
+        Raises:
+            ValueError: this weight, gathered packed or shared with another layer, is packed otherwise.
+        """
+        if self.format.name != fmt or self.packed_axis != -1:
+            raise ValueError(
+                f"{self} is the weight of a layer that quantizes it to {fmt} along the last axis: give the "
+                f"layer that format, or its own weight in high precision, .dequantize()"
+            )
+        return self.qdata, self.scale, self.per_tensor_scale
+
+    def parts(self) -> list[torch.Tensor]:
+        """The tensors that hold its bytes: qdata, scale and, if there is one, per_tensor_scale."""
+        return [getattr(self, name) for name in self.__tensor_flatten__()[0]]
+
     def fields(self) -> dict:
         """The constructor's arguments by name."""
         return {name: getattr(self, name) for name in _FIELDS}
@@ -309,10 +323,7 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
-        tensor = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, MXTensor))
-        raise NotImplementedError(
-            f"{func} is not implemented for {tensor}: call .dequantize() on it first"
-        )
+        raise not_implemented(func, args, kwargs, MXTensor)
 
     def __deepcopy__(self, memo: dict) -> MXTensor:
         # torch's own goes by data_ptr() == 0, which fails for a view with a storage offset.
