@@ -27,7 +27,6 @@ from torchao_mx import (
     is_linear,
     quantize_,
 )
-from torchao_mx import experts as experts_module
 
 PTQ, LORA, RECIPE = (
     MXWeightOnlyConfig(),
@@ -123,16 +122,19 @@ def test_a_filter_by_name_alone(config, quantize):
         quantize(nn.Sequential(Concatenated()), config, filter_fn=by_name)
 
 
-def test_experts_that_are_not_known(monkeypatch):
-    monkeypatch.setattr(
-        experts_module,
-        "unclaimed_experts",
-        lambda model: {"mlp": "Fancy holds w [4, 8, 8]"},
-        raising=False,
-    )
+class Fancy(nn.Module):
+    """Experts of no layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.randn(4, 64, 64))
+
+
+def test_experts_that_are_not_known():
     for call in (quantize_, check_model):
-        with pytest.warns(UserWarning, match=r"mlp: Fancy holds w \[4, 8, 8\]"):
-            call(Model(), PTQ)
+        model = nn.ModuleDict({"up": nn.Linear(64, 64), "mlp": Fancy()})
+        with pytest.warns(UserWarning, match=r"mlp: Fancy holds w \[4, 64, 64\]"):
+            call(model, PTQ)
 
 
 def test_a_module_at_two_places_is_one_and_nothing_is_warned_of():
