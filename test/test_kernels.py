@@ -30,6 +30,7 @@ from _grids import (
 )
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, reference
+from torchao_mx.ops._library import implementations
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
 each_format_and_mode = pytest.mark.parametrize(("fmt", "mode"), FORMAT_MODES, ids=name_of)
@@ -53,7 +54,8 @@ def quantize(x, fmt, mode=RCEIL, axis=-1, pts=None):
 
 
 def dequantize(qdata, scale, fmt, dtype, axis=-1, pts=None):
-    return _module("dequantize")._dequantize_triton(qdata, scale, fmt.name, dtype, axis, pts)
+    entry = implementations[_module("dequantize").dequantize_op, "cuda"]
+    return entry(qdata, scale, fmt.name, dtype, axis, pts)
 
 
 def fake_quantize(x, fmt, mode=RCEIL, axis=-1, pts=None):

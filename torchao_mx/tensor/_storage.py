@@ -30,6 +30,8 @@ _REFUSED = (
     Tensor.tolist,
 )
 
+_ADDRESSES = ("const_data_ptr", "data_ptr")  # the first from torch 2.12 on
+
 _MERGES = (
     "; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or "
     "merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)"
@@ -127,8 +129,7 @@ def answers(parts: Callable[[Any], list[Tensor]]) -> dict[Callable[..., Any], Ca
 
     return {
         **{function: refusal(function.__name__.lstrip("_")) for function in _REFUSED},
-        Tensor.const_data_ptr: no_address,
-        Tensor.data_ptr: no_address,
+        **{getattr(Tensor, name): no_address for name in _ADDRESSES if hasattr(Tensor, name)},
         Tensor.is_shared: is_shared,
         Tensor.share_memory_: share_memory_,
         Tensor.storage: storage,
