@@ -105,6 +105,8 @@ def _serve(connection, run):
     os.setpgid(0, 0)
     sys.stdin = open(os.devnull)  # noqa: SIM115  a question would wait for ever
     log = open(os.environ["FUZZ_LOG"], "w")  # noqa: SIM115
+    for stream in (1, 2):  # what transformers prints is not this test's to show
+        os.dup2(log.fileno(), stream)
     faulthandler.enable(log, all_threads=False)
     faulthandler.register(signal.SIGUSR1, log, all_threads=False)
     held = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -112,12 +114,17 @@ def _serve(connection, run):
     while True:
         case = connection.recv()
         try:
-            with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-                Path(folder).chmod(0o755)
-                verdict = run(Path(folder), *case)
+            verdict = once(run, *case)
         except BaseException as error:
             verdict = Verdict(f"{type(error).__name__} of the fuzzer", traceback.format_exc())
         connection.send(verdict)
+
+
+def once(run, *case):
+    """``run`` of one case in a folder of its own, which every user can reach."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        Path(folder).chmod(0o755)
+        return run(Path(folder), *case)
 
 
 class Worker:
@@ -147,7 +154,7 @@ class Worker:
         os.kill(self.process.pid, signal.SIGUSR1)  # prints where it is
         self.process.join(1)
         self.close()
-        return Verdict("hang", self.log.read_text()[-2000:])
+        return Verdict("hang", self.log.read_text().rpartition("most recent call first")[2][:1500])
 
     def _start(self):
         handle, name = tempfile.mkstemp(prefix="fuzz-log-")

@@ -97,9 +97,9 @@ def tensors_in(content):
         return None
 
 
-def packed(tensors):
+def packed(tensors, metadata=None):
     """A file of :func:`tensors_in`'s."""
-    header, data = {"__metadata__": {"format": "pt"}}, b""
+    header, data = {"__metadata__": metadata or {"format": "pt"}}, b""
     for name, (dtype, shape, content) in tensors.items():
         offsets = [len(data), len(data) + len(content)]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": offsets}
@@ -268,18 +268,19 @@ def _change(files, file, change):
     """Of a file's tensors, which stays undamaged in itself."""
     tensors = tensors_in(_bytes(files, file))
     if tensors is not None:
+        header, _ = split(files[file])
         change(tensors)
-        files[file] = packed(tensors)
+        files[file] = packed(tensors, header.get("__metadata__"))
 
 
-def _value(record):
+def value_of(record):
     dtype, shape, content = record
     if not content:
         return torch.empty(shape, dtype=DTYPES[dtype])
     return torch.frombuffer(bytearray(content), dtype=DTYPES[dtype]).view(shape)
 
 
-def _record(dtype, tensor):
+def record_of(dtype, tensor):
     return dtype, list(tensor.shape), tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
@@ -294,7 +295,7 @@ def retype(files, file, tensor, dtype):
 
     def change(tensors):
         if tensor in tensors:
-            tensors[tensor] = _record(dtype, _value(tensors[tensor]).float().to(DTYPES[dtype]))
+            tensors[tensor] = record_of(dtype, value_of(tensors[tensor]).float().to(DTYPES[dtype]))
 
     _change(files, file, change)
 
@@ -315,9 +316,9 @@ RESIZES = {
 def resize(files, file, tensor, how):
     def change(tensors):
         if tensor in tensors:
-            value = _value(tensors[tensor])
+            value = value_of(tensors[tensor])
             if value.dim() and value.numel():
-                tensors[tensor] = _record(tensors[tensor][0], RESIZES[how](value))
+                tensors[tensor] = record_of(tensors[tensor][0], RESIZES[how](value))
 
     _change(files, file, change)
 

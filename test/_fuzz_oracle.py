@@ -203,3 +203,66 @@ def _difference(parameter, value, dtype):
     same = torch.equal(scale.view(torch.uint8), parameter.scale.view(torch.uint8))
     same = same and torch.equal(data.view(torch.uint8), parameter.qdata.view(torch.uint8))
     return "" if same else "was packed from other values"
+
+
+# --- adapters ----------------------------------------------------------------------------------------
+
+# Options of PEFT's LoraConfig (0.21) with which a file's matrices are not the update, or not all of it.
+MATTER = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "use_qalora",
+    "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_bdlora", "arrow_config",
+    "kasa_config", "monteclora_config",
+)  # fmt: skip
+
+
+class SaidAdapter:
+    """An adapter's two files, by PEFT's layout."""
+
+    def __init__(self, folder):
+        self.config = config = read_json(folder / "adapter_config.json")
+        self.tensors = read_file(folder / "adapter_model.safetensors")
+        if config.get("peft_type") != "LORA" or config.get("bias", "none") != "none":
+            raise Unreadable("adapter_config.json: no plain LoRA")
+        if any(config.get(name) for name in MATTER):
+            raise Unreadable("adapter_config.json: more than LoRA")
+        init = config.get("init_lora_weights", True)
+        if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+            raise Unreadable("adapter_config.json: other weights beside it")
+        r, alpha = config.get("r"), config.get("lora_alpha")
+        if any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in (r, alpha)) or r <= 0:
+            raise Unreadable("adapter_config.json: no rank or alpha")
+        self.r, self.scaling = r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+    def updates(self, sizes):
+        """``{name: (A, B)}`` for ``sizes`` of ``{name: (key, experts or None, out, in)}``, of all the tensors.
+
+        Those of experts are ``[E, r, in]`` and ``[E, out, r]``; PEFT under transformers 4 has the two axes of
+        gpt-oss's weights the other way round, which their lengths tell.
+        """
+        found, left = {}, dict(self.tensors)
+        for name, (key, experts, n, k) in sizes.items():
+            try:
+                a, b = (left.pop(f"base_model.model.{key}.lora_{s}.weight") for s in "AB")
+            except KeyError as error:
+                raise Unreadable(f"{name}: {error} is missing") from None
+            if not (a.is_floating_point() and b.is_floating_point()):
+                raise Unreadable(f"{name}: no floating adapters")
+            if experts is None:
+                wanted = (self.r, k), (n, self.r)
+            elif tuple(a.shape) == (experts * self.r, n) != (experts * self.r, k):
+                wanted = (experts * self.r, n), (k, self.r * experts)
+                a, b = (
+                    b.reshape(-1, self.r, experts).permute(2, 1, 0).reshape(-1, k) if b.shape == wanted[1] else b,
+                    a.reshape(experts, self.r, n).permute(2, 1, 0).reshape(n, -1),
+                )
+                wanted = (experts * self.r, k), (n, self.r * experts)
+            else:
+                wanted = (experts * self.r, k), (n, self.r * experts)
+            if (tuple(a.shape), tuple(b.shape)) != wanted:
+                raise Unreadable(f"{name}: shapes {tuple(a.shape)} and {tuple(b.shape)}")
+            if experts is not None:
+                a, b = a.reshape(experts, self.r, k), b.reshape(n, self.r, experts).permute(2, 0, 1)
+            found[name] = a, b
+        if left:
+            raise Unreadable(f"{min(left)}: has no place")
+        return found

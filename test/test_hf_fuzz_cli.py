@@ -1,0 +1,280 @@
+"""torchao-mx with good and bad folders and arguments: it exits with 0, 1 or 2, prints no traceback, says which file
+or argument and what to do, and leaves every folder as it was unless it succeeds."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import strategies as st
+
+pytest.importorskip("transformers")
+import _fuzz
+import huggingface_hub.constants
+import test_hf_fuzz_adapters as adapters
+import test_hf_fuzz_checkpoints as checkpoints
+from _fuzz_files import OUTSIDE, mutated, several, write
+from _fuzz_oracle import ScaleCalculationMode, Unreadable, decoded, equal, read_json, read_tensors, to_mx
+
+from torchao_mx.hf import cli
+
+COMMANDS = {
+    "inspect": ("gpt_oss", ("inspect", "{source}")),
+    "compare": ("gpt_oss", ("inspect", "{source}", "--compare", "{other}")),
+    "quantize": ("gpt_oss_bf16", ("quantize", "{source}", "{target}")),
+    "merge": ("gpt_oss", ("merge", "{source}", "{adapter}", "{target}")),
+}
+PLACES = [
+    "{source}", "{target}", "{adapter}", "{other}", "{missing}", "{file}", "{fifo}", "{source}/sub", "{missing}/sub",
+    "{file}/sub", "{locked}", "{locked}/sub", "{loop}", "{link}", "", ".", "/proc/nosuch", "/dev/null", "\x00", "x" * 300,
+    "gpt/oss",
+]  # fmt: skip
+MODES = [f"mxfp4:{mode.value}" for mode in ScaleCalculationMode]
+OPTIONS = [
+    ("--json",), ("--force",), ("--nosuch",), ("--help",), ("--",), ("extra",), ("--config",),
+    *(("--config", mode) for mode in [*MODES, "mxfp4", "mxfp8", "", "mxfp4:", "mxfp4:nosuch", "\udcff"]),
+    *(("--max-shard-size", size) for size in ["5GB", "100KB", "1", "0", "-1", "1e3", "nan", "", "5 GB", "9" * 400, "9" * 5000, "1TBB", "0.0001", "½"]),
+    *(("--compare", place) for place in PLACES),
+]  # fmt: skip
+
+
+def snapshot(folder):
+    """Every name below a folder, with what is there."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*")):
+        what = path.read_bytes() if path.is_file() and not path.is_symlink() else path.is_symlink() or path.is_dir()
+        found[str(path.relative_to(folder))] = what
+    return found
+
+
+def prepare(folder, command, shards, target, mutations, others):
+    """The folders that a command's arguments may name, as ``{place: path}``; whether file modes matter."""
+    family, _ = COMMANDS[command]
+    source = mutated(checkpoints.base(family, shards), mutations)
+    other = mutated(checkpoints.base("gpt_oss_bf16", 1), others if command == "compare" else ())
+    adapter = mutated(adapters.adapter("gpt_oss", 5), others if command == "merge" else ())
+    (folder / OUTSIDE).write_bytes(b"")
+    locked = [write(source, folder / "source"), write(other, folder / "other"), write(adapter, folder / "adapter")]
+    places = {name: folder / name for name in ("source", "other", "adapter", "target", "missing", "file", "locked", "link", "loop", "fifo")}
+    places["file"].write_text("text")
+    places["locked"].mkdir()
+    places["locked"].chmod(0o555)
+    places["link"].symlink_to("target")
+    places["loop"].symlink_to("loop")
+    os.mkfifo(places["fifo"])
+    if target == "old":
+        write({**checkpoints.base(family, 3), "notes.txt": b"mine"}, places["target"])
+    elif target == "empty":
+        places["target"].mkdir()
+    elif target == "readonly":
+        places["target"].mkdir()
+        places["target"].chmod(0o555)
+    return places, any(locked)
+
+
+def call(arguments):
+    """(exit code, standard output, standard error, exception) of the command in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            code, error = cli.main(arguments), None
+        except SystemExit as stopped:
+            code, error = stopped.code, None
+        except Exception as raised:
+            code, error = None, raised
+    return code, out.getvalue(), err.getvalue(), error
+
+
+def run(folder, command, shards, target, arguments, others, mutations):
+    """``mutations`` of the source, ``others`` of the adapter or of what it is compared with."""
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
+    places, _ = prepare(folder, command, shards, target, mutations, others)
+    arguments = [_filled(a, places) for a in arguments]
+    before = snapshot(folder)
+    here = Path.cwd()
+    os.chdir(folder / "other")  # "." names a folder of the case
+    try:
+        with _fuzz.listening(), _fuzz.unprivileged(folder, True):
+            code, out, err, error = call(arguments)
+    finally:
+        os.chdir(here)
+    return judge(folder, places, arguments, before, code, out, err, error)
+
+
+def _filled(argument, places):
+    for name, path in places.items():
+        argument = argument.replace(f"{{{name}}}", str(path))
+    return argument
+
+
+def judge(folder, places, arguments, before, code, out, err, error):
+    if error is not None:
+        verdict = _fuzz.judge_refusal(error, ())
+        return _fuzz.Verdict(f"traceback: {type(error).__name__}", verdict.text)
+    after = snapshot(folder)
+    if "Traceback (most recent" in err:
+        return _fuzz.Verdict("a traceback printed", err)
+    if code not in (0, 1, 2):
+        return _fuzz.Verdict(f"exit code {code!r}", err)
+    if code:
+        harmed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
+        if harmed:
+            return _fuzz.Verdict("failed, and changed files", f"{err[:500]}\n{harmed}")
+        named = {*before, *(Path(name).name for name in before), "argument", "arguments", "command", "OUT"}
+        for place in places.values():
+            named.discard(str(place))
+        names = named | adapters.names_in({p.name: p.read_bytes() for p in folder.rglob("*.safetensors") if p.is_file()})
+        verdict = _fuzz.judge_message(err, names, f"exit {code}")
+        usage = code == 2 and "usage: " in err  # which says how
+        return _fuzz.Verdict(_fuzz.REFUSED if usage else verdict.kind, verdict.text)
+    if "--help" in arguments:
+        return _fuzz.Verdict(_fuzz.LOADED)
+    return _done(places, arguments, before, after, out)
+
+
+def _done(places, arguments, before, after, out):
+    """What a command that succeeded did: read by the oracle, with nothing but its target changed."""
+    positional = [a for a in arguments if not a.startswith("-")]
+    try:
+        if arguments[0] == "inspect":
+            return _inspected(arguments, before, after, out)
+        target = Path(next(a for a in reversed(positional) if a.startswith(str(places["source"].parent))))
+        root = places["source"].parent
+        inside = target.resolve().relative_to(root.resolve())
+        strangers = [
+            k for k in before.keys() | after.keys()
+            if before.get(k) != after.get(k) and not Path(k).is_relative_to(inside) and k not in map(str, inside.parents)
+        ]  # fmt: skip
+        if strangers:
+            return _fuzz.Verdict("changed more than its target", str(strangers))
+        tensors = read_tensors(target)
+        if read_json(target / "config.json")["quantization_config"]["quant_method"] != "mxfp4":
+            return _fuzz.Verdict("wrong output", "config.json says no mxfp4")
+        problem = _quantized(places, arguments, tensors) if arguments[0] == "quantize" else _merged(tensors, places)
+        return _fuzz.Verdict("wrong output", problem) if problem else _fuzz.Verdict(_fuzz.LOADED)
+    except Unreadable as error:
+        return _fuzz.Verdict("succeeded with what is unreadable", str(error))
+
+
+def _inspected(arguments, before, after, out):
+    if before != after:
+        return _fuzz.Verdict("inspect changed files", "")
+    tensors = read_tensors(Path(next(a for a in arguments[1:] if a.startswith("/"))))
+    names = sorted(n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks"))
+    if "--json" not in arguments:
+        wrong = [n for n in names if n not in out]
+    else:
+        found = json.loads(out)
+        rows = {row["name"]: row for row in found["weights"]}
+        scales = {n: tensors[f"{n}_scales"].view(torch.uint8).int() for n in names}
+        wrong = [n for n in names if n not in rows or rows[n]["nan_scales"] != (scales[n] == 255).sum()]
+        wrong += [n for n in rows if n not in names]
+    return _fuzz.Verdict("wrong output", str(wrong)) if wrong else _fuzz.Verdict(_fuzz.LOADED)
+
+
+def _quantized(places, arguments, tensors):
+    mode = next((m for m in ScaleCalculationMode for a in arguments if a == f"mxfp4:{m.value}"), ScaleCalculationMode.RCEIL)
+    source = Path(arguments[[a.startswith("/") for a in arguments].index(True)])
+    for name, value in read_tensors(source).items():
+        if f"{name}_blocks" not in tensors:
+            if name in tensors and not equal(tensors[name], value):
+                return f"{name} differs"
+            continue
+        scale, data = to_mx(value.mT.contiguous(), torch.float4_e2m1fn_x2, 32, scaling_mode=mode)
+        same = torch.equal(data.view(torch.uint8), tensors[f"{name}_blocks"].flatten(-2))
+        if not same or not torch.equal(scale.view(torch.uint8), tensors[f"{name}_scales"]):
+            return f"{name} was packed from other values"
+    return ""
+
+
+def _merged(tensors, places):
+    """Each weight within what rounding to 4 bits takes of ``W + s B A``."""
+    old = read_tensors(places["source"])
+    said = adapters.SaidAdapter(places["adapter"])
+    updates = said.updates(adapters.sizes("gpt_oss"))
+
+    def values(of):
+        packed = {n.removesuffix("_blocks") for n in of if n.endswith("_blocks")}
+        plain = {n: t.bfloat16().float() for n, t in of.items() if not n.endswith(("_blocks", "_scales"))}
+        return plain | {n: decoded(of[f"{n}_blocks"], of[f"{n}_scales"]) for n in packed}
+
+    before, after = values(old), values(tensors)
+    for name, value in after.items():
+        wanted = before[name].double()
+        if name in updates:
+            a, b = (t.double() for t in updates[name])
+            wanted = wanted + said.scaling * (b @ a)
+            if not (value.double() - wanted).norm() < 0.25 * wanted.norm():
+                return f"{name} was merged to something else"
+        elif not equal(value, before[name]):
+            return f"{name} changed"
+    return ""
+
+
+# --- cases --------------------------------------------------------------------------------------------
+
+
+def _changed(arguments):
+    """The arguments of a command, mostly as they are."""
+    words = st.sampled_from([*PLACES, "quantize", "inspect", "merge", "nosuch", "-", "-1"])
+    at = st.integers(0, len(arguments) - 1)
+    replaced = st.tuples(at, words).map(lambda d: (*arguments[: d[0]], d[1], *arguments[d[0] + 1 :]))
+    dropped = at.map(lambda i: (*arguments[:i], *arguments[i + 1 :]))
+    return st.one_of(st.just(arguments), st.just(arguments), replaced, replaced, dropped)
+
+
+def _more(arguments):
+    options = st.lists(st.sampled_from(OPTIONS), max_size=2).map(lambda found: tuple(w for o in found for w in o))
+    return options.map(lambda found: (*arguments, *found))
+
+
+def cases():
+    def of(command):
+        family, arguments = COMMANDS[command]
+
+        def on(shards):
+            sources = several(checkpoints.mutations(checkpoints.base(family, shards)))
+            if command == "merge":
+                others = several(adapters.mutations(adapters.adapter("gpt_oss", 5)))
+            elif command == "compare":
+                others = several(checkpoints.mutations(checkpoints.base("gpt_oss_bf16", 1)))
+            else:
+                others = st.just(())
+            pairs = st.one_of(
+                st.just(((), ())), sources.map(lambda m: (m, ())), sources.map(lambda m: (m, ())), others.map(lambda m: ((), m))
+            )
+            targets = st.sampled_from(["new", "new", "old", "empty", "readonly"])
+            return st.tuples(targets, _changed(arguments).flatmap(_more), pairs).map(
+                lambda d: (command, shards, d[0], d[1], d[2][1], d[2][0])
+            )
+
+        return st.sampled_from([1, 3]).flatmap(on)
+
+    return st.sampled_from(sorted(COMMANDS)).flatmap(of)
+
+
+def test_cli(request):
+    _fuzz.fuzz(request, run, cases(), examples=40)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("shards", [1, 3])
+def test_undamaged(command, shards):
+    arguments = (*COMMANDS[command][1], "--json")
+    assert _fuzz.once(run, command, shards, "old", arguments, (), ()) == _fuzz.Verdict(_fuzz.LOADED)
+
+
+def test_as_a_process(tmp_path):
+    """The command itself exits and speaks as the function does."""
+    places, _ = prepare(tmp_path, "quantize", 3, "old", (("cut", "model-00002-of-00003.safetensors", 999),), ())
+    before = snapshot(tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-m", "torchao_mx.hf.cli", "quantize", places["source"], places["target"]],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert judge(tmp_path, places, ["quantize"], before, done.returncode, done.stdout, done.stderr, None).kind == _fuzz.REFUSED
