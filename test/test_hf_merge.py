@@ -133,8 +133,10 @@ def assert_bytes(weight, want):
 
 
 def figures(stored, total, delta):
-    lost = (stored.double() - total).norm()
-    return (lost / total.norm()).item(), (lost / delta.norm()).item()
+    lost = stored.double() - total
+    change = lost + delta
+    kept = (change * delta).sum() / max(change.norm(), delta.norm()) ** 2
+    return (lost.norm() / total.norm()).item(), (lost.norm() / delta.norm()).item(), kept.item()
 
 
 # --- merge_adapter ----------------------------------------------------------------------------------

@@ -10,13 +10,16 @@ that the first one's stand innermost, behind ``base_layer.`` for each wrapper ar
 PEFT under transformers 4 takes the two axes of gpt-oss's weights for each other: its ``lora_A [E r, out]``
 holds ``B_e^T``, its ``lora_B [in, r E]`` holds ``A_e^T``. Shapes tell, if not of a square weight then of the
 other one: ``[H, 2 I]`` and ``[I, H]`` are never both square.
+
+The weights' file says in its metadata, which PEFT does not read, what of the config its tensors mean nothing
+without, so that files of different saves are told apart.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,10 +31,16 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchao_mx.hf._staging import staging, sync, writing
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
+_MARK = "torchao_mx"  # of the weights' metadata: the config's _PAIRED as JSON
+_PAIRED = {"r": None, "lora_alpha": None, "use_rslora": False, "target_parameters": None}
+_INTERRUPTED = (
+    "INTERRUPTED_SAVE"  # as peft_type, which PEFT refuses; with the configs "before" and "after"
+)
 
 _Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
 
@@ -141,10 +150,13 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
     Args:
         model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts`, of one config.
-        path: a folder; ``adapter_config.json`` and ``adapter_model.safetensors`` in it are replaced.
+        path: a folder; ``adapter_config.json`` and ``adapter_model.safetensors`` in it are replaced. Should
+            the process be killed, :func:`load_adapter` loads the old adapter or the new one; PEFT does too
+            or, in the moment between the two files and if rank or scale change, refuses the config.
 
     Raises:
-        ValueError: no adapters, or some of another rank or scale than others.
+        ValueError: no adapters, or some of another rank or scale than others; ``path`` is a file.
+        OSError: the folder cannot be written into; its files are as they were.
     """
     config, tensors = _config_of(model), {}
     adapters = list(_adapters(model))
@@ -161,13 +173,41 @@ def save_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".adapter-") as temporary:
-        files = Path(temporary)
-        save_file(tensors, files / WEIGHTS_FILE, metadata={"format": "pt"})
-        (files / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with staging(folder, size) as stage:
+        mark = {"format": "pt", _MARK: json.dumps(_paired(config))}
+        with writing(stage / WEIGHTS_FILE, size):
+            save_file(tensors, stage / WEIGHTS_FILE, metadata=mark)
+        _write_config(config, stage / CONFIG_FILE)
+        sync(stage / WEIGHTS_FILE)
+        target = stage.parent
+        try:
+            before = _read_config(target)
+        except (OSError, ValueError):  # nothing that could be loaded
+            before = None
+        if before is not None and _paired(before) != _paired(config):
+            both = {"peft_type": _INTERRUPTED, "before": before, "after": config}
+            _write_config(both, stage / "both.json")
+            os.replace(stage / "both.json", target / CONFIG_FILE)
+            sync(target)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            os.replace(files / name, folder / name)
+            os.replace(stage / name, target / name)
+            sync(target)
+
+
+def _write_config(config: dict[str, Any], file: Path) -> None:
+    with writing(file):
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    sync(file)
+
+
+def _paired(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config the tensors beside it mean nothing without."""
+    found = {name: config.get(name, default) for name, default in _PAIRED.items()}
+    targets = found["target_parameters"]
+    return found | {
+        "target_parameters": sorted(map(str, targets)) if isinstance(targets, list) else targets
+    }
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
@@ -183,8 +223,8 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: another kind, rank or scale of adapter; tensors missing, unknown, of other shapes or not
-            floating. The message names each, and the model is as it was.
+        ValueError: another kind, rank or scale of adapter; files of different saves; tensors missing,
+            unknown, of other shapes or not floating. The message names each, and the model is as it was.
     """
     config, tensors = read_adapter(path)
     check_config(config, _config_of(model))
@@ -206,18 +246,47 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: one of them is damaged.
+        ValueError: one of them is damaged, or they are of different saves.
     """
     folder = Path(path)
+    config = _read_config(folder)
+    with _reading(folder), safe_open(folder / WEIGHTS_FILE, "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
+    return config, tensors
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
+        yield
     except (ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: cannot be read ({error}); save the adapter again") from error
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config that the weights in ``folder`` were saved with; of theirs only the header is read."""
+    with _reading(folder):
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
+            saved = json.loads((file.metadata() or {}).get(_MARK, "null"))
+    if isinstance(config, dict) and config.get("peft_type") == _INTERRUPTED:
+        before, after = config.get("before"), config.get("after")
+        config = after if isinstance(after, dict) and _paired(after) == saved else before
     if not isinstance(config, dict):
         raise ValueError(f"{folder / CONFIG_FILE}: no JSON object; save the adapter again")
-    return config, tensors
+    found = _paired(config)
+    if saved is not None and saved != found:
+        there = saved if isinstance(saved, dict) else {}
+        differences = ", ".join(
+            f"{name}={found[name]!r} and {there.get(name)!r}"
+            for name in _PAIRED
+            if found[name] != there.get(name)
+        )
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves, with {differences}; copy "
+            f"both files again, or save the adapter again"
+        )
+    return config
 
 
 def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> None:

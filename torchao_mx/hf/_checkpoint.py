@@ -26,6 +26,7 @@ from torchao_mx.hf._layout import (
     packed_weights,
     tied_names,
 )
+from torchao_mx.hf._staging import named_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -50,7 +51,12 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     Raises:
         ValueError: no weights; a shard missing, cut short or unreadable; an index that disagrees with files.
     """
-    if not (folder / INDEX).is_file():
+    # A save that was killed midway has config.json name the weights, by transformers' own key.
+    named = named_weights(folder)
+    if named is not None and not named.endswith(".json"):
+        return _read_header(folder / named)
+    index = folder / (named or INDEX)
+    if not index.is_file():
         if not (folder / SINGLE).is_file():
             raise ValueError(
                 f"{folder}: neither {SINGLE} nor {INDEX} is there; give a folder with the weights as "
@@ -58,26 +64,26 @@ def read_folder(folder: Path) -> dict[str, Entry]:
             )
         return _read_header(folder / SINGLE)
     try:
-        places = json.loads((folder / INDEX).read_text())["weight_map"]
+        places = json.loads(index.read_text())["weight_map"]
         files = sorted(set(places.values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{folder / INDEX}: not an index of shards ({error!r}); download it again"
+            f"{index}: not an index of shards ({error!r}); download it again"
         ) from error
     entries: dict[str, Entry] = {}
     for file in files:
         for name, entry in _read_header(folder / file).items():
             if places.get(name) != file:
                 raise ValueError(
-                    f"{name}: in {file}, while {INDEX} places it in {places.get(name)}; the files are of "
-                    f"different checkpoints: download all of them again"
+                    f"{name}: in {file}, while {index.name} places it in {places.get(name)}; the files are "
+                    f"of different checkpoints: download all of them again"
                 )
             entries[name] = entry
     lost = sorted(places.keys() - entries.keys())
     if lost:
         raise ValueError(
-            f"{lost[0]}: {INDEX} places it in {places[lost[0]]}, where it is not ({len(lost)} such tensors); "
-            f"download that file again"
+            f"{lost[0]}: {index.name} places it in {places[lost[0]]}, where it is not ({len(lost)} such "
+            f"tensors); download that file again"
         )
     return entries
 

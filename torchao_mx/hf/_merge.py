@@ -1,13 +1,15 @@
 """Adapters added to the weights beside which they were trained: ``Q(W + D)`` with ``D = s B A``.
 
 W is dequantized, the sum is made in fp32, an expert at a time, and quantized into W's own format; an unpacked
-W is rounded once, to its dtype. What that costs is returned: 4 bits are coarse, and an update is small.
+W is rounded once, to its dtype. What that costs is returned: 4 bits are coarse, and an update is small. A
+warning names the weights that keep less than ``LOST`` of theirs.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,9 @@ from torchao_mx.tensor import MXTensor
 # Of sums. In RCEIL a block whose largest element is the format's gets twice the scale, and half the
 # resolution, when that grows at all; in EVEN it stays as it is.
 SCALING_MODE = ScaleCalculationMode.EVEN
+# A weight that keeps less than this share of its update has lost it.
+LOST = 0.1
+_LINES = 12  # of a warning's list
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_[AB]\.weight")
 
 
@@ -48,10 +53,18 @@ class MergeError(NamedTuple):
     Attributes:
         weight_error: relative to ``|W + D|``.
         delta_error: relative to ``|D|``, so that 1 is what leaving the update out costs; 0 where D is zero.
+        kept: what has arrived of D in the change ``C = Q(W + D) - W``, ``<C, D> / max(|C|, |D|)^2``: 1 without
+            rounding or where D is zero, 0 where the weight is as it was or moved by rounding alone. Below 0.1
+            the update counts as lost.
     """
 
     weight_error: float
     delta_error: float
+    kept: float
+
+
+class MergeWarning(UserWarning):
+    """Rounding has taken the update of some weights back."""
 
 
 class Update(NamedTuple):
@@ -88,7 +101,7 @@ def merge_adapter(
 
     Returns:
         What rounding cost, by the full name of each weight. **Small updates vanish in 4 bits**: see
-        :class:`MergeError` before serving the result.
+        :class:`MergeError` before serving the result. Weights that lost theirs are warned of.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -101,7 +114,7 @@ def merge_adapter(
 
         model = from_pretrained("openai/gpt-oss-20b")
         errors = merge_adapter(model, "adapter")
-        max(error.delta_error for error in errors.values())
+        min(error.kept for error in errors.values())
         save_pretrained(model, "gpt-oss-20b-merged")
     """
     check_scaling_mode(scaling_mode)
@@ -120,7 +133,28 @@ def merge_adapter(
     errors = {}
     for name in tqdm(list(updates), desc="Merging", disable=None):
         model.get_parameter(name).data, errors[name] = merge(updates.pop(name))
+    warn_of_lost(errors)
     return errors
+
+
+def lost_updates(errors: dict[str, MergeError]) -> str | None:
+    """What to say of the weights that have lost their update; None where none has."""
+    lost = {name: error.kept for name, error in errors.items() if error.kept < LOST}
+    if not lost:
+        return None
+    shown = [f"{name}: {100 * kept:.1f} % is kept" for name, kept in list(lost.items())[:_LINES]]
+    more = [f"... and {len(lost) - _LINES} more"] if len(lost) > _LINES else []
+    lines = "\n".join([*shown, *more])
+    return (
+        f"rounding takes back the update of {len(lost)} of {len(errors)} weights; serve the adapter beside "
+        f"the packed weights, which loses nothing:\n{lines}"
+    )
+
+
+def warn_of_lost(errors: dict[str, MergeError]) -> None:
+    message = lost_updates(errors)
+    if message is not None:
+        warnings.warn(message, MergeWarning, stacklevel=3)
 
 
 def updates_of(model: nn.Module) -> dict[str, Update]:
@@ -157,8 +191,10 @@ def merge(update: Update) -> tuple[torch.Tensor, MergeError]:
             parts.append(part)
             norms.append(norm)
     merged = torch.stack(parts) if base.dim() == 3 else parts[0]
-    lost, total, delta = (math.hypot(*column) for column in zip(*norms, strict=True))
-    error = MergeError(_ratio(lost, total), _ratio(lost, delta))
+    *columns, common = zip(*norms, strict=True)
+    lost, total, delta, change = (math.hypot(*column) for column in columns)
+    kept = sum(common) / max(change, delta) ** 2 if delta else 1.0
+    error = MergeError(_ratio(lost, total), _ratio(lost, delta), kept)
     return (merged.mT if update.transposed else merged).contiguous(), error
 
 
@@ -168,8 +204,8 @@ def _merge_matrix(
     b: torch.Tensor,
     scaling: float,
     mode: ScaleCalculationMode | None,
-) -> tuple[torch.Tensor, tuple[float, float, float]]:
-    """``w [out, in]`` with its update, and the norms of: what rounding lost, the sum, the update."""
+) -> tuple[torch.Tensor, tuple[float, ...]]:
+    """``w [out, in]`` with its update D; the norms of what rounding lost, the sum, D, the change C; <C, D>."""
     values = _values(w)
     if mode is None:
         w = values.to(w.dtype)
@@ -177,10 +213,13 @@ def _merge_matrix(
     delta = scaling * (b @ a)
     total = torch.addmm(values, b, a, alpha=scaling)
     merged = _stored(total, w, mode) if delta.any() else w
-    lost = _values(merged) - total
-    return merged, tuple(
-        torch.linalg.vector_norm(t, dtype=torch.float64).item() for t in (lost, total, delta)
-    )
+    stored = _values(merged)
+    change = stored - values
+    norms = [
+        torch.linalg.vector_norm(t, dtype=torch.float64).item()
+        for t in (stored - total, total, delta, change)
+    ]
+    return merged, (*norms, change.mul_(delta).sum(dtype=torch.float64).item())
 
 
 def _values(w: torch.Tensor) -> torch.Tensor:

@@ -29,7 +29,8 @@ from torchao_mx.hf._layout import (
     tied_names,
 )
 from torchao_mx.hf._quantizer import MXQuantizationConfig
-from torchao_mx.hf._save import CONFIG, copy_others, replacing, write_tensors
+from torchao_mx.hf._save import copy_others, replacing, write_tensors
+from torchao_mx.hf._staging import CONFIG, WEIGHTS_KEY, writing
 from torchao_mx.hf._state import stored
 from torchao_mx.tensor import MXTensor
 
@@ -74,10 +75,10 @@ def quantize_checkpoint(
             rows.append(_row(name, weight, tensor))
             yield from stored(name, weight.mT).items()
 
-    with replacing(target) as folder:
-        write_tensors(sizes, tensors(), folder, limit, "Quantizing")
+    with replacing(target, sum(sizes.values())) as folder:
         _write_config(source, folder)
         copy_others(source, folder)
+        write_tensors(sizes, tensors(), folder, limit, "Quantizing")
     total = {
         "quantized_weights": len(rows),
         "bytes_before": sum(row["bytes_before"] for row in rows),
@@ -140,4 +141,6 @@ def _row(name: str, weight: MXTensor, original: torch.Tensor) -> Row:
 def _write_config(source: Path, folder: Path) -> None:
     record = json.loads((source / CONFIG).read_text())
     record["quantization_config"] = MXQuantizationConfig().to_dict()
-    (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n")
+    record.pop(WEIGHTS_KEY, None)  # files of the source
+    with writing(folder / CONFIG):
+        (folder / CONFIG).write_text(json.dumps(record, indent=2) + "\n")

@@ -1,7 +1,7 @@
 """save_pretrained: a model with packed experts as a checkpoint in gpt-oss's layout, whole or not at all.
 
-Everything is written into a new folder beside the target, which then takes the target's name. Should the
-process die between the two renames, what was there before is complete in ``.NAME.old``.
+Everything is written into a hidden folder inside the target first; :func:`_publish` then puts it in the old
+checkpoint's place, in an order in which transformers finds one of the two complete at every instant.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -25,11 +24,19 @@ from transformers import PreTrainedModel
 
 from torchao_mx.hf._adapter import CONFIG_FILE as ADAPTER_CONFIG
 from torchao_mx.hf._checkpoint import INDEX, SINGLE
-from torchao_mx.hf._merge import MergeError, Update, merge, updates_of
+from torchao_mx.hf._merge import MergeError, Update, merge, updates_of, warn_of_lost
 from torchao_mx.hf._quantizer import MXQuantizationConfig
+from torchao_mx.hf._staging import (
+    CONFIG,
+    WEIGHTS_KEY,
+    check_folder,
+    pending_name,
+    staging,
+    sync,
+    writing,
+)
 from torchao_mx.hf._state import checked_state, stored
 
-CONFIG = "config.json"
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 # What a checkpoint in the target's place would otherwise leave behind.
 _REPLACED = re.compile(
@@ -69,7 +76,8 @@ def save_pretrained(
 
     Returns:
         What rounding cost, by the full name of each weight with merged adapters; empty where there are none.
-        **Small updates vanish in 4 bits**: see :class:`MergeError` before serving the result.
+        **Small updates vanish in 4 bits**: see :class:`MergeError` before serving the result. Weights that
+        lost theirs are warned of.
 
     Raises:
         TypeError: the model is wrapped in another, of PEFT say.
@@ -113,49 +121,50 @@ def save_model(
                 tensor = model.get_parameter(name).dequantize()
             yield from stored(name, tensor).items()
 
-    with replacing(path) as folder:
-        write_tensors(sizes, tensors(), folder, limit, "Saving")
+    with replacing(path, sum(sizes.values())) as folder:
         _write_configs(model, folder)
         if others is not None:
             copy_others(others, folder)
+        write_tensors(sizes, tensors(), folder, limit, "Saving")
+    warn_of_lost(errors)
     return errors
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A new folder, which is to be filled and then takes the place of ``path``; on an error that stays.
+def replacing(path: str | Path, size: int) -> Iterator[Path]:
+    """A new folder to be filled with a checkpoint, with ``size`` bytes of weights, which then goes to ``path``.
+
+    On an error ``path`` is as it was. The weights take longest, so that what may fail is written before them.
 
     Raises:
-        ValueError: as :func:`check_target`; an interrupted save left its folder behind.
+        ValueError, OSError: as :func:`check_target`; too little room; another save into it is under way.
     """
-    target = Path(path).resolve()
-    check_target(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if target.exists():
-            _keep_others(target, temporary)
-        _sync(temporary)
-        _replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    target = check_target(path)
+    _restore(target)
+    with staging(target, size) as stage:
+        yield stage
+        _publish(stage)
+    _remove_siblings(target)
 
 
-def check_target(path: str | Path, merged: bool = False) -> None:
-    """Refuse a folder into which no checkpoint, or none with ``merged`` adapters, can be saved.
+def check_target(path: str | Path, merged: bool = False) -> Path:
+    """The folder behind links; refuse one into which no checkpoint, or none with ``merged`` adapters, can go.
 
     Raises:
-        ValueError: it is a file; it has an adapter, which would be added a second time.
+        ValueError: it is a file, or has a folder in a file's place; it has an adapter, which would be added a
+            second time.
+        OSError: it may not be written into.
     """
-    if Path(path).exists() and not Path(path).is_dir():
-        raise ValueError(f"{path} is a file; give the folder to write into")
-    if merged and (Path(path) / ADAPTER_CONFIG).exists():
+    target = check_folder(path)
+    for entry in target.iterdir() if target.exists() else ():
+        if _REPLACED.fullmatch(entry.name) and entry.is_dir():
+            raise ValueError(f"{entry} is a folder in the place of a checkpoint's file; remove it")
+    if merged and (target / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"{path} has an {ADAPTER_CONFIG}, and transformers would load that adapter over the merged "
             f"weights; give another folder"
         )
+    return target
 
 
 def bytes_of(size: int | str) -> int:
@@ -188,11 +197,17 @@ def write_tensors(
                 # A copy unless it is contiguous and on the CPU.
                 held[key] = tensor.to("cpu").contiguous()
                 progress.update(tensor.nbytes)
-            save_file(held, folder / name, metadata={"format": "pt"})
+            with writing(folder / name, sum(t.nbytes for t in held.values())):
+                save_file(held, folder / name, metadata={"format": "pt"})
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        _write_index(folder / INDEX, total, places)
+
+
+def _write_index(file: Path, total: int, places: dict[str, str]) -> None:
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
+    with writing(file):
+        file.write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
@@ -215,9 +230,10 @@ def _write_configs(model: PreTrainedModel, folder: Path) -> None:
     config.quantization_config = MXQuantizationConfig(modules_to_not_convert=unpacked).to_dict()
     config.architectures = [type(model).__name__]
     config.dtype = str(model.dtype).removeprefix("torch.")
-    config.save_pretrained(folder)
-    if model.can_generate():
-        model.generation_config.save_pretrained(folder)
+    with writing(folder / CONFIG):
+        config.save_pretrained(folder)
+        if model.can_generate():
+            model.generation_config.save_pretrained(folder)
 
 
 def copy_others(source: Path, folder: Path) -> None:
@@ -225,51 +241,91 @@ def copy_others(source: Path, folder: Path) -> None:
     for file in source.iterdir():
         copied = folder / file.name
         if file.is_file() and not copied.exists() and not _NOT_COPIED.fullmatch(file.name):
-            shutil.copyfile(file, copied)
+            size = file.stat().st_size
+            with file.open("rb") as stream, writing(copied, size), copied.open("wb") as out:
+                shutil.copyfileobj(stream, out)
 
 
-def _keep_others(target: Path, temporary: Path) -> None:
-    """What is in ``target`` alone and not part of a checkpoint, linked to the same files; its mode."""
-    shutil.copymode(target, temporary)
-    for entry in target.iterdir():
-        if _REPLACED.fullmatch(entry.name) or (temporary / entry.name).exists():
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.copytree(entry, temporary / entry.name, symlinks=True, copy_function=_link)
-        else:
-            _link(entry, temporary / entry.name)
+def _publish(stage: Path) -> None:
+    """Put the checkpoint in ``stage`` in the place of its parent's; at every instant one of the two loads.
+
+    The new weights get names of their own beside the old ones. Replacing config.json with one that names them
+    by transformers' own key is the switch. The usual names, which nothing reads now, are replaced one by one,
+    and config.json last, by the one without the key. Where there was none, there was nothing to load, and
+    writing it is the switch.
+    """
+    target = stage.parent
+    files = sorted(file.name for file in stage.iterdir())
+    sync(*(stage / name for name in files), stage)
+    if (target / CONFIG).is_file():
+        switch = _pending_config(stage)
+        sync(target)
+        os.replace(switch, target / CONFIG)
+        sync(target)
+    for name in files:
+        if name != CONFIG:
+            os.replace(stage / name, target / name)
+    for entry in list(target.iterdir()):
+        if _REPLACED.fullmatch(entry.name) and entry.name not in files:
+            entry.unlink()
+    sync(target)
+    os.replace(stage / CONFIG, target / CONFIG)
+    sync(target)
 
 
-def _link(source: str | Path, destination: str | Path) -> None:
+def _pending_config(stage: Path) -> Path:
+    """A config for weights under their pending names, which they get; to be put in the old one's place."""
+    target, index = stage.parent, stage / INDEX
+    for file in stage.glob("*.safetensors"):
+        with writing(stage / pending_name(stage, file.name), file.stat().st_size):
+            _link(file, target / pending_name(stage, file.name))
+    if index.is_file():
+        record = json.loads(index.read_text())
+        places = {key: pending_name(stage, name) for key, name in record["weight_map"].items()}
+        file = stage / pending_name(stage, INDEX)
+        _write_index(file, record["metadata"]["total_size"], places)
+        sync(file)
+        os.replace(file, target / file.name)
+    record = json.loads((stage / CONFIG).read_text())
+    record[WEIGHTS_KEY] = pending_name(stage, INDEX if index.is_file() else SINGLE)
+    switch = stage / f"pending-{CONFIG}"
+    with writing(switch):
+        switch.write_text(json.dumps(record, indent=2) + "\n")
+    sync(switch)
+    return switch
+
+
+def _link(source: Path, destination: Path) -> None:
     try:
-        os.link(source, destination, follow_symlinks=False)
+        os.link(source, destination)
     except OSError:  # a file system without hard links
-        shutil.copy2(source, destination, follow_symlinks=False)
+        shutil.copyfile(source, destination)
+        sync(destination)
 
 
-def _sync(folder: Path) -> None:
-    for file in (*folder.iterdir(), folder):
-        if file.is_file() or file == folder:
-            descriptor = os.open(file, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-
-
-def _replace(new: Path, target: Path) -> None:
-    if not target.exists():
-        new.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old")
-    if old.exists():
-        raise ValueError(
-            f"{old} is there, what an interrupted save had replaced; restore it as {target.name} or remove it"
-        )
-    target.rename(old)
+def _siblings(target: Path) -> list[Path]:
+    """Where earlier versions, if killed, left the old checkpoint or an unfinished one, beside ``target``."""
+    name = re.compile(rf"\.{re.escape(target.name)}\.(old|[0-9a-f]{{8}})")
     try:
-        new.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+        found = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]
+        return [entry for entry in found if not entry.is_symlink() and _is_ours(entry)]
+    except OSError:  # not readable
+        return []
+
+
+def _is_ours(folder: Path) -> bool:
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else ["a file"]
+    return not names or any(map(_REPLACED.fullmatch, names))
+
+
+def _restore(target: Path) -> None:
+    """Put back the checkpoint that an earlier version had moved away when it was killed."""
+    if not target.exists():
+        for folder in _siblings(target):
+            if folder.name.endswith(".old"):
+                folder.rename(target)
+
+
+def _remove_siblings(target: Path) -> None:
+    for folder in _siblings(target):
+        shutil.rmtree(folder, ignore_errors=True)

@@ -93,10 +93,10 @@ def save_distributed(
         for name in names:
             yield from _drawn(checkpoint, prefix, name, records[name], name in weights, quantize)
 
-    with replacing(path) as folder:
-        write_tensors(sizes, tensors(), folder, limit, "Saving")
+    with replacing(path, sum(sizes.values())) as folder:
         unpacked = next(name for name in names if name not in weights)
         _write_configs(skeleton.to(records[unpacked].properties.dtype), folder)
+        write_tensors(sizes, tensors(), folder, limit, "Saving")
 
 
 def _check_quantize(quantize: Any) -> None:

@@ -1,0 +1,194 @@
+"""Files written into a hidden folder inside their own, and renamed from there once all of them are complete.
+
+Write permission in the target is all that is needed, so mount points, ".", and links to folders will do,
+and whatever else the target holds is not touched. What a killed save leaves there, the next one removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+CONFIG = "config.json"
+# transformers' own key, in both versions: the weights to load in the place of model.safetensors or its index.
+# It drops the key when it saves a config.
+WEIGHTS_KEY = "transformers_weights"
+_TOKEN = "[0-9a-f]{8}"
+_PENDING = re.compile(rf"model-saving-({_TOKEN})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
+# The second is what earlier versions called an adapter's.
+_STAGE = re.compile(rf"\.torchao_mx-{_TOKEN}|\.adapter-[a-z0-9_]{{8}}")
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+
+
+@contextlib.contextmanager
+def staging(path: str | Path, size: int) -> Iterator[Path]:
+    """A new folder inside ``path``, on whose files the caller calls :func:`sync` and then ``os.replace``.
+
+    It is removed in the end, and a folder ``path`` that was made for it too if there was an error.
+
+    Args:
+        path: the folder to write into, new or existing.
+        size: how many bytes will be written, at least.
+
+    Raises:
+        ValueError: ``path`` is a file.
+        OSError: it cannot be written into, has less than ``size`` bytes free, or another save is under way.
+    """
+    target = check_folder(path)
+    made = [p for p in (target, *target.parents) if not p.exists()]
+    try:
+        with _naming("make the folder", target):
+            target.mkdir(parents=True, exist_ok=True)
+        with _locked(target):
+            clean(target)
+            try:
+                _check_space(target, size)
+                stage = target / f".torchao_mx-{secrets.token_hex(4)}"
+                with _naming("write into the folder", target):
+                    stage.mkdir()
+                yield stage
+            finally:
+                clean(target)
+    except BaseException:
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+def check_folder(path: str | Path) -> Path:
+    """The folder behind links that files for ``path`` go to; nothing is written.
+
+    Raises:
+        ValueError: it is a file, or below one.
+        OSError: it, or the folder to make it in, may not be written into.
+    """
+    target = Path(os.path.realpath(path))
+    present = target
+    while not os.path.lexists(present):
+        present = present.parent
+    if not present.is_dir():
+        raise ValueError(f"{present} is a file; give the folder to write into")
+    # Not mode bits: of a file system mounted read-only, this is False for root too.
+    if not os.access(
+        present, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
+    ):
+        raise PermissionError(
+            errno.EACCES, "no permission to write into the folder; give another", str(present)
+        )
+    return target
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BlockingIOError(
+                errno.EWOULDBLOCK,
+                "another save into this folder is under way; wait for it, or give another folder",
+                str(folder),
+            ) from None
+        except OSError:  # a file system without such locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def clean(folder: Path) -> None:
+    """Remove what saves left: their hidden folders, and weights that config.json does not name as pending."""
+    live = named_weights(folder)
+    token = live and _PENDING.fullmatch(live)
+    for entry in list(folder.iterdir()):
+        match = _PENDING.fullmatch(entry.name)
+        if match and not (token and token[1] == match[1]):
+            with contextlib.suppress(OSError):
+                entry.unlink()
+        elif _STAGE.fullmatch(entry.name):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def named_weights(folder: Path) -> str | None:
+    """The file of weights that config.json of ``folder`` names; None where it names none."""
+    try:
+        name = json.loads((folder / CONFIG).read_text()).get(WEIGHTS_KEY)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    return name if isinstance(name, str) else None
+
+
+def pending_name(stage: Path, name: str) -> str:
+    """What the file ``name`` of ``stage`` is called in the target until it has its own name there."""
+    token = stage.name.rpartition("-")[2]
+    return name.replace("model", f"model-saving-{token}", 1)
+
+
+def _check_space(folder: Path, size: int) -> None:
+    usage = shutil.disk_usage(folder)
+    if usage.total and size > usage.free:  # some file systems tell nothing
+        raise OSError(
+            errno.ENOSPC,
+            f"{size:,} bytes are needed and {usage.free:,} are free; make room, or give another folder",
+            str(folder),
+        )
+
+
+@contextlib.contextmanager
+def writing(file: Path, size: int = 0) -> Iterator[None]:
+    """Have an error of the system tell what could not be written: ``file``, in a stage, of ``size`` bytes.
+
+    Raises:
+        OSError: in the place of that, or of safetensors' error.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if code is None:  # safetensors has it in its text alone
+            match = re.search(r"os error (\d+)", str(error))
+            code = int(match[1]) if match else errno.EIO
+        target = file.parent.parent
+        what = f" ({size:,} bytes; {shutil.disk_usage(target).free:,} are free)" if size else ""
+        room = "make room there, or " if code in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise OSError(
+            code,
+            f"{os.strerror(code)}: {file.name}{what} could not be written, and the folder is as it was; "
+            f"{room}give another folder",
+            str(target),
+        ) from error
+
+
+@contextlib.contextmanager
+def _naming(what: str, folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno, f"{error.strerror}: cannot {what}; give another", str(folder)
+        ) from error
+
+
+def sync(*paths: Path) -> None:
+    """Have files and folders on the disk, and not in its cache alone."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            if not path.is_dir() or error.errno not in _NO_SYNC:
+                raise
+        finally:
+            os.close(descriptor)
