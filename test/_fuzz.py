@@ -52,9 +52,12 @@ def judge_refusal(error, names):
     """The verdict on an exception: of a documented type, that names one of ``names`` and says what to do."""
     said = str(error)
     if not isinstance(error, REFUSALS):
-        where = traceback.extract_tb(error.__traceback__)
-        ours = [f"{Path(f.filename).name}:{f.name}" for f in where if "torchao_mx" in f.filename]
-        return Verdict(type(error).__name__, f"{said[:600]}\nfrom {ours[-1] if ours else '?'}, {where[-1].filename}:{where[-1].lineno}")
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [f for f in frames if "torchao_mx" in f.filename]
+        places = [
+            f"{Path(f.filename).name}:{f.lineno}, {f.name}" for f in [*ours[-1:], *frames[-1:]]
+        ]
+        return Verdict(type(error).__name__, "\n".join([said[:600], *places]))
     return judge_message(said, names, type(error).__name__)
 
 
@@ -164,7 +167,9 @@ class Worker:
         context = multiprocessing.get_context("fork")
         self.connection, other = context.Pipe()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of forks beside threads, idle here
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of forks beside threads, idle here
             self.process = context.Process(target=_serve, args=(other, self.run), daemon=True)
             self.process.start()
         other.close()

@@ -52,9 +52,21 @@ def read_file(path):
             if end - begin != math.prod(shape) * dtype.itemsize or end > len(data):
                 raise Unreadable(f"{path.name}: {name}'s span")
             at = end
-            flat = torch.frombuffer(bytearray(data[begin:end]), dtype=dtype) if end > begin else torch.empty(0, dtype=dtype)
+            flat = (
+                torch.frombuffer(bytearray(data[begin:end]), dtype=dtype)
+                if end > begin
+                else torch.empty(0, dtype=dtype)
+            )
             tensors[name] = flat.view(shape)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError, struct.error) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+        OSError,
+        struct.error,
+    ) as error:
         raise Unreadable(f"{path.name}: {error!r}") from None
     if at != len(data):
         raise Unreadable(f"{path.name}: {len(data) - at} bytes belong to no tensor")
@@ -62,37 +74,46 @@ def read_file(path):
 
 
 def read_tensors(folder):
-    """``{name: tensor}`` of what transformers reads of a folder: a file that config.json names, else the single
-    file, else the shards of the index."""
+    """``{name: tensor}`` of what transformers reads of a folder: the file that config.json names, else the single
+    file, else the shards of the index. A single file *and* an index must say the same."""
     explicit = read_json(folder / CONFIG).get("transformers_weights")
     if explicit is not None:
-        if explicit not in (SINGLE, INDEX):
+        if not isinstance(explicit, str) or Path(explicit).name != explicit:
             raise Unreadable(f"{CONFIG}: transformers_weights={explicit!r}")
-        return read_file(folder / SINGLE) if explicit == SINGLE else _read_shards(folder)
-    single = (folder / SINGLE).is_file()
-    if single and (folder / INDEX).is_file():
-        first, second = read_file(folder / SINGLE), _read_shards(folder)
-        if first.keys() != second.keys() or any(not equal(first[n], second[n]) for n in first):
+        return (
+            read_shards(folder / explicit)
+            if explicit.endswith(".json")
+            else read_file(folder / explicit)
+        )
+    single, index = folder / SINGLE, folder / INDEX
+    if not single.is_file():
+        return read_shards(index)
+    tensors = read_file(single)
+    if index.is_file():
+        others = read_shards(index)
+        if tensors.keys() != others.keys() or any(
+            not equal(tensors[n], others[n]) for n in tensors
+        ):
             raise Unreadable(f"{SINGLE} and {INDEX} differ")
-        return first
-    return read_file(folder / SINGLE) if single else _read_shards(folder)
+    return tensors
 
 
-def _read_shards(folder):
-    places = read_json(folder / INDEX).get("weight_map")
+def read_shards(index):
+    """``{name: tensor}`` of the shards that an index lists, each of which holds what it says and no more."""
+    places = read_json(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(f, str) for f in places.values()):
-        raise Unreadable(f"{INDEX}: no weight_map")
+        raise Unreadable(f"{index.name}: no weight_map")
     tensors = {}
     for file in sorted(set(places.values())):
         if Path(file).name != file:
-            raise Unreadable(f"{INDEX}: {file!r} is not in the folder")
-        shard = read_file(folder / file)
+            raise Unreadable(f"{index.name}: {file!r} is not in the folder")
+        shard = read_file(index.parent / file)
         strangers = [n for n in shard if places.get(n) != file]
         if strangers:
-            raise Unreadable(f"{file}: {strangers[0]} is not there by {INDEX}")
+            raise Unreadable(f"{file}: {strangers[0]} is not there by {index.name}")
         tensors |= shard
     if tensors.keys() != places.keys():
-        raise Unreadable(f"{INDEX}: a tensor is missing")
+        raise Unreadable(f"{index.name}: a tensor is missing")
     return tensors
 
 
@@ -140,7 +161,11 @@ class Said:
         if f"{name}_blocks" in self.tensors:
             self.used |= {f"{name}_blocks", f"{name}_scales"}
             blocks, scales = (self.tensors.get(name + s) for s in ("_blocks", "_scales"))
-            if scales is None or blocks.dtype != torch.uint8 or scales.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+            if (
+                scales is None
+                or blocks.dtype != torch.uint8
+                or scales.dtype not in (torch.uint8, torch.float8_e8m0fnu)
+            ):
                 return None
             return decoded(blocks, scales.view(torch.uint8)).mT
         if weight in _MERGED and f"{owner}.0.down_proj.weight" in self.tensors:
@@ -195,10 +220,15 @@ def _difference(parameter, value, dtype):
         return f"has shape {tuple(parameter.shape)}"
     if parameter.packed_axis == -2:
         parameter, value = parameter.mT, value.mT
-    if value.dtype == torch.float32 and equal(parameter.dequantize(torch.float32), value.contiguous()):
+    if value.dtype == torch.float32 and equal(
+        parameter.dequantize(torch.float32), value.contiguous()
+    ):
         return ""  # the file's own blocks
     scale, data = to_mx(
-        value.to(dtype).contiguous(), torch.float4_e2m1fn_x2, 32, scaling_mode=ScaleCalculationMode.RCEIL
+        value.to(dtype).contiguous(),
+        torch.float4_e2m1fn_x2,
+        32,
+        scaling_mode=ScaleCalculationMode.RCEIL,
     )
     same = torch.equal(scale.view(torch.uint8), parameter.scale.view(torch.uint8))
     same = same and torch.equal(data.view(torch.uint8), parameter.qdata.view(torch.uint8))
@@ -226,10 +256,15 @@ class SaidAdapter:
         if any(config.get(name) for name in MATTER):
             raise Unreadable("adapter_config.json: more than LoRA")
         init = config.get("init_lora_weights", True)
-        if isinstance(init, str) and init.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")):
+        if isinstance(init, str) and init.startswith(
+            ("pissa", "olora", "corda", "loftq", "lora_ga")
+        ):
             raise Unreadable("adapter_config.json: other weights beside it")
         r, alpha = config.get("r"), config.get("lora_alpha")
-        if any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in (r, alpha)) or r <= 0:
+        if (
+            any(isinstance(n, bool) or not isinstance(n, (int, float)) for n in (r, alpha))
+            or r <= 0
+        ):
             raise Unreadable("adapter_config.json: no rank or alpha")
         self.r, self.scaling = r, alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
@@ -252,7 +287,9 @@ class SaidAdapter:
             elif tuple(a.shape) == (experts * self.r, n) != (experts * self.r, k):
                 wanted = (experts * self.r, n), (k, self.r * experts)
                 a, b = (
-                    b.reshape(-1, self.r, experts).permute(2, 1, 0).reshape(-1, k) if b.shape == wanted[1] else b,
+                    b.reshape(-1, self.r, experts).permute(2, 1, 0).reshape(-1, k)
+                    if b.shape == wanted[1]
+                    else b,
                     a.reshape(experts, self.r, n).permute(2, 1, 0).reshape(n, -1),
                 )
                 wanted = (experts * self.r, k), (n, self.r * experts)

@@ -11,21 +11,8 @@ from hypothesis import strategies as st
 
 pytest.importorskip("transformers")
 import _fuzz
-from _fuzz_files import (
-    OUTSIDE,
-    mutated,
-    on_files,
-    on_json,
-    on_tensors,
-    one,
-    packed,
-    read,
-    record_of,
-    several,
-    tensors_in,
-    value_of,
-    write,
-)
+from _fuzz_cases import on_files, on_json, on_tensors, one, several
+from _fuzz_files import OUTSIDE, mutated, packed, read, record_of, tensors_in, value_of, write
 from _fuzz_oracle import SaidAdapter, Unreadable, equal
 from test_hf_fuzz_checkpoints import base, names_in
 from torchao.quantization import quantize_
@@ -177,7 +164,11 @@ def run_merge(folder, family):
 
 
 def values(parameter):
-    return parameter.detach().dequantize(torch.float32) if hasattr(parameter, "qdata") else parameter.detach().clone()
+    return (
+        parameter.detach().dequantize(torch.float32)
+        if hasattr(parameter, "qdata")
+        else parameter.detach().clone()
+    )
 
 
 def merge_problem(before, after, updates, scaling, model):
@@ -220,11 +211,19 @@ def run(folder, action, family, layout, mutations):
 
 
 def mutations(files):
-    says = st.sampled_from(sorted(SAYS)).flatmap(lambda k: one("nested", CONFIG, k, st.sampled_from(SAYS[k])))
-    return st.one_of(on_tensors(files), on_tensors(files), says, on_json(files, CONFIG), on_files(files))
+    says = st.sampled_from(sorted(SAYS)).flatmap(
+        lambda k: one("nested", CONFIG, k, st.sampled_from(SAYS[k]))
+    )
+    return st.one_of(
+        on_tensors(files), on_tensors(files), says, on_json(files, CONFIG), on_files(files)
+    )
 
 
-_CASES = [(action, family, layout) for action in RUNS for family, layout in (("gpt_oss", 5), ("gpt_oss", 4), ("llama", 5))]
+_CASES = [
+    (action, family, layout)
+    for action in RUNS
+    for family, layout in (("gpt_oss", 5), ("gpt_oss", 4), ("llama", 5))
+]
 
 
 def cases():

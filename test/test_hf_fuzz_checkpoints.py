@@ -14,23 +14,8 @@ pytest.importorskip("transformers")
 import _fuzz
 import huggingface_hub.constants
 import transformers
-from _fuzz_files import (
-    CONFIG,
-    OUTSIDE,
-    SINGLE,
-    mutated,
-    on_config,
-    on_files,
-    on_index,
-    on_json,
-    on_tensors,
-    one,
-    read,
-    several,
-    sharded,
-    tensors_in,
-    write,
-)
+from _fuzz_cases import on_config, on_files, on_index, on_json, on_tensors, one, several
+from _fuzz_files import OUTSIDE, SINGLE, mutated, read, sharded, tensors_in, write
 from _fuzz_oracle import problems, unused
 from test_hf_load import config_of, tensors_of, write_llama
 from test_hf_load import write as write_gpt_oss
@@ -39,7 +24,13 @@ from torchao_mx import MXWeightOnlyConfig
 from torchao_mx.hf import from_pretrained
 
 GENERATION = "generation_config.json"
-ADAPTER = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "target_modules": ["q_proj"], "base_model_name_or_path": "nosuch/name"}
+ADAPTER = {
+    "peft_type": "LORA",
+    "r": 4,
+    "lora_alpha": 4,
+    "target_modules": ["q_proj"],
+    "base_model_name_or_path": "nosuch/name",
+}
 
 
 def _llama(folder):
@@ -69,7 +60,12 @@ def _gpt_oss_bf16(folder):
     model.save_pretrained(folder)
 
 
-FAMILIES = {"gpt_oss": _gpt_oss, "gpt_oss_bf16": _gpt_oss_bf16, "llama": _llama, "qwen3_moe": _qwen3_moe}
+FAMILIES = {
+    "gpt_oss": _gpt_oss,
+    "gpt_oss_bf16": _gpt_oss_bf16,
+    "llama": _llama,
+    "qwen3_moe": _qwen3_moe,
+}
 
 
 @functools.cache
@@ -102,7 +98,9 @@ def run(folder, family, shards, mutations):
     original = base(family, shards)
     files = mutated(original, mutations)
     path = folder / "model"
-    (folder / OUTSIDE).write_bytes(next(c for n, c in original.items() if n.endswith(".safetensors")))
+    (folder / OUTSIDE).write_bytes(
+        next(c for n, c in original.items() if n.endswith(".safetensors"))
+    )
     locked = write(files, path)
     with _fuzz.listening() as said:
         try:
@@ -123,11 +121,17 @@ def mutations(files):
     """Of a checkpoint."""
     plain = {name: content for name, content in files.items() if isinstance(content, bytes)}
     tensor = st.sampled_from(sorted({n for c in plain.values() for n in tensors_in(c) or ()}))
-    change = st.one_of(st.none(), one("fill", tensor, 1), one("drop", tensor), one("exchange", tensor, tensor))
+    change = st.one_of(
+        st.none(), one("fill", tensor, 1), one("drop", tensor), one("exchange", tensor, tensor)
+    )
     beside = [
         one("both_layouts", change),
         one("add", "pytorch_model.bin", st.sampled_from([b"", b"PK\x03\x04"])),
-        one("add", "adapter_config.json", st.sampled_from([json.dumps(ADAPTER).encode(), b"", b"{}", b"[]"])),
+        one(
+            "add",
+            "adapter_config.json",
+            st.sampled_from([json.dumps(ADAPTER).encode(), b"", b"{}", b"[]"]),
+        ),
         one("add", "other.safetensors", st.sampled_from([b"", plain.get(SINGLE, b"")[:0]])),
         one("add", "extra.txt", b"text"),
     ]
@@ -155,3 +159,44 @@ def test_from_pretrained(request):
 @pytest.mark.parametrize("which", _CASES, ids=str)
 def test_undamaged(which):
     assert _fuzz.once(run, *which, ()) == _fuzz.Verdict(_fuzz.LOADED)
+
+
+def test_a_wrong_load_is_seen(tmp_path):
+    """A bit of a packed weight, an ulp of a norm, two equal shapes exchanged, a weight made up."""
+    write(base("gpt_oss", 1), tmp_path / "model")
+    model = from_pretrained(tmp_path / "model")
+    layers = model.model.layers
+    assert problems(model, tmp_path / "model") == []
+    packed = layers[1].mlp.experts.down_proj.data
+    bytes_ = packed.qdata.view(torch.uint8)
+    norm, queries = (
+        layers[0].input_layernorm.weight.data,
+        [layer.self_attn.q_proj.weight for layer in layers],
+    )
+
+    def seen(change, undo, name):
+        change()
+        [problem] = problems(model, tmp_path / "model")
+        assert problem.startswith(name), problem
+        undo()
+
+    def flip():
+        bytes_[0, 0, 0] ^= 8
+
+    seen(flip, flip, "model.layers.1.mlp.experts.down_proj")
+    bits = norm.view(torch.int16)
+    seen(
+        lambda: bits[:1].add_(1), lambda: bits[:1].sub_(1), "model.layers.0.input_layernorm.weight"
+    )
+    kept = queries[0].data
+    seen(
+        lambda: setattr(queries[0], "data", queries[1].data), lambda: setattr(queries[0], "data", kept),
+        "model.layers.0.self_attn.q_proj.weight",
+    )  # fmt: skip
+    head = model.lm_head.weight.data.clone()
+    seen(
+        lambda: model.lm_head.weight.data.normal_(),
+        lambda: model.lm_head.weight.data.copy_(head),
+        "lm_head.weight",
+    )
+    assert problems(model, tmp_path / "model") == []

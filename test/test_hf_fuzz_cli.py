@@ -18,8 +18,17 @@ import _fuzz
 import huggingface_hub.constants
 import test_hf_fuzz_adapters as adapters
 import test_hf_fuzz_checkpoints as checkpoints
-from _fuzz_files import OUTSIDE, mutated, several, write
-from _fuzz_oracle import ScaleCalculationMode, Unreadable, decoded, equal, read_json, read_tensors, to_mx
+from _fuzz_cases import several
+from _fuzz_files import OUTSIDE, mutated, write
+from _fuzz_oracle import (
+    ScaleCalculationMode,
+    Unreadable,
+    decoded,
+    equal,
+    read_json,
+    read_tensors,
+    to_mx,
+)
 
 from torchao_mx.hf import cli
 
@@ -47,7 +56,11 @@ def snapshot(folder):
     """Every name below a folder, with what is there."""
     found = {}
     for path in sorted(Path(folder).rglob("*")):
-        what = path.read_bytes() if path.is_file() and not path.is_symlink() else path.is_symlink() or path.is_dir()
+        what = (
+            path.read_bytes()
+            if path.is_file() and not path.is_symlink()
+            else path.is_symlink() or path.is_dir()
+        )
         found[str(path.relative_to(folder))] = what
     return found
 
@@ -59,8 +72,26 @@ def prepare(folder, command, shards, target, mutations, others):
     other = mutated(checkpoints.base("gpt_oss_bf16", 1), others if command == "compare" else ())
     adapter = mutated(adapters.adapter("gpt_oss", 5), others if command == "merge" else ())
     (folder / OUTSIDE).write_bytes(b"")
-    locked = [write(source, folder / "source"), write(other, folder / "other"), write(adapter, folder / "adapter")]
-    places = {name: folder / name for name in ("source", "other", "adapter", "target", "missing", "file", "locked", "link", "loop", "fifo")}
+    locked = [
+        write(source, folder / "source"),
+        write(other, folder / "other"),
+        write(adapter, folder / "adapter"),
+    ]
+    places = {
+        name: folder / name
+        for name in (
+            "source",
+            "other",
+            "adapter",
+            "target",
+            "missing",
+            "file",
+            "locked",
+            "link",
+            "loop",
+            "fifo",
+        )
+    }
     places["file"].write_text("text")
     places["locked"].mkdir()
     places["locked"].chmod(0o555)
@@ -125,10 +156,14 @@ def judge(folder, places, arguments, before, code, out, err, error):
         harmed = sorted(k for k in before.keys() | after.keys() if before.get(k) != after.get(k))
         if harmed:
             return _fuzz.Verdict("failed, and changed files", f"{err[:500]}\n{harmed}")
-        named = {*before, *(Path(name).name for name in before), "argument", "arguments", "command", "OUT"}
-        for place in places.values():
-            named.discard(str(place))
-        names = named | adapters.names_in({p.name: p.read_bytes() for p in folder.rglob("*.safetensors") if p.is_file()})
+        files = {
+            p.name: p.read_bytes() for p in folder.rglob("*") if p.is_file() and not p.is_symlink()
+        }
+        names = (
+            adapters.names_in(files)
+            | {a for a in arguments if len(a) > 1}
+            | {"argument", "the following arguments"}
+        )
         verdict = _fuzz.judge_message(err, names, f"exit {code}")
         usage = code == 2 and "usage: " in err  # which says how
         return _fuzz.Verdict(_fuzz.REFUSED if usage else verdict.kind, verdict.text)
@@ -143,7 +178,9 @@ def _done(places, arguments, before, after, out):
     try:
         if arguments[0] == "inspect":
             return _inspected(arguments, before, after, out)
-        target = Path(next(a for a in reversed(positional) if a.startswith(str(places["source"].parent))))
+        target = Path(
+            next(a for a in reversed(positional) if a.startswith(str(places["source"].parent)))
+        )
         root = places["source"].parent
         inside = target.resolve().relative_to(root.resolve())
         strangers = [
@@ -155,7 +192,11 @@ def _done(places, arguments, before, after, out):
         tensors = read_tensors(target)
         if read_json(target / "config.json")["quantization_config"]["quant_method"] != "mxfp4":
             return _fuzz.Verdict("wrong output", "config.json says no mxfp4")
-        problem = _quantized(places, arguments, tensors) if arguments[0] == "quantize" else _merged(tensors, places)
+        problem = (
+            _quantized(places, arguments, tensors)
+            if arguments[0] == "quantize"
+            else _merged(tensors, places)
+        )
         return _fuzz.Verdict("wrong output", problem) if problem else _fuzz.Verdict(_fuzz.LOADED)
     except Unreadable as error:
         return _fuzz.Verdict("succeeded with what is unreadable", str(error))
@@ -172,13 +213,18 @@ def _inspected(arguments, before, after, out):
         found = json.loads(out)
         rows = {row["name"]: row for row in found["weights"]}
         scales = {n: tensors[f"{n}_scales"].view(torch.uint8).int() for n in names}
-        wrong = [n for n in names if n not in rows or rows[n]["nan_scales"] != (scales[n] == 255).sum()]
+        wrong = [
+            n for n in names if n not in rows or rows[n]["nan_scales"] != (scales[n] == 255).sum()
+        ]
         wrong += [n for n in rows if n not in names]
     return _fuzz.Verdict("wrong output", str(wrong)) if wrong else _fuzz.Verdict(_fuzz.LOADED)
 
 
 def _quantized(places, arguments, tensors):
-    mode = next((m for m in ScaleCalculationMode for a in arguments if a == f"mxfp4:{m.value}"), ScaleCalculationMode.RCEIL)
+    mode = next(
+        (m for m in ScaleCalculationMode for a in arguments if a == f"mxfp4:{m.value}"),
+        ScaleCalculationMode.RCEIL,
+    )
     source = Path(arguments[[a.startswith("/") for a in arguments].index(True)])
     for name, value in read_tensors(source).items():
         if f"{name}_blocks" not in tensors:
@@ -200,7 +246,9 @@ def _merged(tensors, places):
 
     def values(of):
         packed = {n.removesuffix("_blocks") for n in of if n.endswith("_blocks")}
-        plain = {n: t.bfloat16().float() for n, t in of.items() if not n.endswith(("_blocks", "_scales"))}
+        plain = {
+            n: t.bfloat16().float() for n, t in of.items() if not n.endswith(("_blocks", "_scales"))
+        }
         return plain | {n: decoded(of[f"{n}_blocks"], of[f"{n}_scales"]) for n in packed}
 
     before, after = values(old), values(tensors)
@@ -223,13 +271,17 @@ def _changed(arguments):
     """The arguments of a command, mostly as they are."""
     words = st.sampled_from([*PLACES, "quantize", "inspect", "merge", "nosuch", "-", "-1"])
     at = st.integers(0, len(arguments) - 1)
-    replaced = st.tuples(at, words).map(lambda d: (*arguments[: d[0]], d[1], *arguments[d[0] + 1 :]))
+    replaced = st.tuples(at, words).map(
+        lambda d: (*arguments[: d[0]], d[1], *arguments[d[0] + 1 :])
+    )
     dropped = at.map(lambda i: (*arguments[:i], *arguments[i + 1 :]))
     return st.one_of(st.just(arguments), st.just(arguments), replaced, replaced, dropped)
 
 
 def _more(arguments):
-    options = st.lists(st.sampled_from(OPTIONS), max_size=2).map(lambda found: tuple(w for o in found for w in o))
+    options = st.lists(st.sampled_from(OPTIONS), max_size=2).map(
+        lambda found: tuple(w for o in found for w in o)
+    )
     return options.map(lambda found: (*arguments, *found))
 
 
@@ -246,7 +298,10 @@ def cases():
             else:
                 others = st.just(())
             pairs = st.one_of(
-                st.just(((), ())), sources.map(lambda m: (m, ())), sources.map(lambda m: (m, ())), others.map(lambda m: ((), m))
+                st.just(((), ())),
+                sources.map(lambda m: (m, ())),
+                sources.map(lambda m: (m, ())),
+                others.map(lambda m: ((), m)),
             )
             targets = st.sampled_from(["new", "new", "old", "empty", "readonly"])
             return st.tuples(targets, _changed(arguments).flatmap(_more), pairs).map(
@@ -271,10 +326,17 @@ def test_undamaged(command, shards):
 
 def test_as_a_process(tmp_path):
     """The command itself exits and speaks as the function does."""
-    places, _ = prepare(tmp_path, "quantize", 3, "old", (("cut", "model-00002-of-00003.safetensors", 999),), ())
+    places, _ = prepare(
+        tmp_path, "quantize", 3, "old", (("cut", "model-00002-of-00003.safetensors", 999),), ()
+    )
     before = snapshot(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "torchao_mx.hf.cli", "quantize", places["source"], places["target"]],
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert judge(tmp_path, places, ["quantize"], before, done.returncode, done.stdout, done.stderr, None).kind == _fuzz.REFUSED
+    assert (
+        judge(
+            tmp_path, places, ["quantize"], before, done.returncode, done.stdout, done.stderr, None
+        ).kind
+        == _fuzz.REFUSED
+    )
