@@ -23,11 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchao_mx.hf._files import read_json, read_tensors
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -41,6 +41,12 @@ _NO_COUNTERPART = (
     "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+_FIELDS = {
+    "r": ((int,), "whole number"),
+    "lora_alpha": ((int, float), "number"),
+    "use_rslora": ((bool,), "truth value"),
+    "target_parameters": ((list,), "list of names"),
+}
 # Initialisations that also change the weights beside which the adapters are then trained.
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -206,18 +212,17 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: one of them is damaged.
+        ValueError: one of them is damaged, or has fields of other types.
     """
     folder = Path(path)
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot be read ({error}); save the adapter again") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: no JSON object; save the adapter again")
-    return config, tensors
+    config = read_json(folder / CONFIG_FILE)
+    for name, (types, what) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and type(value) not in types:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: {name}={value!r} is no {what}; save the adapter again"
+            )
+    return config, read_tensors(folder / WEIGHTS_FILE)
 
 
 def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> None:
