@@ -17,7 +17,6 @@ without, so that files of different saves are told apart.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -26,11 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchao_mx.hf._files import AGAIN, read_json, read_metadata, read_tensors
 from torchao_mx.hf._staging import staging, sync, writing
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 
@@ -50,6 +49,12 @@ _NO_COUNTERPART = (
     "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
+_FIELDS = {
+    "r": ((int,), "whole number"),
+    "lora_alpha": ((int, float), "number"),
+    "use_rslora": ((bool,), "truth value"),
+    "target_parameters": ((list,), "list of names"),
+}
 # Initialisations that also change the weights beside which the adapters are then trained.
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -246,34 +251,36 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: one of them is damaged, or they are of different saves.
+        ValueError: one of them is damaged, they are of different saves, or fields have other types.
     """
     folder = Path(path)
     config = _read_config(folder)
-    with _reading(folder), safe_open(folder / WEIGHTS_FILE, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
-    return config, tensors
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot be read ({error}); save the adapter again") from error
+    return config, read_tensors(folder / WEIGHTS_FILE)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The config that the weights in ``folder`` were saved with; of theirs only the header is read."""
-    with _reading(folder):
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            saved = json.loads((file.metadata() or {}).get(_MARK, "null"))
-    if isinstance(config, dict) and config.get("peft_type") == _INTERRUPTED:
+    config = read_json(folder / CONFIG_FILE)
+    mark = read_metadata(folder / WEIGHTS_FILE).get(_MARK, "null")
+    try:
+        saved = json.loads(mark)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: {_MARK} in its metadata is not JSON ({error}); {AGAIN}"
+        ) from error
+    if config.get("peft_type") == _INTERRUPTED:
         before, after = config.get("before"), config.get("after")
         config = after if isinstance(after, dict) and _paired(after) == saved else before
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: no JSON object; save the adapter again")
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: of an interrupted save; save the adapter again"
+            )
+    for name, (types, what) in _FIELDS.items():
+        value = config.get(name)
+        if value is not None and type(value) not in types:
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: {name}={value!r} is no {what}; save the adapter again"
+            )
     found = _paired(config)
     if saved is not None and saved != found:
         there = saved if isinstance(saved, dict) else {}

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
-from torchao_mx.hf._checkpoint import NAN_SCALE, Entry, read_folder
+from torchao_mx.hf._checkpoint import NAN_SCALE, read_folder
+from torchao_mx.hf._files import Entry, read_tensor
 from torchao_mx.hf._layout import BLOCKS, SCALES
 from torchao_mx.reference.fp8 import fits_fp8
 from torchao_mx.tensor import MXTensor
@@ -59,11 +59,6 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
         "elements": sum(row["elements"] for row in rows),
     }
     return rows, total
-
-
-def read_tensor(entries: dict[str, Entry], name: str) -> torch.Tensor:
-    with safe_open(entries[name].file, "pt") as file:
-        return file.get_tensor(name)
 
 
 def _row(name: str, weight: MXTensor) -> Row:

@@ -8,24 +8,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from torchao_mx.formats import MXFP4, ScaleCalculationMode
 from torchao_mx.hf._checkpoint import (
-    Entry,
     header_problems,
-    quant_method,
     raise_problems,
     read_folder,
     value_problems,
 )
-from torchao_mx.hf._inspect import Row, read_tensor, relative_error
+from torchao_mx.hf._config import build_skeleton, checked_method, load_config
+from torchao_mx.hf._files import Entry, read_json, read_tensor
+from torchao_mx.hf._inspect import Row, relative_error
 from torchao_mx.hf._layout import (
-    BLOCKS,
-    SCALES,
     block_shapes,
     packed_weights,
-    skeleton_of,
     tied_names,
 )
 from torchao_mx.hf._quantizer import MXQuantizationConfig
@@ -91,14 +88,14 @@ def quantize_checkpoint(
 def _checked(source: Path) -> tuple[dict[str, Entry], list[str], list[str]]:
     """A checkpoint's tensors by name, the names to write in the model's order, and those to quantize."""
     entries = read_folder(source)
-    config = AutoConfig.from_pretrained(source)
-    packed = sorted(name for name in entries if name.endswith((BLOCKS, SCALES)))
-    if packed or quant_method(config) is not None:
-        what = packed[0] if packed else f"quant_method={quant_method(config)!r} in {CONFIG}"
+    config, _ = load_config(source, entries.values())
+    method = checked_method(config, entries, source)
+    if method is not None:
         raise ValueError(
-            f"{source}: quantized already, {what}; give the checkpoint in high precision that it is from"
+            f"{source}: quantized already, quant_method={method!r} in {CONFIG}; give the checkpoint in high "
+            f"precision that it is from"
         )
-    skeleton = skeleton_of(AutoModelForCausalLM.from_config, config)
+    skeleton = build_skeleton(AutoModelForCausalLM, config, source)
     weights = packed_weights(skeleton)
     if not weights:
         raise ValueError(
@@ -139,7 +136,7 @@ def _row(name: str, weight: MXTensor, original: torch.Tensor) -> Row:
 
 
 def _write_config(source: Path, folder: Path) -> None:
-    record = json.loads((source / CONFIG).read_text())
+    record = read_json(source / CONFIG)
     record["quantization_config"] = MXQuantizationConfig().to_dict()
     record.pop(WEIGHTS_KEY, None)  # files of the source
     with writing(folder / CONFIG):
