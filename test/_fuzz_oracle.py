@@ -38,7 +38,7 @@ def read_file(path):
         (length,) = struct.unpack("<Q", content[:8])
         text, data = content[8 : 8 + length], content[8 + length :]
         header = json.loads(text.decode())
-        if len(text) != length or not text.startswith(b"{"):
+        if len(text) != length:
             raise Unreadable(f"{path.name}: no header")
         header.pop("__metadata__", None)
         records = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
