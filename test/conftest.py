@@ -121,3 +121,15 @@ def poisoned(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     assert (torch.zeros(1).new_empty(3).view(torch.uint8) == 0xAB).all()
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--kills", type=int, default=2, metavar="N",
+        help="how often test_hf_kill.py kills each of its saves; many: at every file operation",
+    )  # fmt: skip
+
+
+@pytest.fixture
+def kills(request):
+    return request.config.getoption("--kills")

@@ -188,7 +188,7 @@ def test_refusals_leave_the_model_as_it_was(tmp_path):
     refused(
         "some adapters have the shapes", tensors | {k: t.contiguous() for k, t in swapped.items()}
     )
-    refused("r=8 and the model's adapters have 4", r=8)
+    refused("r=8 and the model's adapters have 4", r=8)  # without a mark, as of PEFT
     refused("lora_alpha=1 and", lora_alpha=1)
     refused("use_rslora=True and", use_rslora=True)
     refused("peft_type='IA3'", peft_type="IA3")

@@ -1,5 +1,6 @@
 """torchao-mx: what its commands count, write and say, and how they exit."""
 
+import errno
 import json
 import math
 import shutil
@@ -341,20 +342,42 @@ def test_quantize_refuses_other_checkpoints(folder, tmp_path, capsys):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("step", ["save_file", "copy_others", "_sync"])
+@pytest.mark.parametrize("step", ["save_file", "copy_others", "sync"])
 def test_a_failing_disk_leaves_the_folder_as_it_was(step, tmp_path, monkeypatch, capsys):
     folder, target = write_unpacked(tmp_path / "unpacked", config_of()), tmp_path / "target"
     run(capsys, "quantize", folder, target)
     before = contents(tmp_path)
 
     def fail(*args, **kwargs):
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     from torchao_mx.hf import _quantize
 
     monkeypatch.setattr(_quantize if step == "copy_others" else _save, step, fail)
     code, _, err = run(capsys, "quantize", folder, target)
-    assert code == 1 and "disk full" in err and contents(tmp_path) == before
+    assert code == 1 and "No space left on device" in err and contents(tmp_path) == before
+    assert step != "save_file" or (str(target) in err and "model.safetensors (166,816 bytes" in err)
+
+
+LOST = (
+    "rounding takes back the update of {} of 4 weights; serve the adapter beside the packed weights"
+)
+
+
+def test_a_merge_that_loses_the_update_is_not_written_unless_forced(tmp_path, capsys):
+    folder = write(tmp_path / "model", config_of(96), tensors_of(config_of(96)))
+    adapter, target = adapter_of(folder, tmp_path / "adapter", std=1e-5), tmp_path / "target"
+    before = contents(tmp_path)
+    code, out, err = run(capsys, "merge", folder, adapter, target)
+    assert code == 1 and not out and contents(tmp_path) == before
+    assert LOST.format(4) in err and "--force writes it all the same" in err
+    assert all(f"{name}: 0.0 % is kept" in err for name in NAMES)
+    with pytest.warns(UserWarning, match=LOST.format(4)):
+        code, out, err = run(capsys, "merge", folder, adapter, target, "--force")
+    assert code == 0 and out.endswith("at least 0.0000 of each update is kept\n")
+    assert_same(saved_tensors(target), saved_tensors(folder))  # as nothing was added
+    code, out, err = run(capsys, "merge", folder, adapter_of(folder, adapter), target)
+    assert code == 0 and "rounding takes back" not in err
 
 
 def test_arguments_that_make_no_sense(folder, tmp_path, capsys):
@@ -390,14 +413,14 @@ def test_arguments_that_make_no_sense(folder, tmp_path, capsys):
 # --- merge ----------------------------------------------------------------------------------------
 
 
-def adapter_of(folder, path):
+def adapter_of(folder, path, std=0.05):
     model = from_pretrained(folder)
     quantize_(model, MXWeightOnlyLoRAConfig(r=4), filter_fn=is_experts)
     torch.manual_seed(0)
     with torch.no_grad():
         for module in experts_of(model):
             for name in ("gate_up_proj_lora_B", "down_proj_lora_B"):
-                getattr(module, name).normal_(std=0.05)
+                getattr(module, name).normal_(std=std)
     save_adapter(model, path)
     return path
 
@@ -430,6 +453,7 @@ def test_merge_writes_what_python_saves(folder, size, mode, tmp_path, capsys):
         "merged_weights": 4,
         "weight_error": max(e.weight_error for e in errors.values()),
         "delta_error": max(e.delta_error for e in errors.values()),
+        "kept": min(e.kept for e in errors.values()),
     }
     for name, p in stock(target).named_parameters():
         ours = model.get_parameter(name)
@@ -443,8 +467,8 @@ def test_merge_table(folder, tmp_path, capsys):
     assert code == 0 and len(lines) == 2 + len(NAMES)
     errors = merge_adapter(from_pretrained(folder), adapter)
     for line in lines[1:-1]:
-        name, weight, delta = line.split()
-        assert (weight, delta) == tuple(f"{error:.4f}" for error in errors[name])
+        name, *figures = line.split()
+        assert figures == [f"{figure:.4f}" for figure in errors[name]]
     assert lines[-1].startswith("4 weights merged, with errors of up to 0.")
 
 

@@ -224,7 +224,7 @@ def test_experts_without_an_update_keep_their_bytes(tmp_path):
         assert min(errors[name]) > 0
     for name in QUERIES:
         assert torch.equal(merged.get_parameter(name), queries[name])
-        assert errors[name] == (0, 0)
+        assert errors[name] == (0, 0, 1)
 
     with torch.no_grad():
         for name in EXPERTS:
@@ -232,7 +232,7 @@ def test_experts_without_an_update_keep_their_bytes(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     merged = from_pretrained(folder)
     errors = merge_adapter(merged, tmp_path / "adapter")
-    assert set(errors.values()) == {(0, 0)}
+    assert set(errors.values()) == {(0, 0, 1)}
     save_pretrained(merged, tmp_path / "again")
     assert_same(saved_tensors(tmp_path / "again"), tensors)
 
@@ -243,13 +243,18 @@ def test_an_update_below_half_a_step(model96, tmp_path):
     tensors = load_file(path / FILE)
     save_file({k: t / 1024 if "lora_B" in k else t for k, t in tensors.items()}, path / FILE)
     before = {n: model96.get_parameter(n).dequantize() for n in EXPERTS}
-    errors = merge_adapter(model96, path)
+    with pytest.warns(UserWarning, match="rounding takes back the update of") as caught:
+        errors = merge_adapter(model96, path)
+    assert all(f"{name}: 0.0 % is kept" in str(caught[0].message) for name in EXPERTS)
     for name in EXPERTS:
+        assert errors[name].kept == 0
         assert torch.equal(model96.get_parameter(name).dequantize(), before[name])
         assert errors[name].delta_error == pytest.approx(1, rel=1e-3)
         assert 0 < errors[name].weight_error < 1e-3
-    errors = merge_adapter(from_pretrained(tmp_path / "model"), path, scaling_mode=RCEIL)
+    with pytest.warns(UserWarning, match="rounding takes back the update of"):
+        errors = merge_adapter(from_pretrained(tmp_path / "model"), path, scaling_mode=RCEIL)
     for name in EXPERTS:
+        assert abs(errors[name].kept) < 0.01
         assert errors[name].delta_error > 100 and errors[name].weight_error > 0.02
 
 

@@ -53,9 +53,9 @@ class MergeError(NamedTuple):
     Attributes:
         weight_error: relative to ``|W + D|``.
         delta_error: relative to ``|D|``, so that 1 is what leaving the update out costs; 0 where D is zero.
-        kept: what has arrived of D in the change ``C = Q(W + D) - W``, ``<C, D> / max(|C|, |D|)^2``: 1 without
-            rounding or where D is zero, 0 where the weight is as it was or moved by rounding alone. Below 0.1
-            the update counts as lost.
+        kept: what has arrived of D in the change ``C = Q(W + D) - W``, ``<C, D> / max(|C|, |D|)^2``: 1
+            without rounding or where D is zero, 0 where the weight is as it was or moved by rounding alone.
+            Below 0.1 the update counts as lost.
     """
 
     weight_error: float
@@ -205,7 +205,7 @@ def _merge_matrix(
     scaling: float,
     mode: ScaleCalculationMode | None,
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
-    """``w [out, in]`` with its update D; the norms of what rounding lost, the sum, D, the change C; <C, D>."""
+    """``w [out, in]`` with its update D; norms of what rounding lost, the sum, D, the change C; <C, D>."""
     values = _values(w)
     if mode is None:
         w = values.to(w.dtype)

@@ -132,7 +132,7 @@ def save_model(
 
 @contextlib.contextmanager
 def replacing(path: str | Path, size: int) -> Iterator[Path]:
-    """A new folder to be filled with a checkpoint, with ``size`` bytes of weights, which then goes to ``path``.
+    """A new folder to be filled with a checkpoint, of ``size`` bytes of weights, which then goes to ``path``.
 
     On an error ``path`` is as it was. The weights take longest, so that what may fail is written before them.
 
