@@ -72,6 +72,10 @@ def pytest_addoption(parser):
     )
     group.addoption("--fuzz-case", metavar="CASE", help="one case again, as a report prints it")
     group.addoption("--fuzz-all", action="store_true", help="report every case of a kind, not one")
+    parser.addoption(
+        "--kills", type=int, default=2, metavar="N",
+        help="how often test_hf_kill.py kills each of its saves; many: at every file operation",
+    )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -121,13 +125,6 @@ def poisoned(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     assert (torch.zeros(1).new_empty(3).view(torch.uint8) == 0xAB).all()
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--kills", type=int, default=2, metavar="N",
-        help="how often test_hf_kill.py kills each of its saves; many: at every file operation",
-    )  # fmt: skip
 
 
 @pytest.fixture
