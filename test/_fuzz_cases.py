@@ -40,6 +40,10 @@ NUMBERS = [
     -0.0,
     1e308,
 ]
+STRANGERS = [  # what some loader reads before a checkpoint's own files, or instead of them
+    "other", SINGLE, INDEX, "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin",
+    "shard-0-model-00001-of-00001.safetensors", "model.fp16.safetensors",
+]  # fmt: skip
 SCALARS = st.one_of(
     st.sampled_from(
         [None, True, False, "@nan", "@inf", "@float", "@digits", "@deep", *NUMBERS, *NAMES]
@@ -96,7 +100,7 @@ def on_files(files):
 
 
 def on_file(files, file):
-    other = st.sampled_from([*sorted(files), "other"])
+    other = st.sampled_from([*sorted(files), *STRANGERS])
     at = st.integers(0, len(files[file]))
     kinds = [
         one("flip", file, at, st.integers(1, 255)),
