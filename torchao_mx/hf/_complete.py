@@ -22,6 +22,7 @@ from torchao_mx.hf._checkpoint import FLOATS, raise_problems
 from torchao_mx.hf._config import from_transformers
 from torchao_mx.hf._files import DTYPES, Entry
 from torchao_mx.hf._layout import has_owner
+from torchao_mx.hf._versions import is_v5
 
 _NUMBERED = re.compile(r"(.+\.experts)\.(\d{1,9})\.(.+)")
 _FIT = "use the config.json of this checkpoint, or export the tensor again"
@@ -49,7 +50,10 @@ def check_complete(
         ValueError: one line for each tensor that is missing, left over, misshapen or of integers.
     """
     problems = _dtype_problems(entries, skeleton) | _expert_problems(entries)
-    report = _dry_run(entries, skeleton)
+    if not is_v5() and not ignore_mismatched:
+        problems |= _shape_problems(entries, skeleton)
+    # v4 fills what is missing or misshapen even so, in the CPU's memory: not where sizes are absurd.
+    report = None if problems and not is_v5() else _dry_run(entries, skeleton)
     if report is not None:
         problems |= report_problems(report, entries, skeleton, new_head, ignore_mismatched)
     if problems:
@@ -103,6 +107,15 @@ def _dtype_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dic
         elif wanted is not None and wanted.is_floating_point() and entry.dtype not in FLOATS:
             problems[name] = _not_floating(name, entry)
     return problems
+
+
+def _shape_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
+    """Shapes under v4, which transposes and merges nothing."""
+    return {
+        name: f"{name}: has shape {entries[name].shape} and config.json asks for {shape}; {_FIT}"
+        for name, tensor in skeleton.state_dict().items()
+        if name in entries and entries[name].shape != (shape := tuple(tensor.shape))
+    }
 
 
 def _not_floating(name: str, entry: Entry) -> str:
