@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from torchao_mx.hf import _adapter, _save
+from torchao_mx.hf import _staging
 
 CHANGES = ("os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 NOBODY = 65534
@@ -57,9 +57,8 @@ def _run(function, kill_at, user, write):
         operations.append(name)
 
     def hook(event, args):
-        if event in CHANGES or (
-            event == "open" and isinstance(args[1], str) and args[1][0] in "wxa"
-        ):
+        written = event == "open" and not isinstance(args[0], int) and str(args[1])[0] in "axw"
+        if event in CHANGES or written:
             operation(event)
 
     def counted(save_file):
@@ -70,8 +69,7 @@ def _run(function, kill_at, user, write):
         return wrapper
 
     if kill_at is not None:
-        for module in (_adapter, _save):
-            module.save_file = counted(module.save_file)
+        _staging.save_file = counted(_staging.save_file)
         sys.addaudithook(hook)
     try:
         if user is not None:

@@ -34,6 +34,7 @@ from torchao_mx import (
 )
 from torchao_mx.hf import (
     _save,
+    _staging,
     cli,
     from_pretrained,
     merge_adapter,
@@ -353,7 +354,8 @@ def test_a_failing_disk_leaves_the_folder_as_it_was(step, tmp_path, monkeypatch,
 
     from torchao_mx.hf import _quantize
 
-    monkeypatch.setattr(_quantize if step == "copy_others" else _save, step, fail)
+    module = {"copy_others": _quantize, "save_file": _staging, "sync": _save}[step]
+    monkeypatch.setattr(module, step, fail)
     code, _, err = run(capsys, "quantize", folder, target)
     assert code == 1 and "No space left on device" in err and contents(tmp_path) == before
     assert step != "save_file" or (str(target) in err and "model.safetensors (166,816 bytes" in err)

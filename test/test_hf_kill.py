@@ -250,26 +250,26 @@ def test_kills_on_a_disk_that_is_full_or_read_only(shard, checkpoints, disk, tmp
     prepare()
     _, operations = in_child(save, kill_at=ENDLESS)
     names = names_in(disk)
-    for n, full in itertools.product(picked(operations, kills), (save, unchecked)):
+    for n, full in zip(picked(operations, kills), itertools.cycle([save, unchecked])):
         prepare()
         with pytest.raises(Killed):
             in_child(save, kill_at=n)
         which = check()
         _staging.clean(disk)  # as the next save does, to have as much room again
-        assert check() == which
+        assert check([from_pretrained]) == which
         with (disk / "filler").open("wb") as file:
             file.write(bytes(shutil.disk_usage(disk).free - 40_960))
         error, _ = in_child(full)
         assert error.errno == errno.ENOSPC and error.filename == str(disk), error
-        assert check() == which and not list(disk.glob(".torchao*"))
+        assert check([from_pretrained]) == which and not list(disk.glob(".torchao*"))
         (disk / "filler").unlink()
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         error, _ = in_child(save)
         assert isinstance(error, PermissionError) and error.filename == str(disk)
-        assert check() == which
+        assert check([from_pretrained]) == which
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         assert in_child(save)[0] is None
-        assert check() == "new" and names_in(disk) == names
+        assert check([from_pretrained]) == "new" and names_in(disk) == names
 
 
 def test_the_config_of_a_killed_save_is_not_copied(checkpoints, tmp_path):

@@ -25,12 +25,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from torchao_mx.hf._files import AGAIN, read_json, read_metadata, read_tensors
-from torchao_mx.hf._staging import staging, sync, writing
+from torchao_mx.hf._staging import save_tensors, staging, sync, writing
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -181,8 +180,7 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
     size = sum(tensor.nbytes for tensor in tensors.values())
     with staging(folder, size) as stage:
         mark = {"format": "pt", _MARK: json.dumps(_paired(config))}
-        with writing(stage / WEIGHTS_FILE, size):
-            save_file(tensors, stage / WEIGHTS_FILE, metadata=mark)
+        save_tensors(tensors, stage / WEIGHTS_FILE, mark)
         _write_config(config, stage / CONFIG_FILE)
         sync(stage / WEIGHTS_FILE)
         target = stage.parent

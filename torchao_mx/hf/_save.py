@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -31,6 +30,7 @@ from torchao_mx.hf._staging import (
     WEIGHTS_KEY,
     check_folder,
     pending_name,
+    save_tensors,
     staging,
     sync,
     writing,
@@ -197,8 +197,7 @@ def write_tensors(
                 # A copy unless it is contiguous and on the CPU.
                 held[key] = tensor.to("cpu").contiguous()
                 progress.update(tensor.nbytes)
-            with writing(folder / name, sum(t.nbytes for t in held.values())):
-                save_file(held, folder / name, metadata={"format": "pt"})
+            save_tensors(held, folder / name, {"format": "pt"})
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         _write_index(folder / INDEX, total, places)

@@ -17,7 +17,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 CONFIG = "config.json"
 # transformers' own key, in both versions: the weights to load in the place of model.safetensors or its index.
@@ -169,6 +171,17 @@ def writing(file: Path, size: int = 0) -> Iterator[None]:
             f"{room}give another folder",
             str(target),
         ) from error
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
+    """A file of safetensors in a stage, readable by those who may read its folder.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with writing(file, sum(tensor.nbytes for tensor in tensors.values())):
+        save_file(tensors, file, metadata=metadata)
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors has others read nothing
 
 
 @contextlib.contextmanager
