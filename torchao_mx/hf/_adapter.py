@@ -301,9 +301,13 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
         ValueError: all that is wrong with it.
     """
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded")
+        raise ValueError(
+            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded: give "
+            f"the folder of one"
+        )
     problems = [
-        f"{name}={config[name]!r}, which has no counterpart here"
+        f"{name}={config[name]!r}, which has no counterpart here; train without it, or use PEFT on the "
+        f"model in high precision"
         for name in _NO_COUNTERPART
         if config.get(name)
     ]
@@ -316,11 +320,17 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
     for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
         found = config.get(name, default)
         if ours is not None and found != ours[name]:
-            problems.append(f"{name}={found!r} and the model's adapters have {ours[name]!r}")
+            problems.append(
+                f"{name}={found!r} and the model's adapters have {ours[name]!r}; give quantize_ an "
+                f"MXWeightOnlyLoRAConfig with the adapter's"
+            )
     if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']!r}; biases are frozen here")
+        problems.append(
+            f"bias={config['bias']!r}; biases are frozen here: train with bias='none', or use PEFT on "
+            f"the model in high precision"
+        )
     if problems:
-        raise ValueError(f"{CONFIG_FILE}: {'; '.join(problems)}")
+        raise ValueError(f"{CONFIG_FILE}: " + "\n".join(problems))
 
 
 def checked_pairs(
@@ -355,7 +365,11 @@ def checked_pairs(
         pairs.append((a, b))
     problems += [f"{key}: the model has no {place} there" for key in tensors if key not in known]
     if problems:
-        raise ValueError(f"{WEIGHTS_FILE} does not fit the model:\n" + "\n".join(problems))
+        lines = "\n".join(problems)
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit the model; use the model that it was trained on, adapted in the "
+            f"same places, or save the adapter again:\n{lines}"
+        )
     convert = _conversion(adapters, pairs)
     return [
         pair if adapter.lora_a.dim() == 2 else convert(adapter, *pair)
