@@ -232,7 +232,9 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
         ValueError: all that is wrong with it.
     """
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded")
+        raise ValueError(
+            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded"
+        )
     problems = [
         f"{name}={config[name]!r}, which has no counterpart here"
         for name in _NO_COUNTERPART
