@@ -43,6 +43,8 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
     rows = []
     for name in tqdm(names, desc="Inspecting", disable=None, file=sys.stderr):
         blocks, scales = (read_tensor(entries, name + suffix) for suffix in (BLOCKS, SCALES))
+        if not blocks.numel():
+            raise ValueError(f"{name}: {folder} has it without elements; export it again")
         try:
             weight = MXTensor.from_blocks(blocks, scales, torch.bfloat16)
         except (TypeError, ValueError) as error:

@@ -37,6 +37,7 @@ import torch
 
 from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.formats import MXFP4, ScaleCalculationMode
+from torchao_mx.hf._adapter import check_config, read_adapter
 from torchao_mx.hf._checkpoint import read_folder
 from torchao_mx.hf._config import checked_method, load_config
 from torchao_mx.hf._inspect import Row, inspect
@@ -66,7 +67,7 @@ def _inspect(options: argparse.Namespace) -> _Result:
         "rows lossless in e4m3": lambda row: f"{row['lossless_rows']:,} of {row['rows']:,}",
         **(_ERROR if options.compare else {}),
     }
-    bits = 8 * total["packed_bytes"] / max(1, total["elements"])
+    bits = 8 * total["packed_bytes"] / total["elements"]
     summary = (
         f"{total['packed_weights']} packed weights, {total['packed_bytes']:,} bytes, {bits:.2f} bits an "
         f"element; {total['other_tensors']} other tensors"
@@ -108,6 +109,7 @@ def _merge(options: argparse.Namespace) -> _Result:
             f"{options.source}: in high precision, where PEFT's merge_and_unload() merges; for a packed "
             f"checkpoint of the result, torchao-mx quantize it then"
         )
+    check_config(read_adapter(options.adapter)[0])  # before long work
     dtype = config.dtype if config.dtype in HIGH_PRECISION_DTYPES else torch.bfloat16
     model = from_pretrained(options.source, dtype=dtype)
     mode = options.config or SCALING_MODE
@@ -230,7 +232,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _failed(message: str, code: int = 1) -> int:
-    print(f"torchao-mx: {message}", file=sys.stderr)
+    text = f"torchao-mx: {message}".encode(errors="backslashreplace").decode()
+    print(text, file=sys.stderr)  # a name that is no UTF-8 may be in it
     return code
 
 
