@@ -30,14 +30,14 @@ _COUNTS = re.compile(
     r".*(layers?|experts|labels)"
 )  # of what a model's constructor makes one by one
 _REMEDY = "use the files that were published with these weights"
-_PASSED = (ImportError, MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+_PASSED = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 
 @contextlib.contextmanager
 def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Iterator[None]:
     """Whatever transformers raises as a ``ValueError`` that names ``place``.
 
-    Some of it is no matter of files and stays as it is: a missing package, the network, memory; ``passed``.
+    Some of it is no matter of files and stays as it is: the network, memory; ``passed``.
     """
     try:
         yield
@@ -46,6 +46,8 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else f"{text[:400]}..."
+        if isinstance(error, ImportError):  # of a kind of attention, or of code that the config names
+            remedy = "install that package, or use a config.json that does without"
         raise ValueError(
             f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"
         ) from error
