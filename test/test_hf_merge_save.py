@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -143,3 +144,22 @@ def test_a_tied_head_with_adapters_would_be_lost(tmp_path):
     ):
         save_pretrained(model, tmp_path / "target", merge_adapters=True)
     assert not (tmp_path / "target").exists()
+
+
+@pytest.mark.parametrize("scale", [1, 1e-4], ids=["kept", "lost"])
+def test_a_lost_update_is_warned_of(scale, tmp_path):
+    config = config_of()
+    model = from_pretrained(write(tmp_path / "model", config, tensors_of(config)))
+    model = with_our_adapters(model)
+    with torch.no_grad():
+        model.get_parameter(f"{EXPERTS[2]}_lora_B").mul_(scale)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        errors = save_pretrained(model, tmp_path / "target", merge_adapters=True)
+    texts = [str(w.message) for w in caught if "rounding takes back" in str(w.message)]
+    if scale == 1:
+        assert not texts and min(e.kept for e in errors.values()) > 0.3
+    else:
+        assert len(texts) == 1 and f"1 of {len(errors)} weights; serve the adapter" in texts[0]
+        assert texts[0].endswith(f"\n{EXPERTS[2]}: 0.0 % is kept")
+        assert errors[EXPERTS[2]].kept == 0

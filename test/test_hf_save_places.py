@@ -248,8 +248,9 @@ def test_too_little_room_is_seen_before_writing(writer, tmp_path, monkeypatch, c
 ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 
 
-@pytest.mark.parametrize("existing", [True, False], ids=["existing", "new"])
-@pytest.mark.parametrize("code", ERRORS, ids=errno.errorcode.get)
+@pytest.mark.parametrize(
+    ("code", "existing"), [(code, True) for code in ERRORS] + [(errno.ENOSPC, False)]
+)
 def test_a_disk_that_fails(writer, code, existing, tmp_path, monkeypatch, capsys):
     target = tmp_path / "target"
     if existing:
