@@ -83,7 +83,10 @@ def _row(name: str, weight: MXTensor) -> Row:
 
 def _error(name: str, weight: MXTensor, others: dict[str, Entry], folder: Path) -> float:
     if name not in others:
-        raise ValueError(f"{name}: {folder} has no such tensor to compare with")
+        raise ValueError(
+            f"{name}: {folder} has no such tensor to compare with; give "
+            f"the checkpoint in high precision that this one was packed from"
+        )
     original = read_tensor(others, name)
     if original.shape != weight.mT.shape:
         raise ValueError(

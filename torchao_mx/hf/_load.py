@@ -88,8 +88,9 @@ def from_pretrained(
         TypeError: ``config`` is no config of ``quantize_``, ``dtype`` no floating dtype, or ``kw`` has
             options that this function sets or does not take.
         ValueError: the checkpoint is damaged, or of another quantization, or has layers that ``config``
-            cannot quantize, or lacks weights to be quantized or has them in other shapes; the message names
-            each.
+            cannot quantize, or lacks tensors of the model, has them in other shapes or more of them (parts of
+            another model, such as an encoder of images, are left out); the message names each.
+        OSError: a file cannot be opened.
         NotImplementedError: it is in MXFP4 and its experts are of no class known here.
 
     Example::

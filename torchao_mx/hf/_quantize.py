@@ -21,6 +21,8 @@ from torchao_mx.hf._config import build_skeleton, checked_method, load_config
 from torchao_mx.hf._files import Entry, read_json, read_tensor
 from torchao_mx.hf._inspect import Row, relative_error
 from torchao_mx.hf._layout import (
+    BLOCKS,
+    SCALES,
     block_shapes,
     packed_weights,
     tied_names,
@@ -91,16 +93,17 @@ def _checked(source: Path) -> tuple[dict[str, Entry], list[str], list[str]]:
     config, _ = load_config(source, entries.values())
     method = checked_method(config, entries, source)
     if method is not None:
+        packed = (name for name in sorted(entries) if name.endswith((BLOCKS, SCALES)))
+        what = next(packed, f"quant_method={method!r} in {CONFIG}")
         raise ValueError(
-            f"{source}: quantized already, quant_method={method!r} in {CONFIG}; give the checkpoint in high "
-            f"precision that it is from"
+            f"{source}: quantized already, {what}; give the checkpoint in high precision that it is from"
         )
     skeleton = build_skeleton(AutoModelForCausalLM, config, source)
     weights = packed_weights(skeleton)
     if not weights:
         raise ValueError(
-            f"{source}: {type(skeleton).__name__} has no experts that MXFP4 checkpoints hold; those of "
-            f"gpt-oss are held"
+            f"{source}: {type(skeleton).__name__} has no experts that MXFP4 checkpoints hold, as "
+            f"gpt-oss has; use from_pretrained with config=MXWeightOnlyConfig() for other models"
         )
     problems = header_problems(entries, skeleton, [])
     if problems:
