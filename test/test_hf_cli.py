@@ -377,7 +377,8 @@ def test_a_merge_that_loses_the_update_is_not_written_unless_forced(tmp_path, ca
     with pytest.warns(UserWarning, match=LOST.format(4)):
         code, out, err = run(capsys, "merge", folder, adapter, target, "--force")
     assert code == 0 and out.endswith("at least 0.0000 of each update is kept\n")
-    assert_same(saved_tensors(target), saved_tensors(folder))  # as nothing was added
+    for name in NAMES:  # as if nothing had been added
+        assert torch.equal(packed(target, name).dequantize(), packed(folder, name).dequantize())
     code, out, err = run(capsys, "merge", folder, adapter_of(folder, adapter), target)
     assert code == 0 and "rounding takes back" not in err
 

@@ -60,7 +60,8 @@ def save_pretrained(
 
     Stock transformers of both versions loads the folder, where it dequantizes to the values of
     ``MXTensor.dequantize()`` bit for bit; so does :func:`from_pretrained`, to the same bytes. Other files of
-    an existing folder, such as a tokenizer's, stay. On any error the folder is as it was. How weights
+    an existing folder, such as a tokenizer's, stay. On any error the folder is as it was; if the process is
+    killed, the old checkpoint loads or the new one, and the next save removes what is left. How weights
     quantize their activations (``MXTensor.activation``) is not part of the layout, nor are packed linear
     layers: their values are written unpacked.
 
@@ -84,7 +85,8 @@ def save_pretrained(
         NotImplementedError: the model has no experts that the layout is for.
         ValueError: a tensor that the layout has no place for or that could not be loaded again, each named;
             adapters that overflow; ``max_shard_size`` is no size, or ``path`` a file; with
-            ``merge_adapters``, a folder with an adapter.
+            ``merge_adapters``, a folder with an adapter; a generation config that transformers refuses.
+        OSError: the folder may not be written into, has no room, or another save into it is under way.
 
     Example::
 

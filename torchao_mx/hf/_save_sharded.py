@@ -62,6 +62,7 @@ def save_distributed(
         ValueError: tensors that are missing, misshapen, or that the layout has no place for (adapters:
             they are saved by :func:`save_adapter`), each named; an expert weight of another format, or of
             high precision without ``quantize``; a scale that is NaN, a weight of zeros; ``path`` a file.
+        OSError: as :func:`save_pretrained`.
 
     Example::
 
