@@ -37,6 +37,8 @@ REMEDY = re.compile(
     re.IGNORECASE,
 )
 
+LAYER = re.compile(r"\bmodel\.layers\.\d+\.\w+")  # of a tensor that is missing from the folder
+
 
 class Verdict(NamedTuple):
     kind: str
@@ -62,7 +64,7 @@ def judge_refusal(error, names):
 
 
 def judge_message(said, names, what=""):
-    named = any(name in said for name in names if name)
+    named = any(name in said for name in names if name) or LAYER.search(said)
     kind = REFUSED if named and REMEDY.search(said) else VAGUE
     return Verdict(kind, f"{what}: {said[:600]}")
 

@@ -41,7 +41,7 @@ NUMBERS = [
     1e308,
 ]
 STRANGERS = [  # what some loader reads before a checkpoint's own files, or instead of them
-    "other", SINGLE, INDEX, "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin",
+    "other.safetensors", SINGLE, INDEX, "adapter_config.json", "adapter_model.safetensors", "pytorch_model.bin",
     "shard-0-model-00001-of-00001.safetensors", "model.fp16.safetensors",
 ]  # fmt: skip
 SCALARS = st.one_of(

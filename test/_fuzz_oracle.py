@@ -157,6 +157,8 @@ class Said:
         if name in self.tensors:
             self.used.add(name)
             return self.tensors[name]
+        if name.startswith("model.") and name.removeprefix("model.") in self.tensors:
+            return self.value(name.removeprefix("model."))  # as of a model without its head
         owner, _, weight = name.rpartition(".")
         if f"{name}_blocks" in self.tensors:
             self.used |= {f"{name}_blocks", f"{name}_scales"}

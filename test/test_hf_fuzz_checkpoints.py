@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 import _fuzz
 import huggingface_hub.constants
 import transformers
-from _fuzz_cases import on_config, on_files, on_index, on_json, on_tensors, one, several
+from _fuzz_cases import STRANGERS, on_config, on_files, on_index, on_json, on_tensors, one, several
 from _fuzz_files import OUTSIDE, SINGLE, mutated, read, sharded, tensors_in, write
 from _fuzz_oracle import problems, unused
 from test_hf_load import config_of, tensors_of, write_llama
@@ -90,7 +90,11 @@ def names_in(files):
 
 
 def names(family, shards, files):
-    return names_in(base(family, shards)) | names_in(files) | {"config.json", SINGLE, OUTSIDE}
+    return (
+        names_in(base(family, shards))
+        | names_in(files)
+        | {"config.json", SINGLE, OUTSIDE, *STRANGERS}
+    )
 
 
 def run(folder, family, shards, mutations):

@@ -92,6 +92,7 @@ def prepare(folder, command, shards, target, mutations, others):
             "fifo",
         )
     }
+    places["file"] = folder / "plain.txt"  # a name that no message has by chance
     places["file"].write_text("text")
     places["locked"].mkdir()
     places["locked"].chmod(0o555)
@@ -163,7 +164,7 @@ def judge(folder, places, arguments, before, code, out, err, error):
         }
         names = (
             adapters.names_in(files)
-            | {a for a in arguments if len(a) > 1}
+            | {a for a in arguments[1:] if len(a) > 1 and a != "--json"}
             | {"argument", "the following arguments"}
         )
         verdict = _fuzz.judge_message(err, names, f"exit {code}")
@@ -171,43 +172,44 @@ def judge(folder, places, arguments, before, code, out, err, error):
         return _fuzz.Verdict(_fuzz.REFUSED if usage else verdict.kind, verdict.text)
     if "--help" in arguments:
         return _fuzz.Verdict(_fuzz.LOADED)
-    return _done(places, arguments, before, after, out)
+    return _done(folder, places, arguments, before, after, out)
 
 
-def _done(places, arguments, before, after, out):
+def positional(arguments, folder):
+    """The folders that a command was given, "." being ``folder / "other"``."""
+    valued = ("--config", "--max-shard-size", "--compare")
+    words = zip(["", *arguments], arguments, strict=False)
+    kept = [word for before, word in words if before not in valued and not word.startswith("--")]
+    return [folder / "other" / word for word in kept[1:]]
+
+
+def _done(folder, places, arguments, before, after, out):
     """What a command that succeeded did: read by the oracle, with nothing but its target changed."""
-    positional = [a for a in arguments if not a.startswith("-")]
+    paths = positional(arguments, folder)
+    target = paths[-1].resolve() if arguments[0] != "inspect" else folder / "nothing"
+    inside = target.relative_to(folder.resolve())
+    strangers = [
+        k for k in before.keys() | after.keys()
+        if before.get(k) != after.get(k) and not Path(k).is_relative_to(inside) and k not in map(str, inside.parents)
+    ]  # fmt: skip
+    if strangers:
+        return _fuzz.Verdict("changed more than its target", str(strangers))
     try:
         if arguments[0] == "inspect":
-            return _inspected(arguments, before, after, out)
-        target = Path(
-            next(a for a in reversed(positional) if a.startswith(str(places["source"].parent)))
-        )
-        root = places["source"].parent
-        inside = target.resolve().relative_to(root.resolve())
-        strangers = [
-            k for k in before.keys() | after.keys()
-            if before.get(k) != after.get(k) and not Path(k).is_relative_to(inside) and k not in map(str, inside.parents)
-        ]  # fmt: skip
-        if strangers:
-            return _fuzz.Verdict("changed more than its target", str(strangers))
-        tensors = read_tensors(target)
-        if read_json(target / "config.json")["quantization_config"]["quant_method"] != "mxfp4":
-            return _fuzz.Verdict("wrong output", "config.json says no mxfp4")
-        problem = (
-            _quantized(places, arguments, tensors)
-            if arguments[0] == "quantize"
-            else _merged(tensors, places)
-        )
-        return _fuzz.Verdict("wrong output", problem) if problem else _fuzz.Verdict(_fuzz.LOADED)
+            problem = _inspected(read_tensors(paths[0]), arguments, out)
+        elif read_json(target / "config.json")["quantization_config"]["quant_method"] != "mxfp4":
+            problem = "config.json says no mxfp4"
+        elif arguments[0] == "quantize":
+            problem = _quantized(read_tensors(paths[0]), arguments, read_tensors(target))
+        else:
+            problem = _merged(read_tensors(paths[0]), paths[1], read_tensors(target))
     except Unreadable as error:
         return _fuzz.Verdict("succeeded with what is unreadable", str(error))
+    return _fuzz.Verdict("wrong output", problem) if problem else _fuzz.Verdict(_fuzz.LOADED)
 
 
-def _inspected(arguments, before, after, out):
-    if before != after:
-        return _fuzz.Verdict("inspect changed files", "")
-    tensors = read_tensors(Path(next(a for a in arguments[1:] if a.startswith("/"))))
+def _inspected(tensors, arguments, out):
+    """What is wrong with ``out``, the table or the JSON of the packed ``tensors``."""
     names = sorted(n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks"))
     if "--json" not in arguments:
         wrong = [n for n in names if n not in out]
@@ -219,16 +221,14 @@ def _inspected(arguments, before, after, out):
             n for n in names if n not in rows or rows[n]["nan_scales"] != (scales[n] == 255).sum()
         ]
         wrong += [n for n in rows if n not in names]
-    return _fuzz.Verdict("wrong output", str(wrong)) if wrong else _fuzz.Verdict(_fuzz.LOADED)
+    return str(wrong) if wrong else ""
 
 
-def _quantized(places, arguments, tensors):
-    mode = next(
-        (m for m in ScaleCalculationMode for a in arguments if a == f"mxfp4:{m.value}"),
-        ScaleCalculationMode.RCEIL,
-    )
-    source = Path(arguments[[a.startswith("/") for a in arguments].index(True)])
-    for name, value in read_tensors(source).items():
+def _quantized(source, arguments, tensors):
+    """What is wrong with ``tensors``, quantized from those of ``source``."""
+    given = [a.partition(":")[2] for a in arguments if a.startswith("mxfp4")]
+    mode = ScaleCalculationMode(given[-1] if given and given[-1] else "rceil")
+    for name, value in source.items():
         if f"{name}_blocks" not in tensors:
             if name in tensors and not equal(tensors[name], value):
                 return f"{name} differs"
@@ -240,10 +240,9 @@ def _quantized(places, arguments, tensors):
     return ""
 
 
-def _merged(tensors, places):
-    """Each weight within what rounding to 4 bits takes of ``W + s B A``."""
-    old = read_tensors(places["source"])
-    said = adapters.SaidAdapter(places["adapter"])
+def _merged(old, adapter, tensors):
+    """What is wrong with ``tensors``, each within what rounding to 4 bits takes of ``W + s B A``."""
+    said = adapters.SaidAdapter(adapter)
     updates = said.updates(adapters.sizes("gpt_oss"))
 
     def values(of):

@@ -147,8 +147,9 @@ def check_checkpoint(entries: dict[str, Entry], skeleton: nn.Module, folder: Pat
     weights = packed_weights(skeleton)
     if not weights:
         raise NotImplementedError(
-            f"{type(skeleton).__name__} has no experts that are read from MXFP4 checkpoints; those of "
-            f"gpt-oss are. For another architecture load a bf16 checkpoint with config=MXWeightOnlyConfig()"
+            f"{folder / _CONFIG}: {type(skeleton).__name__} has no experts that are read from MXFP4 "
+            f"checkpoints; those of gpt-oss are. For another architecture load a bf16 checkpoint with "
+            f"config=MXWeightOnlyConfig()"
         )
     problems = header_problems(entries, skeleton, weights)
     if not problems:
