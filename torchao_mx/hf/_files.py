@@ -91,7 +91,7 @@ def _json_object(text: bytes, file: Path) -> dict[str, Any]:
     try:
         record = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
     except ValueError as error:
-        raise ValueError(f"{file}: not JSON as it should be ({error}); {AGAIN}") from error
+        raise ValueError(f"{file}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(record, dict):
         raise ValueError(f"{file}: a JSON {type(record).__name__} and no JSON object; {AGAIN}")
     level: list[Any] = [record]
