@@ -29,14 +29,14 @@ import torch
 REFUSALS = (ValueError, TypeError, NotImplementedError, OSError)
 SHARE = 0.95  # of refusals that name a file or tensor and a remedy
 MEMORY = 3 << 30  # bytes that a case may have beyond what the process holds at the start
-# What a refusal tells its reader to do: an imperative, with what it is done to.
+# What a refusal tells its reader to do: an imperative where a clause begins, and what it is done to.
 REMEDY = re.compile(
-    r"\b(use|give|pass|download|export|save|load|remove|delete|replace|rename|restore|install|choose|free|set|name|"
-    r"write|point|copy|convert|quantize|merge|make|add|leave|untie|take|check|upgrade|say|call|put|move)\b"
-    r"[^.;:\n]*\b\w+|\bsay how\b|\btry again\b",
-    re.IGNORECASE,
+    r"(?:^|[;:,.(]\s+|\b(?:or|and|then|please)\s+)"
+    r"(use|give|pass|download|export|save|load|remove|delete|replace|rename|restore|install|choose|free|set|name|"
+    r"write|point|copy|convert|quantize|merge|make|add|leave|untie|take|check|say|call|put|move|train|correct|wait|"
+    r"skip|pad|serve|report|pack|view)\b\s+\S",
+    re.IGNORECASE | re.MULTILINE,
 )
-
 LAYER = re.compile(r"\bmodel\.layers\.\d+\.\w+")  # of a tensor that is missing from the folder
 
 

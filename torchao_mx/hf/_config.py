@@ -126,8 +126,8 @@ def quant_method(config: Any) -> str | None:
     method = record.get("quant_method") if isinstance(record, dict) else None
     if not isinstance(method, str):
         raise ValueError(
-            f"quantization_config in config.json is {record!r} and names no quant_method; "
-            f"for gpt-oss's layout it is {{'quant_method': 'mxfp4'}}"
+            f"quantization_config in config.json is {record!r} and names no quant_method; use the "
+            f"config.json of this checkpoint, which for gpt-oss's layout has {{'quant_method': 'mxfp4'}}"
         )
     return method
 

@@ -34,10 +34,14 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
     names = sorted(n.removesuffix(BLOCKS) for n in entries if n.endswith(BLOCKS))
     halves = {n.removesuffix(SCALES) for n in entries if n.endswith(SCALES)} ^ set(names)
     if halves:
-        raise ValueError(f"{min(halves)}: {folder} has its blocks or its scales, and not the other")
+        raise ValueError(
+            f"{min(halves)}: {folder} has its blocks or its scales, and not the other; "
+            f"download or export both again"
+        )
     if not names:
         raise ValueError(
-            f"{folder}: no weights in blocks and scales; there is nothing packed to inspect"
+            f"{folder}: no weights in blocks and scales, so nothing packed to inspect; give a packed "
+            f"checkpoint's folder"
         )
     others = None if compare is None else read_folder(compare)
     rows = []
@@ -48,7 +52,7 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
         try:
             weight = MXTensor.from_blocks(blocks, scales, torch.bfloat16)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}; export it again") from None
         row = _row(name, weight)
         if others is not None:
             row["error"] = _error(name, weight, others, compare)
