@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from test_hf_load import config_of, tensors_of, write
 
-from torchao_mx.hf import from_pretrained
+from torchao_mx.hf import from_pretrained, load_adapter
 from torchao_mx.hf._checkpoint import read_folder
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -255,3 +255,22 @@ def test_links_are_followed(folder, tmp_path, tensors):
     (folder / FILE).rename(blob)
     (folder / FILE).symlink_to(blob)
     assert read_folder(folder).keys() == load_file(blob).keys() == tensors.keys()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pipe_in_the_place_of_an_adapters_file(name, tmp_path):
+    def stop(*args):
+        raise TimeoutError("waited for the pipe")
+
+    (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"x": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(5)
+    try:
+        with pytest.raises(ValueError, match=f"{name}: .* not a regular file"):
+            load_adapter(torch.nn.Linear(1, 1), tmp_path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
