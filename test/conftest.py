@@ -64,6 +64,20 @@ hypothesis.settings.load_profile("torchao_mx")
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
+def pytest_addoption(parser):
+    group = parser.getgroup("fuzz", "the fuzzers, test_hf_fuzz_*.py")
+    group.addoption("--fuzz", type=int, metavar="N", help="cases of each, instead of the few of CI")
+    group.addoption(
+        "--fuzz-seed", type=int, default=0, metavar="SEED", help="of the cases; default 0"
+    )
+    group.addoption("--fuzz-case", metavar="CASE", help="one case again, as a report prints it")
+    group.addoption("--fuzz-all", action="store_true", help="report every case of a kind, not one")
+    parser.addoption(
+        "--kills", type=int, default=2, metavar="N",
+        help="how often test_hf_kill.py kills each of its saves; many: at every file operation",
+    )  # fmt: skip
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return
@@ -111,13 +125,6 @@ def poisoned(monkeypatch):
     ):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
     assert (torch.zeros(1).new_empty(3).view(torch.uint8) == 0xAB).all()
-
-
-def pytest_addoption(parser):
-    parser.addoption(
-        "--kills", type=int, default=2, metavar="N",
-        help="how often test_hf_kill.py kills each of its saves; many: at every file operation",
-    )  # fmt: skip
 
 
 @pytest.fixture

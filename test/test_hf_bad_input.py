@@ -6,6 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from safetensors.torch import load_file, save_file
 from test_hf_load import (
     LAYERS,
     QUANTIZATION,
@@ -162,6 +163,8 @@ def test_shards(tmp_path):
     refused(folder, "model.ghost: .* where it is not")
     folder = fresh("no_index")
     (folder / "model.safetensors.index.json").write_text("[]")
+    refused(folder, "a JSON list and no JSON object")
+    (folder / "model.safetensors.index.json").write_text("{}")
     refused(folder, "not an index of shards")
     (folder / "model.safetensors.index.json").unlink()
     refused(folder, "neither model.safetensors nor")
@@ -187,12 +190,15 @@ def test_configs(tmp_path):
     record = json.loads((llama / "config.json").read_text())
     record["quantization_config"] = QUANTIZATION
     (llama / "config.json").write_text(json.dumps(record))
+    refused(llama, "no tensor is packed.* Remove quantization_config")
+    packed = {"model.norm_blocks": torch.zeros(1, dtype=torch.uint8)}
+    save_file(load_file(llama / "model.safetensors") | packed, llama / "model.safetensors")
     refused(llama, "LlamaForCausalLM has no experts", NotImplementedError)
 
 
 def test_layers_that_cannot_be_quantized_are_named_before_loading(tmp_path):
     write_llama(tmp_path, hidden_size=48)
-    (tmp_path / "model.safetensors").unlink()
+    save_file({"x": torch.zeros(8)}, tmp_path / "model.safetensors")
     config = MXWeightOnlyConfig()
     message = r"layers\.0\.self_attn\.q_proj: .*48"
     refused(tmp_path, message, config=config, filter_fn=lambda m, name: name.endswith("q_proj"))

@@ -5,7 +5,6 @@ The oracle loads in ``dtype`` with transformers and then calls ``quantize_``.
 
 # ruff: noqa: E402  the imports after importorskip need what it asks for
 
-import inspect
 import json
 import os
 import re
@@ -175,18 +174,6 @@ def test_tied_embeddings(name, tmp_path):
 def test_biases_of_linear_layers(tmp_path):
     folder = checkpoint(tmp_path, "llama", attention_bias=True, mlp_bias=True)
     assert_same(from_pretrained(folder, config=MXFP4), oracle(folder))
-
-
-@pytest.mark.skipif(
-    "module.weight.float()" in inspect.getsource(transformers.PreTrainedModel._init_weights),
-    reason="transformers 5.8 fills a copy of a weight whose bias is missing",
-)
-def test_a_bias_that_the_checkpoint_lacks_is_zero_as_in_transformers(tmp_path):
-    folder = checkpoint(tmp_path, "llama", attention_bias=True)
-    edit(folder, lambda tensors: tensors.pop(LAYER.replace("weight", "bias")))
-    model = from_pretrained(folder, config=MXFP4)
-    assert not model.model.layers[1].self_attn.q_proj.bias.any()
-    assert_same(model, oracle(folder))
 
 
 @pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}], ids=str)

@@ -17,7 +17,6 @@ without, so that files of different saves are told apart.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -26,10 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from torchao_mx.hf._files import AGAIN, read_json, read_metadata, read_tensors
 from torchao_mx.hf._staging import save_tensors, staging, sync, writing
 from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
 
@@ -244,34 +243,36 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: one of them is damaged, or they are of different saves.
+        ValueError: one of them is damaged, they are of different saves, or fields have other types.
     """
     folder = Path(path)
     config = _read_config(folder)
-    with _reading(folder), safe_open(folder / WEIGHTS_FILE, "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no iterator
-    return config, tensors
-
-
-@contextlib.contextmanager
-def _reading(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder}: cannot be read ({error}); save the adapter again") from error
+    return config, read_tensors(folder / WEIGHTS_FILE)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The config that the weights in ``folder`` were saved with; of theirs only the header is read."""
-    with _reading(folder):
-        config = json.loads((folder / CONFIG_FILE).read_text())
-        with safe_open(folder / WEIGHTS_FILE, "pt") as file:
-            saved = json.loads((file.metadata() or {}).get(_MARK, "null"))
-    if isinstance(config, dict) and config.get("peft_type") == _INTERRUPTED:
+    config = read_json(folder / CONFIG_FILE)
+    mark = read_metadata(folder / WEIGHTS_FILE).get(_MARK, "null")
+    try:
+        saved = json.loads(mark)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: {_MARK} in its metadata is not JSON ({error}); {AGAIN}"
+        ) from error
+    if config.get("peft_type") == _INTERRUPTED:
         before, after = config.get("before"), config.get("after")
         config = after if isinstance(after, dict) and _paired(after) == saved else before
-    if not isinstance(config, dict):
-        raise ValueError(f"{folder / CONFIG_FILE}: no JSON object; save the adapter again")
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: of an interrupted save; save the adapter again"
+            )
+    targets = config.get("target_parameters")
+    if not isinstance(targets, (list, type(None))):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: target_parameters={targets!r}; it must be a list of names: save the "
+            f"adapter again"
+        )
     found = _paired(config)
     if saved is not None and saved != found:
         there = saved if isinstance(saved, dict) else {}
@@ -294,9 +295,13 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
         ValueError: all that is wrong with it.
     """
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded")
+        raise ValueError(
+            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded: give "
+            f"the folder of one"
+        )
     problems = [
-        f"{name}={config[name]!r}, which has no counterpart here"
+        f"{name}={config[name]!r}, which has no counterpart here; train without it, or use PEFT on the "
+        f"model in high precision"
         for name in _NO_COUNTERPART
         if config.get(name)
     ]
@@ -309,11 +314,17 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
     for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
         found = config.get(name, default)
         if ours is not None and found != ours[name]:
-            problems.append(f"{name}={found!r} and the model's adapters have {ours[name]!r}")
+            problems.append(
+                f"{name}={found!r} and the model's adapters have {ours[name]!r}; give quantize_ an "
+                f"MXWeightOnlyLoRAConfig with the adapter's"
+            )
     if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']!r}; biases are frozen here")
+        problems.append(
+            f"bias={config['bias']!r}; biases are frozen here: train with bias='none', or use PEFT on "
+            f"the model in high precision"
+        )
     if problems:
-        raise ValueError(f"{CONFIG_FILE}: {'; '.join(problems)}")
+        raise ValueError(f"{CONFIG_FILE}: " + "\n".join(problems))
 
 
 def checked_pairs(
@@ -348,7 +359,11 @@ def checked_pairs(
         pairs.append((a, b))
     problems += [f"{key}: the model has no {place} there" for key in tensors if key not in known]
     if problems:
-        raise ValueError(f"{WEIGHTS_FILE} does not fit the model:\n" + "\n".join(problems))
+        lines = "\n".join(problems)
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit the model; use the model that it was trained on, adapted in the "
+            f"same places, or save the adapter again:\n{lines}"
+        )
     convert = _conversion(adapters, pairs)
     return [
         pair if adapter.lora_a.dim() == 2 else convert(adapter, *pair)

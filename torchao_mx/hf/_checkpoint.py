@@ -7,117 +7,133 @@ scales are all zero.
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from tqdm import tqdm
 
+from torchao_mx.hf._files import Entry, read_header, read_json, read_tensor, same_bytes
 from torchao_mx.hf._layout import (
     BLOCKS,
     SCALES,
     block_shapes,
-    packed_modules,
+    has_owner,
     packed_weights,
     tied_names,
 )
-from torchao_mx.hf._staging import named_weights
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 NAN_SCALE = 255
 _LINES = 12  # of an error's list
-_FLOATS = ("BF16", "F16", "F32")
-_LENGTH_BYTES = 8  # of the header's length, at the start of a file
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A tensor in a file, by its header."""
-
-    file: Path
-    dtype: str
-    shape: tuple[int, ...]
+FLOATS = ("BF16", "F16", "F32")
+_CONFIG, _WEIGHTS_KEY = "config.json", "transformers_weights"
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint in ``folder``, of one file or of the shards that the index lists.
+    """Every tensor of the checkpoint in ``folder``, in the files that transformers reads.
+
+    These are what ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else the
+    shards of the index. Where ``model.safetensors`` and an index are both there, they have to agree in every
+    byte, since whoever wrote the second of them meant that one.
 
     Raises:
-        ValueError: no weights; a shard missing, cut short or unreadable; an index that disagrees with files.
+        OSError: a file that cannot be opened.
+        ValueError: no weights; a shard missing or damaged; an index that disagrees with files; a file and
+            shards that differ.
     """
-    # A save that was killed midway has config.json name the weights, by transformers' own key.
-    named = named_weights(folder)
-    if named is not None and not named.endswith(".json"):
-        return _read_header(folder / named)
-    index = folder / (named or INDEX)
-    if not index.is_file():
-        if not (folder / SINGLE).is_file():
-            raise ValueError(
-                f"{folder}: neither {SINGLE} nor {INDEX} is there; give a folder with the weights as "
-                f"safetensors (other formats are not read)"
-            )
-        return _read_header(folder / SINGLE)
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        files = sorted(set(places.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give that of a checkpoint")
+    named = _named_weights(folder / _CONFIG)
+    if named is not None:
+        read = _read_shards if named.suffix == ".json" else read_header
+        return read(named)
+    single, index = folder / SINGLE, folder / INDEX
+    if not single.exists() and not index.exists():
         raise ValueError(
-            f"{index}: not an index of shards ({error!r}); download it again"
-        ) from error
+            f"{folder}: neither {SINGLE} nor {INDEX} is there; give a folder with the weights as "
+            f"safetensors (other formats are not read)"
+        )
+    sharded = _read_shards(index) if index.exists() else {}
+    if not single.exists():
+        return sharded
+    entries = read_header(single)
+    if index.exists():
+        _check_agreement(single, index, entries, sharded)
+    return entries
+
+
+def _named_weights(config: Path) -> Path | None:
+    """The file that ``transformers_weights`` names, which transformers reads before any other."""
+    name = read_json(config).get(_WEIGHTS_KEY) if config.exists() else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _FILE.fullmatch(name.removesuffix(".index.json")):
+        raise ValueError(
+            f"{config}: {_WEIGHTS_KEY}={name!r}; it names a *.safetensors file, or an index of such, in the "
+            f"same folder: remove it, or correct it"
+        )
+    return config.with_name(name)
+
+
+def _read_shards(index: Path) -> dict[str, Entry]:
+    places = _weight_map(index)
     entries: dict[str, Entry] = {}
-    for file in files:
-        for name, entry in _read_header(folder / file).items():
+    for file in sorted(set(places.values())):
+        path = index.with_name(file)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: the index lists this file and it is missing; download it again"
+            )
+        for name, entry in read_header(path).items():
             if places.get(name) != file:
                 raise ValueError(
-                    f"{name}: in {file}, while {index.name} places it in {places.get(name)}; the files are "
-                    f"of different checkpoints: download all of them again"
+                    f"{name}: in {file}, while {index} places it in {places.get(name)}; the files are of "
+                    f"different checkpoints: download all of them again"
                 )
             entries[name] = entry
     lost = sorted(places.keys() - entries.keys())
     if lost:
         raise ValueError(
-            f"{lost[0]}: {index.name} places it in {places[lost[0]]}, where it is not ({len(lost)} such "
-            f"tensors); download that file again"
+            f"{lost[0]}: {index} places it in {places[lost[0]]}, where it is not ({len(lost)} such tensors); "
+            f"download that file again"
         )
     return entries
 
 
-def _read_header(file: Path) -> dict[str, Entry]:
-    if not file.is_file():
-        raise ValueError(f"{file}: the index lists this file and it is missing; download it again")
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
-        start = _LENGTH_BYTES + length
-        if not 0 < length <= size - _LENGTH_BYTES:
-            raise ValueError(
-                f"{file}: {size} bytes, cut short within its header or no safetensors file; download it again"
-            )
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            entries = {
-                name: Entry(file, record["dtype"], tuple(record["shape"]))
-                for name, record in header.items()
-            }
-            ends = {name: start + record["data_offsets"][1] for name, record in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{file}: its header cannot be read ({error!r}); download it again"
-            ) from error
-    name, end = max(ends.items(), key=lambda item: item[1], default=("", start))
-    if end > size:
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor: a name in the index's own folder."""
+    record = read_json(index)
+    places = record.get("weight_map")
+    if not isinstance(places, dict) or not isinstance(record.get("metadata"), dict) or not places:
         raise ValueError(
-            f"{name}: ends at byte {end} of {file}, which has {size}: the file is cut short, download it "
-            f"again"
+            f"{index}: not an index of shards, which has a weight_map of tensors to files and metadata; "
+            f"download it again"
         )
-    return entries
+    for name, file in places.items():
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
+            raise ValueError(
+                f"{name}: {index} places it in {file!r}; a shard is a *.safetensors file in the index's own "
+                f"folder, given by its name: download the index again"
+            )
+    return places
+
+
+def _check_agreement(
+    single: Path, index: Path, entries: dict[str, Entry], sharded: dict[str, Entry]
+) -> None:
+    different = sorted(entries.keys() ^ sharded.keys()) or [
+        name for name, entry in entries.items() if not same_bytes(entry, sharded[name])
+    ]
+    if different:
+        raise ValueError(
+            f"{different[0]}: not the same in {single} and in the shards of {index} ({len(different)} such "
+            f"tensors); transformers would read the former: remove whichever is out of date"
+        )
 
 
 def check_checkpoint(entries: dict[str, Entry], skeleton: nn.Module, folder: Path) -> None:
@@ -131,8 +147,9 @@ def check_checkpoint(entries: dict[str, Entry], skeleton: nn.Module, folder: Pat
     weights = packed_weights(skeleton)
     if not weights:
         raise NotImplementedError(
-            f"{type(skeleton).__name__} has no experts that are read from MXFP4 checkpoints; those of "
-            f"gpt-oss are. For another architecture load a bf16 checkpoint with config=MXWeightOnlyConfig()"
+            f"{folder / _CONFIG}: {type(skeleton).__name__} has no experts that are read from MXFP4 "
+            f"checkpoints; those of gpt-oss are. For another architecture load a bf16 checkpoint with "
+            f"config=MXWeightOnlyConfig()"
         )
     problems = header_problems(entries, skeleton, weights)
     if not problems:
@@ -158,7 +175,7 @@ def header_problems(
             for suffix, shape in block_shapes(tensor.shape, name).items():
                 wanted[name + suffix] = (("U8",), shape)
         elif name not in tied:
-            wanted[name] = (_FLOATS, tuple(tensor.shape))
+            wanted[name] = (FLOATS, tuple(tensor.shape))
     problems = []
     for name, (dtypes, shape) in wanted.items():
         entry = entries.get(name)
@@ -173,9 +190,8 @@ def header_problems(
             problems.append(
                 f"{name}: has dtype {entry.dtype} and needs {' or '.join(dtypes)}; export it again"
             )
-    experts = tuple(f"{name}." for name, _ in packed_modules(skeleton))
-    for name in entries.keys() - wanted.keys():
-        if name.startswith(experts) or name.endswith((BLOCKS, SCALES)):
+    for name in sorted(entries.keys() - wanted.keys() - tied):
+        if has_owner(skeleton, name) or name.endswith((BLOCKS, SCALES)):
             problems.append(
                 f"{name}: the model of config.json has no place for it; use the config.json of this "
                 f"checkpoint, or remove the tensor"
@@ -196,18 +212,15 @@ def _partner(name: str, entries: dict[str, Entry]) -> str:
 
 
 def _data_problems(entries: dict[str, Entry], weight: str) -> list[str]:
-    def read(suffix: str) -> torch.Tensor:
-        with safe_open(entries[weight + suffix].file, framework="pt") as file:
-            return file.get_tensor(weight + suffix)
-
-    return value_problems(weight, lambda: read(BLOCKS), read(SCALES))
+    scales = read_tensor(entries, weight + SCALES)
+    return value_problems(weight, lambda: read_tensor(entries, weight + BLOCKS), scales)
 
 
 def value_problems(
     weight: str, blocks: Callable[[], torch.Tensor], scales: torch.Tensor
 ) -> list[str]:
     """A line for a weight that is zeros throughout, or some of whose scales are NaN; ``blocks`` if needed."""
-    largest = int(scales.max())
+    largest = int(scales.max()) if scales.numel() else None
     if largest == 0 and not blocks().any():
         problem = (
             f"{weight}{BLOCKS}: it and {weight.rpartition('.')[2]}{SCALES} are zero throughout, "
@@ -223,21 +236,3 @@ def value_problems(
     else:
         return []
     return [problem]
-
-
-def quant_method(config: Any) -> str | None:
-    """What a model's config says of its quantization; None where it says nothing.
-
-    Raises:
-        ValueError: it says something that names no method.
-    """
-    record = getattr(config, "quantization_config", None)
-    if record is None:
-        return None
-    method = record.get("quant_method") if isinstance(record, dict) else None
-    if not isinstance(method, str):
-        raise ValueError(
-            f"quantization_config in config.json is {record!r} and names no quant_method; "
-            f"for gpt-oss's layout it is {{'quant_method': 'mxfp4'}}"
-        )
-    return method

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from tqdm import tqdm
 
-from torchao_mx.hf._checkpoint import NAN_SCALE, Entry, read_folder
+from torchao_mx.hf._checkpoint import NAN_SCALE, read_folder
+from torchao_mx.hf._files import Entry, read_tensor
 from torchao_mx.hf._layout import BLOCKS, SCALES
 from torchao_mx.reference.fp8 import fits_fp8
 from torchao_mx.tensor import MXTensor
@@ -34,19 +34,25 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
     names = sorted(n.removesuffix(BLOCKS) for n in entries if n.endswith(BLOCKS))
     halves = {n.removesuffix(SCALES) for n in entries if n.endswith(SCALES)} ^ set(names)
     if halves:
-        raise ValueError(f"{min(halves)}: {folder} has its blocks or its scales, and not the other")
+        raise ValueError(
+            f"{min(halves)}: {folder} has its blocks or its scales, and not the other; "
+            f"download or export both again"
+        )
     if not names:
         raise ValueError(
-            f"{folder}: no weights in blocks and scales; there is nothing packed to inspect"
+            f"{folder}: no weights in blocks and scales, so nothing packed to inspect; give a packed "
+            f"checkpoint's folder"
         )
     others = None if compare is None else read_folder(compare)
     rows = []
     for name in tqdm(names, desc="Inspecting", disable=None, file=sys.stderr):
         blocks, scales = (read_tensor(entries, name + suffix) for suffix in (BLOCKS, SCALES))
+        if not blocks.numel():
+            raise ValueError(f"{name}: {folder} has it without elements; export it again")
         try:
             weight = MXTensor.from_blocks(blocks, scales, torch.bfloat16)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise ValueError(f"{name}: {error}; export it again") from None
         row = _row(name, weight)
         if others is not None:
             row["error"] = _error(name, weight, others, compare)
@@ -59,11 +65,6 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
         "elements": sum(row["elements"] for row in rows),
     }
     return rows, total
-
-
-def read_tensor(entries: dict[str, Entry], name: str) -> torch.Tensor:
-    with safe_open(entries[name].file, "pt") as file:
-        return file.get_tensor(name)
 
 
 def _row(name: str, weight: MXTensor) -> Row:
@@ -86,7 +87,10 @@ def _row(name: str, weight: MXTensor) -> Row:
 
 def _error(name: str, weight: MXTensor, others: dict[str, Entry], folder: Path) -> float:
     if name not in others:
-        raise ValueError(f"{name}: {folder} has no such tensor to compare with")
+        raise ValueError(
+            f"{name}: {folder} has no such tensor to compare with; give "
+            f"the checkpoint in high precision that this one was packed from"
+        )
     original = read_tensor(others, name)
     if original.shape != weight.mT.shape:
         raise ValueError(

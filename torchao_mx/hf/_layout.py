@@ -80,3 +80,24 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     if not getattr(model.config, "tie_word_embeddings", False):
         return set()
     return set(getattr(model, "_tied_weights_keys", None) or ())  # a list in v4, a dict in v5
+
+
+def has_owner(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor that ``model`` lacks belongs to a module that it has, and changes what that computes.
+
+    A bias that the module was built without, or a layer beyond the last one: yes. A part beside the layers,
+    such as an image encoder, a head for another task or, as DeepSeek-V3 counts them, layers that predict
+    further tokens: no.
+    """
+    *owners, _ = parts = name.split(".")
+    module, depth = model, 0
+    while depth < len(owners) and module._modules.get(owners[depth]) is not None:
+        module = module._modules[owners[depth]]
+        depth += 1
+    if isinstance(module, nn.ModuleList) and parts[depth].isdecimal():
+        more = getattr(model.config, "num_nextn_predict_layers", None)
+        more = more if isinstance(more, int) else 0
+        further = {str(i) for i in range(len(module), len(module) + more)}
+        return parts[depth] not in further
+    holds_layers = any(isinstance(child, nn.ModuleList) for child in module.modules())
+    return any(part.isdecimal() for part in parts[:depth]) or not holds_layers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import functools
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,28 +13,29 @@ import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from torchao_mx.checks import check_high_precision
-from torchao_mx.hf._checkpoint import (
-    INDEX,
-    SINGLE,
-    Entry,
-    check_checkpoint,
-    quant_method,
-    read_folder,
-)
-from torchao_mx.hf._layout import BLOCKS, SCALES, skeleton_of
+from torchao_mx.hf._checkpoint import check_checkpoint, read_folder
+from torchao_mx.hf._complete import check_complete, load_whole
+from torchao_mx.hf._config import build_skeleton, checked_method, from_transformers, load_config
+from torchao_mx.hf._files import Entry
 from torchao_mx.hf._quantizer import NAME
 from torchao_mx.hf._versions import is_v5
 from torchao_mx.hf._while_loading import PTQConfig, packs_while_loading, report_of, selection
 from torchao_mx.model_checks import check_layers
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
+# Given to transformers with the model's config and when it loads; and only then.
+_LOAD_OPTIONS = (*_HUB_OPTIONS, "code_revision", "trust_remote_code")
+_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _REFUSED = frozenset(
     [
+        "adapter_kwargs",
         "device_mesh",
         "distributed_config",
+        "from_flax",
+        "from_tf",
         "gguf_file",
         "output_loading_info",
         "quantization_config",
@@ -104,8 +105,9 @@ def from_pretrained(
             sets or does not take.
         ValueError: the checkpoint is damaged, or of another quantization, or ``config`` can quantize none of
             its layers or not all that ``filter_fn`` selects, or ``filter_fn`` selects nothing or is given
-            for a packed checkpoint; or weights to be quantized are missing or have other shapes. The message
-            names each.
+            for a packed checkpoint; or it lacks tensors of the model, has more of them or in other shapes (parts
+            of another model, such as an encoder of images, are left out). The message names each.
+        OSError: a file cannot be opened.
         NotImplementedError: it is in MXFP4 and its experts are of no class known here.
 
     Example::
@@ -133,14 +135,19 @@ def from_pretrained(
             f"{', '.join(refused)}: not taken here, where a folder is read whole by each process; the "
             f"quantization is config=, the dtype dtype=, the places device_map="
         )
+    if kw.pop("use_safetensors", None) is False:
+        raise TypeError(
+            "use_safetensors=False: only safetensors are read; convert the weights to them"
+        )
     folder = _local_folder(path, kw)
-    model_config = AutoConfig.from_pretrained(
-        folder, trust_remote_code=kw.get("trust_remote_code", False)
-    )
-    method = quant_method(model_config)
+    entries = read_folder(folder)
+    model_config, kw = _read_configs(folder, entries, kw)
+    method = checked_method(model_config, entries, folder)
     options = {"device_map": device_map, "dtype": dtype, **kw}
     if method is None:
-        model = _load_and_quantize(folder, model_config, config, filter_fn, auto_class, options)
+        model = _load_and_quantize(
+            folder, entries, model_config, config, filter_fn, auto_class, options
+        )
     elif method != "mxfp4":
         raise ValueError(
             f"{folder}: config.json says quant_method={method!r}; 'mxfp4' is read here, and checkpoints in "
@@ -157,7 +164,7 @@ def from_pretrained(
             f"and give it to quantize_ for the layers that are not packed"
         )
     else:
-        model = _load_packed(folder, model_config, auto_class, options)
+        model = _load_packed(folder, entries, model_config, auto_class, options)
     # PEFT stores it: the Hub's name, not that of a folder in its cache.
     model.name_or_path = model.config.name_or_path = str(path)
     return model
@@ -165,6 +172,8 @@ def from_pretrained(
 
 def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
     """Where the files are; the Hub's options are taken out of ``kw`` once it was asked."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"path is {path!r}; give a checkpoint's folder, or a name on the Hub")
     if Path(path).is_dir():
         return Path(path)
     if Path(path).exists() or Path(path).is_absolute() or str(path).startswith((".", "~")):
@@ -177,26 +186,39 @@ def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
     wanted = ["*.json", "*.safetensors"]
     if kw.get("trust_remote_code"):
         wanted.append("*.py")
-    # Subfolders have other programs' copies of the weights.
-    folder = snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=["*/*"], **options)
+    with from_transformers(path, "give a checkpoint's folder, or a name on the Hub"):
+        # Subfolders have other programs' copies of the weights.
+        folder = snapshot_download(
+            str(path), allow_patterns=wanted, ignore_patterns=["*/*"], **options
+        )
     return Path(folder)
 
 
+def _read_configs(
+    folder: Path, entries: dict[str, Entry], kw: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """The model's config with what ``kw`` sets in it, and what of ``kw`` is for the model."""
+    loads = {name: kw[name] for name in _LOAD_OPTIONS if name in kw}
+    fields = {name: value for name, value in kw.items() if name not in _IMPLEMENTATIONS}
+    config, unused = load_config(folder, entries.values(), **fields)
+    implementations = {name: kw[name] for name in _IMPLEMENTATIONS if name in kw}
+    return config, {**unused, **loads, **implementations}
+
+
 def _load_packed(
-    folder: Path, config: Any, auto_class: Any, options: dict[str, Any]
+    folder: Path, entries: dict[str, Entry], config: Any, auto_class: Any, options: dict[str, Any]
 ) -> PreTrainedModel:
     config = copy.deepcopy(config)
     record = config.quantization_config
     del config.quantization_config
-    entries = read_folder(folder)
-    skeleton = skeleton_of(auto_class.from_config, config)
-    if auto_class is not AutoModelForCausalLM:
-        entries = _without_new_heads(entries, skeleton)
-    check_checkpoint(entries, skeleton, folder)
+    skeleton = build_skeleton(auto_class, config, folder)
+    new_head = auto_class is not AutoModelForCausalLM
+    found = _without_new_heads(entries, skeleton) if new_head else entries
+    check_checkpoint(found, skeleton, folder)
     config.quantization_config = record | {"quant_method": NAME}
     if is_v5():
         options = {"experts_implementation": NAME, **options}
-    return auto_class.from_pretrained(folder, config=config, **options)
+    return load_whole(auto_class, folder, entries, new_head=new_head, config=config, **options)
 
 
 def _without_new_heads(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, Entry]:
@@ -212,30 +234,22 @@ def _without_new_heads(entries: dict[str, Entry], skeleton: PreTrainedModel) -> 
 
 def _load_and_quantize(
     folder: Path,
+    entries: dict[str, Entry],
     model_config: Any,
     config: AOBaseConfig | None,
     filter_fn: Callable[[nn.Module, str], bool] | None,
     auto_class: Any,
     options: dict[str, Any],
 ) -> PreTrainedModel:
-    if (folder / SINGLE).is_file() or (folder / INDEX).is_file():
-        packed = [name for name in read_folder(folder) if name.endswith((BLOCKS, SCALES))]
-        if packed:
-            raise ValueError(
-                f"{packed[0]}: packed, and config.json of {folder} has no quantization_config; for gpt-oss's "
-                f"layout it is {{'quant_method': 'mxfp4'}}: download config.json again"
-            )
     if config is None:
         raise ValueError(
             f"{folder}: config.json has no quantization_config, so the checkpoint is in high precision; say "
             f"how to quantize it, as with config=MXWeightOnlyConfig()"
         )
-    build = functools.partial(
-        auto_class.from_config,
-        dtype=options["dtype"],
+    skeleton = build_skeleton(
+        auto_class, model_config, folder, dtype=options["dtype"],
         trust_remote_code=options.get("trust_remote_code", False),
-    )
-    skeleton = skeleton_of(build, model_config)
+    )  # fmt: skip
     selects, left = selection(skeleton, config, filter_fn)
     check_layers(skeleton, config, selects)
     if not any(selects(module, name) for name, module in skeleton.named_modules()):
@@ -244,10 +258,17 @@ def _load_and_quantize(
             f"there is no linear layer and no module of experts that is known; load it with transformers' "
             f"own from_pretrained"
         )
+    new_head = auto_class is not AutoModelForCausalLM
+    ignore_mismatched = bool(options.get("ignore_mismatched_sizes"))
+    check_complete(
+        entries, skeleton, folder, ignore_mismatched=ignore_mismatched, new_head=new_head
+    )
     if left:
         warnings.warn(f"{folder}: left in high precision:\n{report_of(left)}", stacklevel=3)
     if packs_while_loading(skeleton, config, options):
         options = {"quantization_config": PTQConfig(config, selects), **options}
-    model = auto_class.from_pretrained(folder, **options)
+    model = load_whole(
+        auto_class, folder, entries, new_head=new_head, config=model_config, **options
+    )
     quantize_(model, config, filter_fn=selects)
     return model

@@ -246,7 +246,7 @@ def _scaling(config: dict[str, Any]) -> float:
     try:
         ours = MXWeightOnlyLoRAConfig(use_rslora=config.get("use_rslora", False), **fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{CONFIG_FILE}: {error}") from None
+        raise ValueError(f"{CONFIG_FILE}: {error}; save the adapter again") from None
     return ours.scaling
 
 

@@ -8,24 +8,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from torchao_mx.formats import MXFP4, ScaleCalculationMode
 from torchao_mx.hf._checkpoint import (
-    Entry,
     header_problems,
-    quant_method,
     raise_problems,
     read_folder,
     value_problems,
 )
-from torchao_mx.hf._inspect import Row, read_tensor, relative_error
+from torchao_mx.hf._config import build_skeleton, checked_method, load_config
+from torchao_mx.hf._files import Entry, read_json, read_tensor
+from torchao_mx.hf._inspect import Row, relative_error
 from torchao_mx.hf._layout import (
     BLOCKS,
     SCALES,
     block_shapes,
     packed_weights,
-    skeleton_of,
     tied_names,
 )
 from torchao_mx.hf._quantizer import MXQuantizationConfig
@@ -91,19 +90,20 @@ def quantize_checkpoint(
 def _checked(source: Path) -> tuple[dict[str, Entry], list[str], list[str]]:
     """A checkpoint's tensors by name, the names to write in the model's order, and those to quantize."""
     entries = read_folder(source)
-    config = AutoConfig.from_pretrained(source)
-    packed = sorted(name for name in entries if name.endswith((BLOCKS, SCALES)))
-    if packed or quant_method(config) is not None:
-        what = packed[0] if packed else f"quant_method={quant_method(config)!r} in {CONFIG}"
+    config, _ = load_config(source, entries.values())
+    method = checked_method(config, entries, source)
+    if method is not None:
+        packed = (name for name in sorted(entries) if name.endswith((BLOCKS, SCALES)))
+        what = next(packed, f"quant_method={method!r} in {CONFIG}")
         raise ValueError(
             f"{source}: quantized already, {what}; give the checkpoint in high precision that it is from"
         )
-    skeleton = skeleton_of(AutoModelForCausalLM.from_config, config)
+    skeleton = build_skeleton(AutoModelForCausalLM, config, source)
     weights = packed_weights(skeleton)
     if not weights:
         raise ValueError(
-            f"{source}: {type(skeleton).__name__} has no experts that MXFP4 checkpoints hold; those of "
-            f"gpt-oss are held"
+            f"{source}: {type(skeleton).__name__} has no experts that MXFP4 checkpoints hold, as "
+            f"gpt-oss has; use from_pretrained with config=MXWeightOnlyConfig() for other models"
         )
     problems = header_problems(entries, skeleton, [])
     if problems:
@@ -139,7 +139,7 @@ def _row(name: str, weight: MXTensor, original: torch.Tensor) -> Row:
 
 
 def _write_config(source: Path, folder: Path) -> None:
-    record = json.loads((source / CONFIG).read_text())
+    record = read_json(source / CONFIG)
     record["quantization_config"] = MXQuantizationConfig().to_dict()
     record.pop(WEIGHTS_KEY, None)  # files of the source
     with writing(folder / CONFIG):

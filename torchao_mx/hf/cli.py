@@ -20,24 +20,26 @@ MODE says how a block's scale follows from its largest magnitude; for ``merge``,
 written whole or stays as it was; files beside the weights, such as a tokenizer's, are copied into it.
 
 Exit codes: 0; 1 where a checkpoint or an adapter is damaged or does not fit, a merge loses an update, or the
-system fails; 2 for arguments that make no sense.
+system fails; 2 for arguments that make no sense; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
 from torchao_mx.checks import HIGH_PRECISION_DTYPES
 from torchao_mx.formats import MXFP4, ScaleCalculationMode
-from torchao_mx.hf._checkpoint import quant_method
+from torchao_mx.hf._adapter import check_config, read_adapter
+from torchao_mx.hf._checkpoint import read_folder
+from torchao_mx.hf._config import checked_method, load_config
 from torchao_mx.hf._inspect import Row, inspect
 from torchao_mx.hf._load import from_pretrained
 from torchao_mx.hf._merge import SCALING_MODE, MergeWarning, lost_updates, merge_adapter
@@ -100,14 +102,14 @@ def _quantize(options: argparse.Namespace) -> _Result:
 
 
 def _merge(options: argparse.Namespace) -> _Result:
-    if not options.source.is_dir():
-        raise ValueError(f"{options.source}: no such folder; give that of a checkpoint")
-    config = AutoConfig.from_pretrained(options.source)
-    if quant_method(config) is None:
+    entries = read_folder(options.source)
+    config, _ = load_config(options.source, entries.values())
+    if checked_method(config, entries, options.source) is None:
         raise ValueError(
             f"{options.source}: in high precision, where PEFT's merge_and_unload() merges; for a packed "
             f"checkpoint of the result, torchao-mx quantize it then"
         )
+    check_config(read_adapter(options.adapter)[0])  # before long work
     dtype = config.dtype if config.dtype in HIGH_PRECISION_DTYPES else torch.bfloat16
     model = from_pretrained(options.source, dtype=dtype)
     mode = options.config or SCALING_MODE
@@ -158,7 +160,7 @@ def _scaling_mode(text: str) -> ScaleCalculationMode | None:
 def _size(text: str) -> int:
     try:
         return bytes_of(text)
-    except ValueError as error:
+    except (OverflowError, ValueError) as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -212,20 +214,41 @@ def _add_options(command: argparse.ArgumentParser, writes: bool = False) -> None
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
-    writes = "target" in options
-    if writes and options.target.resolve() == options.source.resolve():
-        parser.error(f"OUT is {options.target}, the folder to read from; give another")
     try:
-        if writes:
-            check_target(options.target, merged=options.run is _merge)  # before long work
-        rows, total, columns, summary = options.run(options)
-    except (NotImplementedError, OSError, ValueError) as error:
-        print(f"torchao-mx: {error}", file=sys.stderr)
+        return _run(parser, options)
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+    except BrokenPipeError:  # of stdout: whoever read it has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
+        return _failed(str(error))
+    except Exception as error:  # as of torch without memory
+        given = options.source if "source" in options else options.folder
+        return _failed(
+            f"{options.command} of {given} stopped with {type(error).__name__}: {error}; should it be no "
+            f"matter of memory, report it, please"
+        )
+
+
+def _failed(message: str, code: int = 1) -> int:
+    text = f"torchao-mx: {message}".encode(errors="backslashreplace").decode()
+    print(text, file=sys.stderr)  # a name that is no UTF-8 may be in it
+    return code
+
+
+def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    writes = "target" in options
+    if writes and os.path.realpath(options.target) == os.path.realpath(options.source):
+        parser.error(f"OUT is {options.target}, the folder to read from; give another")
+    if writes:
+        check_target(options.target, merged=options.run is _merge)  # before long work
+    rows, total, columns, summary = options.run(options)
     if options.json:
         print(json.dumps({"weights": rows, "total": total}))
     else:
         print(_table(columns, rows), summary, sep="\n")
+    sys.stdout.flush()
     return 0
 
 

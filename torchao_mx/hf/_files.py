@@ -1,0 +1,250 @@
+"""Reading JSON and safetensors files that may be damaged, or made to do harm.
+
+A file is read only if it is a regular one (a pipe would block), every field is checked before it is used, and
+what goes wrong is a ``ValueError`` or ``OSError`` that names the file. Symbolic links are followed, as the
+Hub's cache consists of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
+    "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
+    "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
+    "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz, "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+AGAIN = "download or save it again"
+_LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
+_METADATA = "__metadata__"
+_JSON_BYTES = 100_000_000  # safetensors' own limit for a header; the largest indexes have a tenth
+_JSON_DEPTH = 64
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A tensor in a file, by its header."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int  # bytes from the start of the file
+    end: int
+
+
+@contextlib.contextmanager
+def reading(file: Path, remedy: str = AGAIN) -> Iterator[None]:
+    """Errors of reading ``file`` that name it: ``OSError`` of the same class, else ``ValueError``."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or error
+        raise type(error)(f"{file}: cannot be read ({reason}); {remedy}") from error
+    except (SafetensorError, RecursionError, UnicodeError) as error:
+        raise ValueError(f"{file}: cannot be read ({error}); {remedy}") from error
+
+
+def check_regular(file: Path) -> None:
+    """Refuse what only looks like a file.
+
+    Raises:
+        FileNotFoundError: nothing is there.
+        ValueError: a folder, a pipe, a device.
+    """
+    with reading(file):
+        file.stat()
+    if not file.is_file():
+        raise ValueError(f"{file}: a folder, a pipe or a device, not a regular file; {AGAIN}")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The JSON object in ``file``.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is not a regular file, no UTF-8, no JSON object, too large, nested too deeply, or has a
+            key twice with different values or a NaN.
+    """
+    check_regular(file)
+    with reading(file):
+        with file.open("rb") as stream:
+            text = stream.read(_JSON_BYTES + 1)
+        return _json_object(text, file)
+
+
+def _json_object(text: bytes, file: Path) -> dict[str, Any]:
+    if len(text) > _JSON_BYTES:
+        raise ValueError(f"{file}: over {_JSON_BYTES:,} bytes of JSON; {AGAIN}")
+    try:
+        record = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_constant)
+    except ValueError as error:
+        raise ValueError(f"{file}: cannot be read as JSON ({error}); {AGAIN}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{file}: a JSON {type(record).__name__} and no JSON object; {AGAIN}")
+    level: list[Any] = [record]
+    for _ in range(_JSON_DEPTH):
+        level = [
+            child
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return record
+    raise ValueError(f"{file}: JSON nested over {_JSON_DEPTH} levels deep; {AGAIN}")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        for key, value in pairs:
+            if record[key] != value:
+                raise ValueError(f"{key!r} stands there twice, with different values")
+    return record
+
+
+def _constant(text: str) -> float:
+    """What JSON has no word for; transformers 4 wrote infinite limits into configs."""
+    if text == "NaN":
+        raise ValueError("a NaN")
+    return float(text)
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """The tensors of a safetensors file: each of a known dtype, all of them together filling the file.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is cut short, no safetensors file, or its header contradicts itself or the file's size;
+            the message names the tensor.
+    """
+    header, start, size = _header(file)
+    header.pop(_METADATA, None)
+    entries = {name: _entry(file, name, record, start) for name, record in header.items()}
+    _check_spans(file, entries, start, size)
+    return entries
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file has beside its tensors.
+
+    Raises:
+        OSError, ValueError: as :func:`read_header`.
+    """
+    header, _, _ = _header(file)
+    return header.get(_METADATA) or {}
+
+
+def _header(file: Path) -> tuple[dict[str, Any], int, int]:
+    """A header as it stands there, with texts for metadata; where data begin, and the file's size."""
+    check_regular(file)
+    with reading(file), file.open("rb") as stream:
+        size = file.stat().st_size
+        length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
+        if not 0 < length <= size - _LENGTH_BYTES:
+            raise ValueError(
+                f"{file}: {size} bytes, cut short within its header or no safetensors file; {AGAIN}"
+            )
+        if length > _JSON_BYTES:
+            raise ValueError(
+                f"{file}: a header of {length:,} bytes, above safetensors' limit; {AGAIN}"
+            )
+        header = _json_object(stream.read(length), file)
+    metadata = header.get(_METADATA) or {}
+    if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
+        raise ValueError(f"{file}: {_METADATA} in its header holds more than texts; {AGAIN}")
+    return header, _LENGTH_BYTES + length, size
+
+
+def _entry(file: Path, name: str, record: Any, start: int) -> Entry:
+    with reading(file):
+        name.encode()  # fails for half a surrogate pair, which nothing could print
+    try:
+        dtype, shape, (begin, end) = (record[k] for k in ("dtype", "shape", "data_offsets"))
+        numbers = [*shape, begin, end]
+        if any(type(number) is not int or number < 0 for number in numbers):
+            raise ValueError("numbers that are no counts")
+        if not isinstance(shape, list):
+            raise TypeError("a shape is a list")
+        itemsize = DTYPES[dtype].itemsize
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{name}: its record in the header of {file} cannot be read: {_short(record)}; needed are a "
+            f"dtype of safetensors, a shape and two data_offsets: {AGAIN}"
+        ) from error
+    if begin > end or math.prod(shape) * itemsize != end - begin:
+        raise ValueError(
+            f"{name}: shape {tuple(shape)} in {dtype} takes {math.prod(shape) * itemsize} bytes, and the "
+            f"header of {file} places it at [{begin}, {end}); {AGAIN}"
+        )
+    return Entry(file, dtype, tuple(shape), start + begin, start + end)
+
+
+def _short(value: Any, limit: int = 120) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def _check_spans(file: Path, entries: dict[str, Entry], start: int, size: int) -> None:
+    """Refuse tensors that overlap, leave holes, or end elsewhere than the file does."""
+    spans = sorted((entry.begin, entry.end, name) for name, entry in entries.items())
+    if spans and spans[-1][1] > size:
+        _, end, name = spans[-1]
+        raise ValueError(
+            f"{name}: ends at byte {end} of {file}, which has {size}: the file is cut short, {AGAIN}"
+        )
+    position = start
+    for begin, end, name in spans:
+        if begin != position:
+            what = (
+                "overlaps the tensor before it" if begin < position else "leaves a hole before it"
+            )
+            raise ValueError(f"{name}: begins at byte {begin} of {file} and {what}; {AGAIN}")
+        position = end
+    if position != size:
+        raise ValueError(
+            f"{file}: {size - position} bytes after its last tensor, which belong to none; {AGAIN}"
+        )
+
+
+def read_tensor(entries: dict[str, Entry], name: str) -> torch.Tensor:
+    """The tensor ``name``, in the CPU's memory."""
+    file = entries[name].file
+    with reading(file, f"{name} is in it: {AGAIN}"), safe_open(file, "pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a file, in the CPU's memory, once its header is checked."""
+    names = read_header(file)
+    with reading(file), safe_open(file, "pt") as tensors:
+        return {name: tensors.get_tensor(name) for name in names}
+
+
+def same_bytes(one: Entry, other: Entry) -> bool:
+    """Whether two tensors are equal in dtype, shape and every bit."""
+    if one == other:
+        return True
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return all(a == b for a, b in zip(_chunks(one), _chunks(other), strict=True))
+
+
+def _chunks(entry: Entry) -> Iterator[bytes]:
+    with reading(entry.file), entry.file.open("rb") as stream:
+        stream.seek(entry.begin)
+        for position in range(entry.begin, entry.end, _CHUNK):
+            yield stream.read(min(_CHUNK, entry.end - position))
