@@ -7,8 +7,6 @@ import sys
 
 import torch
 
-from torchao_mx.hf import _staging
-
 CHANGES = ("os.link", "os.mkdir", "os.remove", "os.rename", "os.rmdir")
 NOBODY = 65534
 
@@ -69,6 +67,8 @@ def _run(function, kill_at, user, write):
         return wrapper
 
     if kill_at is not None:
+        from torchao_mx.hf import _staging  # with transformers, where there is one
+
         _staging.save_file = counted(_staging.save_file)
         sys.addaudithook(hook)
     try:

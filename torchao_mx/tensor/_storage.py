@@ -40,8 +40,16 @@ _AVERAGES = (
     "; give an AveragedModel multi_avg_fn=get_ema_multi_avg_fn() or get_swa_multi_avg_fn(), which leave "
     "frozen weights as they are"
 )
+_REPLICAS = "; in DistributedDataParallel, give it init_sync=False"
 # What ends in an operator that users do not call themselves.
-_WAYS_OUT = {"add": _MERGES, "add_": _MERGES, "sub": _AVERAGES, "mul": _AVERAGES, "lerp": _AVERAGES}
+_WAYS_OUT = {
+    "cat": _REPLICAS,
+    "add": _MERGES,
+    "add_": _MERGES,
+    "sub": _AVERAGES,
+    "mul": _AVERAGES,
+    "lerp": _AVERAGES,
+}
 
 
 def wrapper(
