@@ -105,7 +105,7 @@ def from_pretrained(
             sets or does not take.
         ValueError: the checkpoint is damaged, or of another quantization, or ``config`` can quantize none of
             its layers or not all that ``filter_fn`` selects, or ``filter_fn`` selects nothing or is given
-            for a packed checkpoint; or it lacks tensors of the model, has more or has them in other shapes. The
+            for a packed checkpoint; or it lacks tensors of the model, has more, or other shapes. The
             message names each. (Parts of another model, such as an encoder of images, are left out.)
         OSError: a file cannot be opened.
         NotImplementedError: it is in MXFP4 and its experts are of no class known here.
