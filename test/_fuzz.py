@@ -37,7 +37,8 @@ REMEDY = re.compile(
     r"skip|pad|serve|report|pack|view)\b\s+\S",
     re.IGNORECASE | re.MULTILINE,
 )
-LAYER = re.compile(r"\bmodel\.layers\.\d+\.\w+")  # of a tensor that is missing from the folder
+# A file or a tensor that is missing from the folder.
+MISSING = re.compile(r"\bmodel\.layers\.\d+\.\w+|[^\s/]+\.(safetensors|json)\b")
 
 
 class Verdict(NamedTuple):
@@ -64,7 +65,7 @@ def judge_refusal(error, names):
 
 
 def judge_message(said, names, what=""):
-    named = any(name in said for name in names if name) or LAYER.search(said)
+    named = any(name in said for name in names if name) or MISSING.search(said)
     kind = REFUSED if named and REMEDY.search(said) else VAGUE
     return Verdict(kind, f"{what}: {said[:600]}")
 

@@ -232,8 +232,10 @@ def _difference(parameter, value, dtype):
         32,
         scaling_mode=ScaleCalculationMode.RCEIL,
     )
-    same = torch.equal(scale.view(torch.uint8), parameter.scale.view(torch.uint8))
-    same = same and torch.equal(data.view(torch.uint8), parameter.qdata.view(torch.uint8))
+    scales, bytes_ = parameter.scale.view(torch.uint8), parameter.qdata.view(torch.uint8)
+    same = torch.equal(scale.view(torch.uint8), scales)
+    finite = (scales != 255).repeat_interleave(16, dim=-1)  # in the others every element is NaN
+    same = same and bool(((data.view(torch.uint8) == bytes_) | ~finite).all())
     return "" if same else "was packed from other values"
 
 

@@ -15,7 +15,7 @@ import _fuzz
 import huggingface_hub.constants
 import transformers
 from _fuzz_cases import STRANGERS, on_config, on_files, on_index, on_json, on_tensors, one, several
-from _fuzz_files import OUTSIDE, SINGLE, mutated, read, sharded, tensors_in, write
+from _fuzz_files import OUTSIDE, SINGLE, mutated, packed, read, sharded, tensors_in, write
 from _fuzz_oracle import problems, unused
 from test_hf_load import config_of, tensors_of, write_llama
 from test_hf_load import write as write_gpt_oss
@@ -171,8 +171,8 @@ def test_a_wrong_load_is_seen(tmp_path):
     model = from_pretrained(tmp_path / "model")
     layers = model.model.layers
     assert problems(model, tmp_path / "model") == []
-    packed = layers[1].mlp.experts.down_proj.data
-    bytes_ = packed.qdata.view(torch.uint8)
+    weight = layers[1].mlp.experts.down_proj.data
+    bytes_ = weight.qdata.view(torch.uint8)
     norm, queries = (
         layers[0].input_layernorm.weight.data,
         [layer.self_attn.q_proj.weight for layer in layers],
@@ -204,3 +204,31 @@ def test_a_wrong_load_is_seen(tmp_path):
         "lm_head.weight",
     )
     assert problems(model, tmp_path / "model") == []
+
+
+CONTRADICTORY = (("nested", "config.json", "tie_word_embeddings", True),)
+
+
+@pytest.mark.parametrize(
+    "which", [("gpt_oss", 1), ("gpt_oss_bf16", 3), ("llama", 1), ("qwen3_moe", 3)], ids=str
+)
+def test_a_head_that_is_tied_to_another_value(which):
+    verdict = _fuzz.once(run, *which, CONTRADICTORY)
+    assert (
+        verdict.kind == _fuzz.REFUSED
+        and "lm_head.weight: differs from model.embed_tokens" in verdict.text
+    )
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "llama"])
+def test_a_head_that_is_tied(family, tmp_path):
+    """There with the same value, as some tools write it, or not at all."""
+    files = mutated(base(family, 1), CONTRADICTORY)
+    tensors = tensors_in(files[SINGLE])
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    for i, kept in enumerate(
+        (tensors, {n: t for n, t in tensors.items() if n != "lm_head.weight"})
+    ):
+        write(files | {SINGLE: packed(kept)}, tmp_path / str(i))
+        model = from_pretrained(tmp_path / str(i), **options(family))
+        assert problems(model, tmp_path / str(i)) == []

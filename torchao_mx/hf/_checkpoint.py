@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from torchao_mx.hf._files import Entry, read_header, read_json, read_tensor, same_bytes
 from torchao_mx.hf._layout import (
@@ -136,7 +136,7 @@ def _check_agreement(
         )
 
 
-def check_checkpoint(entries: dict[str, Entry], skeleton: nn.Module, folder: Path) -> None:
+def check_checkpoint(entries: dict[str, Entry], skeleton: PreTrainedModel, folder: Path) -> None:
     """Refuse a checkpoint from which ``skeleton``, a gpt-oss model on ``meta``, could not be loaded whole.
 
     Raises:
@@ -166,7 +166,7 @@ def raise_problems(problems: list[str], what: str) -> None:
 
 
 def header_problems(
-    entries: dict[str, Entry], skeleton: nn.Module, weights: list[str]
+    entries: dict[str, Entry], skeleton: PreTrainedModel, weights: list[str]
 ) -> list[str]:
     wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
     tied = tied_names(skeleton)
@@ -190,6 +190,7 @@ def header_problems(
             problems.append(
                 f"{name}: has dtype {entry.dtype} and needs {' or '.join(dtypes)}; export it again"
             )
+    problems += tied_problems(entries, skeleton).values()
     for name in sorted(entries.keys() - wanted.keys() - tied):
         if has_owner(skeleton, name) or name.endswith((BLOCKS, SCALES)):
             problems.append(
@@ -197,6 +198,24 @@ def header_problems(
                 f"checkpoint, or remove the tensor"
             )
     return problems
+
+
+def tied_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
+    """A line for each tensor that ``config.json`` ties to the embedding and the files have another value for.
+
+    transformers 4 would drop that value, 5 would keep it and not tie.
+    """
+    embedding = skeleton.get_input_embeddings()
+    source = next((f"{n}.weight" for n, m in skeleton.named_modules() if m is embedding), None)
+    if source not in entries:
+        return {}
+    return {
+        name: f"{name}: differs from {source}, and tie_word_embeddings in config.json says that they are "
+        f"one; set it to false there, or remove the tensor"
+        for name in sorted(tied_names(skeleton) & entries.keys())
+        if entries[name].shape == entries[source].shape
+        and not same_bytes(entries[name], entries[source])
+    }
 
 
 def _partner(name: str, entries: dict[str, Entry]) -> str:

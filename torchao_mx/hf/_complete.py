@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from torchao_mx.hf._checkpoint import FLOATS, raise_problems
+from torchao_mx.hf._checkpoint import FLOATS, raise_problems, tied_problems
 from torchao_mx.hf._config import from_transformers
 from torchao_mx.hf._files import DTYPES, Entry
 from torchao_mx.hf._layout import has_owner
@@ -50,6 +50,7 @@ def check_complete(
         ValueError: one line for each tensor that is missing, left over, misshapen or of integers.
     """
     problems = _dtype_problems(entries, skeleton) | _expert_problems(entries)
+    problems |= tied_problems(entries, skeleton)
     if not is_v5() and not ignore_mismatched:
         problems |= _shape_problems(entries, skeleton)
     # v4 fills what is missing or misshapen even so, in the CPU's memory: not where sizes are absurd.
