@@ -317,7 +317,7 @@ def test_leftovers_of_earlier_versions(name, fails, sources, tmp_path, monkeypat
     (tmp_path / ".target.89abcdef" / "notes").write_text("")
     if fails:
         monkeypatch.setattr(_save, "_publish", never)
-        with pytest.raises(AssertionError):
+        with pytest.raises((AssertionError, SystemExit)):  # SystemExit of the command line
             WRITERS[name](sources, target)
         assert contents(target) == before and not old.exists()  # which can be loaded again
         return
@@ -373,7 +373,9 @@ def test_a_damaged_record_of_an_interrupted_save(both, tmp_path):
     save_adapter(model, tmp_path)
     record = json.dumps({"peft_type": "INTERRUPTED_SAVE"} | both)
     (tmp_path / "adapter_config.json").write_text(record)
-    with pytest.raises(ValueError, match=r"adapter_config\.json: no JSON object; save the adapter"):
+    with pytest.raises(
+        ValueError, match=r"adapter_config\.json: .*interrupted save.*; save the adapter"
+    ):
         load_adapter(model, tmp_path)
     save_adapter(model, tmp_path)
     load_adapter(model, tmp_path)

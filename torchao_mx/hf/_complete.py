@@ -49,7 +49,7 @@ def check_complete(
     Raises:
         ValueError: one line for each tensor that is missing, left over, misshapen or of integers.
     """
-    problems = _dtype_problems(entries, skeleton) | _expert_problems(entries)
+    problems = _dtype_problems(entries, skeleton) | _expert_problems(entries, skeleton)
     problems |= tied_problems(entries, skeleton)
     if not is_v5() and not ignore_mismatched:
         problems |= _shape_problems(entries, skeleton)
@@ -123,8 +123,9 @@ def _not_floating(name: str, entry: Entry) -> str:
     return f"{name}: has dtype {entry.dtype} and needs {' or '.join(FLOATS)}; export it again"
 
 
-def _expert_problems(entries: dict[str, Entry]) -> dict[str, str]:
+def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
     """Of tensors of single experts: transformers stacks a layer's in their order, whatever their numbers."""
+    wanted = skeleton.state_dict()
     groups: dict[str, dict[str, dict[int, str]]] = {}
     for name in entries:
         if match := _NUMBERED.fullmatch(name):
@@ -132,8 +133,10 @@ def _expert_problems(entries: dict[str, Entry]) -> dict[str, str]:
             kinds.setdefault(match[3], {})[int(match[2])] = name
     problems = {}
     for stem, kinds in groups.items():
-        experts = max(map(len, kinds.values()))
         for kind, names in kinds.items():
+            # Some models have experts without some of the tensors.
+            stacked = wanted.get(f"{stem}.{kind.removesuffix('.weight')}")
+            experts = max(map(len, kinds.values())) if stacked is None else len(stacked)
             shape = entries[next(iter(names.values()))].shape
             for number in set(range(experts)) - names.keys():
                 name = f"{stem}.{number}.{kind}"

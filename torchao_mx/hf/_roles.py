@@ -54,10 +54,10 @@ def kept_linears(model: PreTrainedModel) -> dict[str, str]:
             return ROUTER
         if any(chooses(prefix) for prefix in (name, *_prefixes(name)) if prefix):
             return ROUTER
-        if module.out_features == 1:
-            return ONE
         is_outside = inside and id(module) not in inside and not _is_layered(modules, name)
-        return HEAD if module is output or is_outside or not owner else None
+        if module is output or is_outside or not owner:
+            return HEAD
+        return ONE if module.out_features == 1 else None
 
     roles = {name: role(name, module) for name, module in modules.items() if is_linear(module)}
     return {name: found for name, found in roles.items() if found is not None}
