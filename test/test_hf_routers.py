@@ -23,7 +23,13 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from torchao_mx import MXFakeQuantizedLinear, MXTensor, MXWeightOnlyConfig, is_linear
+from torchao_mx import (
+    MXFakeQuantizedLinear,
+    MXTensor,
+    MXWeightOnlyConfig,
+    is_linear,
+    quantize_,
+)
 from torchao_mx.hf import from_pretrained
 from torchao_mx.hf._roles import kept_linears
 from torchao_mx.hf._while_loading import selection
@@ -294,3 +300,27 @@ def test_a_classifier_of_a_packed_checkpoint(tmp_path):
 def test_a_class_that_loads_nothing_is_refused(tmp_path):
     with pytest.raises(TypeError, match="must be one of transformers' auto classes"):
         from_pretrained(tmp_path, config=MXFP4, auto_class=dict)
+
+
+@pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba"])
+def test_a_weight_that_is_read_past_its_layer_is_kept(name, tmp_path):
+    """Of a state space's steps, say: what is trained is what the converted model computes."""
+    fields = dict(
+        hidden_size=64, num_hidden_layers=2, vocab_size=128, time_step_rank=32, state_size=16,
+        mamba_dt_rank=32, mamba_d_state=16, num_attention_heads=4, num_key_value_heads=2,
+        intermediate_size=64, num_experts=1, attn_layer_period=2, attn_layer_offset=1,
+        use_mamba_kernels=False, pad_token_id=0,
+    )  # fmt: skip
+    folder = checkpoint(tmp_path, name, **fields)
+    base = MXFP4
+    model, lines = loaded(folder, config=QATConfig(base, step="prepare"), dtype=torch.float32)
+    is_read = [re.search(r"dt_proj( \(\d\))?: its weight is read by .*Mixer\.", t) for t in lines]
+    assert any(is_read) != (name == "jamba" and not V5)  # which calls the layer
+    ids = torch.randint(1, 100, (1, 6))
+    with torch.no_grad():
+        trained = model(ids).logits
+        quantize_(model, QATConfig(base, step="convert"), filter_fn=lambda m, n: is_linear(m))
+        assert torch.equal(model(ids).logits, trained)
+        packed, _ = loaded(folder, config=base, dtype=torch.float32)
+        # transformers knows that it is quantized, and has Jamba call the layer and subtract its bias.
+        assert torch.allclose(packed(ids).logits, trained, rtol=1e-5, atol=1e-5)

@@ -378,7 +378,6 @@ def test_refusals_of_operators():
         lambda: w3[:, 1],
         lambda: w3.transpose(0, 1),
         lambda: w3.t(),
-        lambda: w @ x.t(),
         lambda: torch.bmm(x, w3.mT),
         lambda: F.linear(x[:, :64], w),
         lambda: F.grouped_mm(x, w3.mT),
@@ -401,7 +400,6 @@ NotImplementedError: indexing of <w>: a 3-D one takes an index of its first axis
 NotImplementedError: indexing of <w3>: a 3-D one takes an index of its first axis; call .dequantize() on it first
 NotImplementedError: transpose of <w3>: only its last two axes can be swapped; call .dequantize() on it first
 ValueError: t of <w3>: it takes two dimensions; use .mT to swap the last two
-NotImplementedError: matmul takes an MXTensor or a LoRATensor as its second matrix only, the weight; call .dequantize() on the others first
 ValueError: x has shape (5, 96); a weight of 3 matrices multiplies x [3, M, 96]: expand or reshape x
 ValueError: x has shape (5, 64); the weight reduces over 96 elements, which x's last axis must have
 NotImplementedError: grouped_mm with a packed weight takes offs and no other out_dtype; convert the result, use bmm for groups of equal size, or call .dequantize() first

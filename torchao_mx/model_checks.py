@@ -32,6 +32,7 @@ from torchao_mx.ptq import (
 from torchao_mx.qat.fake_quantizer import FakeQuantized
 from torchao_mx.qat.handler import check_of as check_of_qat
 from torchao_mx.qat.handler import is_fake_quantized
+from torchao_mx.raw_reads import raw_reads
 from torchao_mx.recipes.config import NVFP4ForwardMXFP8BackwardConfig
 from torchao_mx.recipes.handler import check_recipe_module, is_under_recipe
 
@@ -209,10 +210,22 @@ class _Plan:
                 notes.append(f"{subject} in high precision: {_some(never)}")
         elif self.check is not None:
             notes.extend(f"{name}: {why}" for name, why in unclaimed_experts(self.model).items())
+            notes.extend(self._read_raw())
         is_unpacked = isinstance(self.config, QATConfig) and self.config.base_config is None
         if self.check is not None and not (self.is_convert and is_unpacked):
             notes.extend(ties_of(self.model, self.selected.values()))
         return notes
+
+    def _read_raw(self) -> list[str]:
+        """Selected layers whose weight is read past them; packed weights multiply there too."""
+        if isinstance(self.config, (MXWeightOnlyConfig, MXDynamicActivationMXWeightConfig)):
+            return []
+        return [
+            f"{name}: {reader} reads its weight past the layer, where neither fake quantization nor adapters "
+            f"are seen; leave it out with filter_fn"
+            for name, reader in raw_reads(self.model).items()
+            if name in self.selected
+        ]
 
     def filter_fn(self, given: _Filter) -> _Filter:
         """What to give torchao's ``quantize_`` rather than ``given``: what changes in place is taken once."""

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from torchao_mx.experts import layout_of
 from torchao_mx.ptq import is_linear
+from torchao_mx.raw_reads import raw_reads
 
 _CHOOSES = re.compile(r"(^|_)(router|gating|indexer)(_|$)")  # a name
 _CHOOSER = re.compile(r"Router|Gating|Indexer|MoE?Gate|TopK")  # a class
@@ -60,6 +61,9 @@ def kept_linears(model: PreTrainedModel) -> dict[str, str]:
         return ONE if module.out_features == 1 else None
 
     roles = {name: role(name, module) for name, module in modules.items() if is_linear(module)}
+    for name, reader in raw_reads(model).items():
+        if name in roles:
+            roles[name] = roles[name] or f"its weight is read by {reader}, past the layer"
     return {name: found for name, found in roles.items() if found is not None}
 
 

@@ -105,12 +105,25 @@ def _linear(
     return _product(input, weight, bias, transposed=True, name="linear")
 
 
-def _mm(input: torch.Tensor, mat2: MXTensor) -> torch.Tensor:
-    return _product(input, mat2, None, transposed=False, name="mm")
+def _mm(input: torch.Tensor | MXTensor, mat2: torch.Tensor | MXTensor) -> torch.Tensor:
+    return _either(input, mat2, "mm")
 
 
-def _matmul(input: torch.Tensor, other: MXTensor) -> torch.Tensor:
-    return _product(input, other, None, transposed=False, name="matmul")
+def _matmul(input: torch.Tensor | MXTensor, other: torch.Tensor | MXTensor) -> torch.Tensor:
+    return _either(input, other, "matmul")
+
+
+def _either(a: torch.Tensor | MXTensor, b: torch.Tensor | MXTensor, name: str) -> torch.Tensor:
+    """``a b``, one of them the weight: ``W x`` is ``(x^T W^T)^T``, for who multiplies from the left."""
+    if (
+        isinstance(a, (MXTensor, LoRATensor))
+        and a.dim() == 2
+        and not isinstance(b, (MXTensor, LoRATensor))
+    ):
+        if b.dim() < 2:
+            return _product(b, a, None, transposed=True, name=name)
+        return _product(b.mT, a, None, transposed=True, name=name).mT
+    return _product(a, b, None, transposed=False, name=name)
 
 
 def _bmm(input: torch.Tensor, mat2: MXTensor) -> torch.Tensor:
