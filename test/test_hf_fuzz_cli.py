@@ -165,6 +165,7 @@ def judge(folder, places, arguments, before, code, out, err, error):
         names = (
             adapters.names_in(files)
             | {a for a in arguments[1:] if len(a) > 1 and a != "--json"}
+            | {f": {a or '.'}: " for a in arguments[1:]}
             | {"argument", "the following arguments"}
         )
         verdict = _fuzz.judge_message(err, names, f"exit {code}")

@@ -302,7 +302,8 @@ def _adapters_in(
             adapters.append(Adapter(f"{name}.{weight}", key, a, b, transposed))
     names = config.get("target_modules")
     for name in names if isinstance(names, list) else []:  # PEFT's files have last names
-        if name not in found and isinstance(modules.get(name), nn.Linear):
+        linear = isinstance(name, str) and isinstance(modules.get(name), nn.Linear)
+        if linear and name not in found:
             problems.append(
                 f"{name}: target_modules in {CONFIG_FILE} names it, and its adapter is missing; copy both "
                 f"files again, or save the adapter again"
