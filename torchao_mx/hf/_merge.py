@@ -276,8 +276,8 @@ def _adapters_in(
             found.setdefault(match[1], set()).add(match[2])
     targets = tuple(config.get("target_parameters") or ())
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    adapters, problems = [], []
-    for name, module in model.named_modules():
+    adapters, problems, modules = [], [], dict(model.named_modules())
+    for name, module in modules.items():
         if name not in found:
             continue
         weights = _weights_of(module)
@@ -300,6 +300,14 @@ def _adapters_in(
             shapes = (*experts, config["r"], k), (*experts, n, config["r"])
             a, b = (torch.empty(shape, device="meta") for shape in shapes)
             adapters.append(Adapter(f"{name}.{weight}", key, a, b, transposed))
+    names = config.get("target_modules")
+    for name in names if isinstance(names, list) else []:  # PEFT's files have last names
+        linear = isinstance(name, str) and isinstance(modules.get(name), nn.Linear)
+        if linear and name not in found:
+            problems.append(
+                f"{name}: target_modules in {CONFIG_FILE} names it, and its adapter is missing; copy both "
+                f"files again, or save the adapter again"
+            )
     if problems:
         raise ValueError(f"{WEIGHTS_FILE} cannot be merged:\n" + "\n".join(problems))
     if not tensors:

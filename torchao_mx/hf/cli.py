@@ -106,8 +106,8 @@ def _merge(options: argparse.Namespace) -> _Result:
     config, _ = load_config(options.source, entries.values())
     if checked_method(config, entries, options.source) is None:
         raise ValueError(
-            f"{options.source}: in high precision, where PEFT's merge_and_unload() merges; for a packed "
-            f"checkpoint of the result, torchao-mx quantize it then"
+            f"{options.source}: in high precision, where PEFT's merge_and_unload() merges; merge with that, "
+            f"and pack the result with torchao-mx quantize"
         )
     check_config(read_adapter(options.adapter)[0])  # before long work
     dtype = config.dtype if config.dtype in HIGH_PRECISION_DTYPES else torch.bfloat16
