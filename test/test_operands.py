@@ -100,9 +100,8 @@ def test_each_argument_in_each_layout(name):
             check_layouts(case, name, {argument: layout}, "cpu")
 
 
-@pytest.mark.parametrize("name", CPU)
-@settings(max_examples=3)
-@given(data=st.data())
+@settings(max_examples=80)
+@given(name=st.sampled_from(sorted(CPU)), data=st.data())
 def test_all_arguments_at_once(name, data):
     case = CPU[name]
     check_layouts(case, name, data.draw(drawn_layouts(case)), "cpu")
@@ -111,12 +110,12 @@ def test_all_arguments_at_once(name, data):
 @pytest.mark.parametrize("name", INTERPRETED)
 @pytest.mark.usefixtures("poisoned")
 def test_kernels(name, interpreter):
-    """Every layout once, of all arguments together."""
+    """A layout of each argument, all together; other ones in other cases."""
     case = INTERPRETED[name]
     layouts = {argument: all_layouts(case, argument) for argument in case.tensors}
-    for i in range(2):
-        drawn = {a: found[(i + len(a)) % len(found)] for a, found in layouts.items() if found}
-        check_layouts(case, name, drawn, interpreter)
+    turn = list(INTERPRETED).index(name)
+    drawn = {a: found[(turn + len(a)) % len(found)] for a, found in layouts.items() if found}
+    check_layouts(case, name, drawn, interpreter)
 
 
 def poisoned_rows(case, value):
@@ -132,10 +131,10 @@ def poisoned_rows(case, value):
     return tensors
 
 
-def check_unassigned(case, name, device):
+def check_unassigned(case, name, device, values=(torch.nan, 1e30, -torch.inf)):
     """Whatever unassigned rows hold, results are those of zeros there, bit for bit."""
     zeros = case.run(device, **poisoned_rows(case, 0.0))
-    for value in (torch.nan, 1e30, -torch.inf):
+    for value in values:
         results = case.run(device, **poisoned_rows(case, value))
         for i, (actual, expected) in enumerate(zip(results, zeros, strict=True)):
             assert torch.equal(actual, expected), f"{name}: {value} changes result {i}"
@@ -153,7 +152,7 @@ def test_unassigned_rows(name):
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")  # NumPy's
 @pytest.mark.usefixtures("poisoned")
 def test_unassigned_rows_of_kernels(name, interpreter):
-    check_unassigned(INTERPRETED[name], name, interpreter)
+    check_unassigned(INTERPRETED[name], name, interpreter, (torch.nan,))
 
 
 def check_by_torch(case):
@@ -164,7 +163,7 @@ def check_by_torch(case):
     opcheck(case.op, case.args, test_utils=utils)
 
 
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", [n for n in CPU if "unpack" not in n])
 def test_opcheck(name):
     """What the dispatcher and torch.compile are told of an op is true."""
     check_by_torch(CPU[name])
