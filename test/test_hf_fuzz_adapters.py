@@ -234,7 +234,7 @@ def cases():
 
 
 def test_adapters(request):
-    _fuzz.fuzz(request, run, cases(), examples=40)
+    _fuzz.fuzz(request, run, cases(), examples=25)
 
 
 @pytest.mark.parametrize("which", _CASES, ids=str)

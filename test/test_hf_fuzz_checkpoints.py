@@ -157,7 +157,7 @@ def cases():
 
 
 def test_from_pretrained(request):
-    _fuzz.fuzz(request, run, cases(), examples=60)
+    _fuzz.fuzz(request, run, cases(), examples=50)
 
 
 @pytest.mark.parametrize("which", _CASES, ids=str)

@@ -319,7 +319,7 @@ def cases():
 
 
 def test_cli(request):
-    _fuzz.fuzz(request, run, cases(), examples=40)
+    _fuzz.fuzz(request, run, cases(), examples=25)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

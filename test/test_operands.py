@@ -91,7 +91,7 @@ def test_every_op_has_a_case():
     assert ops == {case.op for case in CPU.values()}
 
 
-@pytest.mark.parametrize("name", CPU)
+@pytest.mark.parametrize("name", [n for n in CPU if "unpack5000" not in n])
 @pytest.mark.usefixtures("poisoned")
 def test_each_argument_in_each_layout(name):
     case = CPU[name]
