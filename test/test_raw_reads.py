@@ -35,6 +35,7 @@ class Mixer(nn.Module):
 
     def forward(self, x):
         x = self.called(x).to(self.asked.weight.dtype)
+        assert isinstance(self.asked.weight, torch.Tensor) and self.asked.weight is not None
         return (self.taken.weight @ x.mT).mT + self.asked.weight.shape[0]
 
 

@@ -65,9 +65,17 @@ def _reads_of(cls: type[nn.Module]) -> dict[str, str]:
 def _reads_in(method: ast.FunctionDef) -> list[str]:
     """``proj`` for each ``self.proj.weight`` whose values are used."""
     nodes = list(ast.walk(method))
-    described = {
-        id(n.value) for n in nodes if isinstance(n, ast.Attribute) and n.attr in _DESCRIPTIONS
-    }
+    described: set[int] = set()
+    for node in nodes:
+        if isinstance(node, ast.Attribute) and node.attr in _DESCRIPTIONS:
+            described.add(id(node.value))
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", None) in (
+            "isinstance",
+            "type",
+        ):
+            described |= {id(argument) for argument in node.args}
+        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], (ast.Is, ast.IsNot)):
+            described |= {id(operand) for operand in (node.left, *node.comparators)}
     return [
         node.value.attr
         for node in nodes
