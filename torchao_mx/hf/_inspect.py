@@ -95,7 +95,8 @@ def _error(name: str, weight: MXTensor, others: dict[str, Entry], folder: Path) 
     if original.shape != weight.mT.shape:
         raise ValueError(
             f"{name}: has shape {tuple(original.shape)} in {folder}; the packed weight is "
-            f"{tuple(weight.mT.shape)} as transformers has it, [E, in, out]"
+            f"{tuple(weight.mT.shape)} as transformers has it, [E, in, out]; give the checkpoint in high "
+            f"precision that this one was packed from"
         )
     return relative_error(weight, original)
 
