@@ -98,8 +98,6 @@ def with_adapters(model: nn.Module, variant: str) -> nn.Module:
 
     by_peft = variant in (PEFT_PACKED, PEFT_BF16)
     if variant == PEFT_PACKED:
-        import torchao_mx.hf  # noqa: F401  registers the experts implementation
-
         model.set_experts_implementation("torchao_mx")
     options: dict[str, Any] = dict(r=RANK, lora_alpha=ALPHA, target_modules=ATTENTION)
     config = peft.LoraConfig(**options, target_parameters=EXPERTS if by_peft else None)

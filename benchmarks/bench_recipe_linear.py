@@ -23,7 +23,7 @@ from torchao_mx import (
     NVFP4ForwardMXFP8BackwardConfig,
     reference,
 )
-from torchao_mx.ops._native import has_block_scaled_gemms
+from torchao_mx.ops.block_scaled.native import has_block_scaled_gemms
 
 E2M1, E4M3, E5M2 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn, torch.float8_e5m2
 TARGET = 1.25

@@ -4,8 +4,9 @@
 
 A step is a list of kernels. Each counts the bytes that it moves, from L2 or beyond, its operations, tiles
 that are not full counted as full, and the weights that it decodes; those of a product are the kernels of
-``ops/mm.py``, with the library's strategies and tiles. Times follow from the copy bandwidth and the bf16
-matmul rate measured on the card and a few constants, fitted to some of the measurements in ``results/``::
+``packed_mm/op.py``, with the library's strategies and tiles. Times follow from the copy bandwidth and the
+bf16 matmul rate measured on the card and a few constants, fitted to some of the measurements in
+``results/``::
 
     fused product       max(bytes, decoded * decode_ps + operations / fused)
     other GEMMs         max(bytes, operations / gemm)

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from torchao_mx import is_experts, moe
+from torchao_mx import is_experts
 from torchao_mx.demo.model import build_model
 from torchao_mx.demo.quant import is_quantized_linear
 from torchao_mx.demo.settings import Settings
+from torchao_mx.nn.experts import pipeline
 
 BALANCE = 0.01  # weight of the loss that spreads tokens over experts
 
@@ -43,7 +44,7 @@ class Experts(nn.Module):
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        return moe.experts(
+        return pipeline.experts(
             hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj,
             lambda gate_up, offs: self._apply_gate(gate_up), transpose_weight=True,
         )  # fmt: skip

@@ -44,7 +44,7 @@ from bench_gpt_oss import ALPHA, MODELS, RANK
 from torch import nn
 
 from torchao_mx import MXLoRAExperts, MXWeightOnlyLoRAConfig
-from torchao_mx.ops import _replay
+from torchao_mx.ops.core import replay
 
 LEARNING_RATE = 1e-4  # for steps of a single token too
 REPEATED = 100  # steps of the runs that are compared
@@ -209,7 +209,7 @@ def resident_mb() -> float:
 
 def recordings() -> int:
     gc.collect()
-    return sum(type(found) is _replay._Recording for found in gc.get_objects())
+    return sum(type(found) is replay._Recording for found in gc.get_objects())
 
 
 def check_repeats(layers: int, data: Data, steps: int) -> None:
@@ -337,7 +337,7 @@ def main() -> None:
     found = summary(rows)
     if args.device == "cuda":
         found["recordings"] = recordings()
-        limit = REPLAYED_OPS * _replay.MAX_RECORDINGS
+        limit = REPLAYED_OPS * replay.MAX_RECORDINGS
         harness.gate(f"{found['recordings']} recordings", 0 < found["recordings"] <= limit)
         thin = max(1, len(rows) // THINNED)
         meta = found | dict(layers=args.layers, size=size, rank=RANK, poison_every=every)

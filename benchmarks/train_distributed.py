@@ -51,7 +51,7 @@ from torchao.quantization import quantize_
 
 from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
 from torchao_mx.distributed import ExpertParallel
-from torchao_mx.experts import local_of
+from torchao_mx.nn.experts.module import local_of
 
 LORA, BF16_LORA = "lora", "bf16-lora"
 WARMUP = 2

@@ -67,9 +67,9 @@ def _run(function, kill_at, user, write):
         return wrapper
 
     if kill_at is not None:
-        from torchao_mx.hf import _staging  # with transformers, where there is one
+        from torchao_mx.hf import staging  # with transformers, where there is one
 
-        _staging.save_file = counted(_staging.save_file)
+        staging.save_file = counted(staging.save_file)
         sys.addaudithook(hook)
     try:
         if user is not None:

@@ -5,7 +5,7 @@ import torch
 from _grids import generator
 
 from torchao_mx import MXFP4, reference
-from torchao_mx.ops._packed import Packed
+from torchao_mx.ops.core.operands import Packed
 from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 

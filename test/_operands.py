@@ -6,7 +6,7 @@ import torch
 from _grids import as_bytes, randn, relative_error
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, ops
-from torchao_mx.ops._library import implementations
+from torchao_mx.ops.core.register import implementations
 
 E, N, K, RANK = 3, 96, 64, 5
 T, TOP_K = 6, 2

@@ -20,7 +20,7 @@ from torchao_mx import (
     NVFP4,
     MXTensor,
 )
-from torchao_mx.tensor import _sharding
+from torchao_mx.tensor import sharding
 
 
 def _distributed(device, fmt, shape):
@@ -80,7 +80,7 @@ def _gathers(device):
     sharded = distribute_tensor(
         MXTensor.from_hp(randn(8, 64).to(device), NVFP4), mesh_of(device), [Shard(0)]
     )
-    with mock.patch.object(_sharding, "_functional", Recorded(names)):
+    with mock.patch.object(sharding, "_functional", Recorded(names)):
         sharded.full_tensor()
     return names
 

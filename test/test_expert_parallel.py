@@ -167,7 +167,7 @@ def test_ids_of_other_ranks_as_transformers_gives_them(family, kind):
     whole = module_of(family, LORA if kind == "lora" else BASES["w4a16"])["experts"]
     if kind == "transformers":
         pytest.importorskip("transformers")
-        from torchao_mx.hf._experts import experts_forward as forward
+        from torchao_mx.hf.experts import experts_forward as forward
 
         source = family()
         source._parameters.update(whole._parameters)

@@ -25,8 +25,8 @@ from torchao_mx import (
     is_experts,
     register_experts,
 )
-from torchao_mx.experts import layout_of, unclaimed_experts
-from torchao_mx.layouts import Layout, TitanLayout
+from torchao_mx.nn.experts.layouts import Layout, TitanLayout
+from torchao_mx.nn.experts.module import layout_of, unclaimed_experts
 
 
 def stack(*shape):
@@ -329,7 +329,12 @@ def test_a_layout_of_ones_own():
         (dict, "torchtitan", TypeError, "a subclass of nn.Module"),
         (nn.Module, "torchtitan", TypeError, "has no forward of experts"),
         (Gelu, "torchtitans", ValueError, "'torchtitans' is none that is known: transformers, "),
-        (Gelu, TitanLayout, TypeError, "must be a name .* or a torchao_mx.layouts.Layout"),
+        (
+            Gelu,
+            TitanLayout,
+            TypeError,
+            "must be a name .* or a torchao_mx.nn.experts.Layout",
+        ),
         (Gelu, None, TypeError, "must be a name"),
     ],
 )

@@ -15,7 +15,7 @@ from torchao.quantization.qat.linear import disable_linear_fake_quant, enable_li
 
 from torchao_mx import MXTensor, NVFP4ForwardMXFP8BackwardConfig, is_experts
 from torchao_mx.distributed import gather_packed
-from torchao_mx.qat import MXFakeQuantizedLinear, disable_fake_quant, enable_fake_quant
+from torchao_mx.nn.qat import MXFakeQuantizedLinear, disable_fake_quant, enable_fake_quant
 
 K, N = 64, 96
 RECIPE = NVFP4ForwardMXFP8BackwardConfig()

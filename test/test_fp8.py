@@ -29,7 +29,7 @@ from _grids import assert_same_bytes, generator, refusals, relative_error
 from expecttest import assert_expected_inline
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4
-from torchao_mx.ops import _fp8
+from torchao_mx.ops.packed_mm.fp8 import product as _fp8
 from torchao_mx.reference import fp8 as definition
 
 pytestmark = [

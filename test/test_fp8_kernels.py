@@ -25,7 +25,9 @@ from _fp8_operands import (
 )
 from _grids import assert_same_bytes, generator, relative_error
 
-from torchao_mx.ops import _add, _fp8_kernels, _fp8_lowered, _fp8_weight
+from torchao_mx.ops.packed_mm import epilogue
+from torchao_mx.ops.packed_mm.fp8 import kernels, weight
+from torchao_mx.ops.packed_mm.fp8 import lowered as _fp8_lowered
 from torchao_mx.reference import Added
 from torchao_mx.reference import fp8 as definition
 
@@ -56,9 +58,7 @@ def test_quantized_rows(kernel_device, columns, dtype):
     x = special_rows(columns)
     if kernel_device == "cuda":
         x = x.bfloat16()
-    q, scale = (
-        t.cpu() for t in _fp8_kernels.quantize_rows(x.to(kernel_device), None, 1, 40, dtype)
-    )
+    q, scale = (t.cpu() for t in kernels.quantize_rows(x.to(kernel_device), None, 1, 40, dtype))
     want_q, want_scale = definition.quantize_rows(x, dtype)
     assert torch.equal(scale.isnan(), want_scale.isnan())
     assert scale.isnan().nonzero().flatten().tolist() == [2, 3, 4]
@@ -67,7 +67,7 @@ def test_quantized_rows(kernel_device, columns, dtype):
     assert_same_bytes(scale[finite], want_scale[finite])
     order = torch.randperm(120, generator=generator()).int()
     wide = torch.cat([x, x], 1).to(kernel_device)[:, :columns]
-    gathered = _fp8_kernels.quantize_rows(wide, order.to(kernel_device), 3, 120, dtype)
+    gathered = kernels.quantize_rows(wide, order.to(kernel_device), 3, 120, dtype)
     assert torch.equal(gathered[0].cpu().view(torch.uint8), q.view(torch.uint8)[order.long() // 3])
     assert torch.equal(gathered[1].cpu().nan_to_num(), scale[order.long() // 3].nan_to_num())
 
@@ -78,8 +78,8 @@ def test_rows_in_the_order_of_a_fused_kernel(kernel_device, columns, order):
     """Where column c is, by what a thread of wgmma reads: 4 t .. 4 t + 3 of 16."""
     x = special_rows(columns)
     x = x.bfloat16() if kernel_device == "cuda" else x
-    got, got_scale = (t.cpu() for t in _fp8_kernels.permuted_rows(x.to(kernel_device), order))
-    want, scale = _fp8_kernels.quantize_rows(x.to(kernel_device), None, 1, 40, E4M3)
+    got, got_scale = (t.cpu() for t in kernels.permuted_rows(x.to(kernel_device), order))
+    want, scale = kernels.quantize_rows(x.to(kernel_device), None, 1, 40, E4M3)
     assert_same_bytes(got_scale, scale.cpu())
     assert got.shape == (40, -(-columns // 128) * 128)
     if order == "halves":  # c = 8 t + 4 half + i
@@ -139,7 +139,7 @@ def corners(*shape, powers, transpose_weight):
 def test_decoded_weight(kernel_device, shape, powers, transpose_weight):
     qdata, scale = corners(*shape, powers=powers, transpose_weight=transpose_weight)
     values, fits = exact(qdata, scale), definition.fits_fp8(qdata, scale, transpose_weight)
-    decode = _fp8_weight.fp8_rows if transpose_weight else _fp8_weight.fp8_columns
+    decode = weight.fp8_rows if transpose_weight else weight.fp8_columns
     qdata, scale = qdata.to(kernel_device), scale.to(kernel_device)
     fp8, factor, flag = (t.cpu() for t in decode(qdata, scale))
     assert torch.equal(flag == 0, fits)
@@ -206,9 +206,9 @@ def test_decoded_part_of_a_weight(kernel_device, transpose_weight):
     flags = torch.full((3, 64 if transpose_weight else 4), 9, device=kernel_device)
     part = slice(16, 48) if transpose_weight else slice(1, 3)
     if transpose_weight:
-        q, s, decode = qdata[:, part], scale[:, part], _fp8_weight.fp8_rows
+        q, s, decode = qdata[:, part], scale[:, part], weight.fp8_rows
     else:
-        q, s, decode = qdata[..., 16:48], scale[..., part], _fp8_weight.fp8_columns
+        q, s, decode = qdata[..., 16:48], scale[..., part], weight.fp8_columns
     flags = flags.to(torch.int8 if transpose_weight else torch.int32)
     got = decode(q, s, flags[:, part])
     want = decode(q.contiguous(), s.contiguous())
@@ -221,7 +221,7 @@ def test_decoded_part_of_a_weight(kernel_device, transpose_weight):
 def test_experts_without_rows_are_not_decoded(kernel_device, transpose_weight, poisoned):
     qdata, scale = (t.to(kernel_device) for t in packed(4, 64, 128, powers=20))
     offs = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=kernel_device)
-    decode = _fp8_weight.fp8_rows if transpose_weight else _fp8_weight.fp8_columns
+    decode = weight.fp8_rows if transpose_weight else weight.fp8_columns
     whole, selected = decode(qdata, scale), decode(qdata, scale, offs=offs)
     for name, all_experts, some in zip(("fp8", "scale", "flag"), whole, selected, strict=True):
         a, b = (t.view(torch.uint8).cpu() for t in (all_experts, some))
@@ -256,7 +256,7 @@ def test_low_rank_term(kernel_device, in_place, grouped, terms):
     part, offs, h, up, bias = there
     whole = torch.full((ROWS, 2 * N), 7.0, device=kernel_device)
     y = part if in_place else whole[:, N:]
-    _add.finish(part, y, offs, Added(h, up, 0.5, bias), tl.float32)
+    epilogue.finish(part, y, offs, Added(h, up, 0.5, bias), tl.float32)
     # A float32 dot runs in tf32 on the GPU.
     assert relative_error(y.cpu(), want) < (1e-6 if kernel_device == "cpu" else 1e-3)
     assert (y[start:] == 0).all() and (whole[:, :N] == 7).all()
@@ -280,7 +280,7 @@ def test_flagged_columns_are_recomputed_and_no_others(kernel_device, transpose_w
         t.update({k: t[k][None] for k in ("qdata", "scale", "up", "bias")})
     y = torch.full(want.shape, 7.0, device=kernel_device)
     rows, added = rows_and_added(t)
-    _fp8_kernels.recompute_flagged(
+    kernels.recompute_flagged(
         y, t["x"], t["qdata"], t["scale"], flags.to(kernel_device), rows, transpose_weight, added,
         tl.float32,
     )  # fmt: skip

@@ -5,8 +5,8 @@ import torch
 from _grids import FORMATS, as_bytes, assert_same_values, generator, name_of, relative_error
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, reference
-from torchao_mx.ops import _fused
-from torchao_mx.ops._packed import Packed
+from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.packed_mm import portable
 from torchao_mx.reference import Added, Rows
 
 # The only dtype that the interpreter multiplies rightly is float32.
@@ -44,7 +44,7 @@ ROUTINGS = {
     "no_rows": ([0, 0, 0], 0),
     "whole_tiles": ([32, 64, 192], 192),
 }
-TILES = sorted({tile for table in (_fused._MMA, *_fused.TILES.values()) for _, tile in table})
+TILES = sorted({tile for table in (portable._MMA, *portable.TILES.values()) for _, tile in table})
 
 
 @pytest.fixture(autouse=True)
@@ -115,7 +115,7 @@ def product(args):
     """``fused_product`` of what ``operands`` returned."""
     x, *w, offs, order, top_k, n_rows, transpose_weight, h, up, scaling, bias = args
     rows, added = Rows(offs, order, top_k, n_rows), Added(h, up, scaling, bias)
-    return _fused.fused_product(x, Packed(*w), rows, transpose_weight, added)
+    return portable.fused_product(x, Packed(*w), rows, transpose_weight, added)
 
 
 def fused(device, args):
@@ -185,7 +185,7 @@ def test_half_a_block_pair(device, dtype, transpose_weight):
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
 def test_every_tile(device, dtype, transpose_weight, tile, monkeypatch):
     """Results depend on no tile nor on how the values are dealt out, whatever GPU it is meant for."""
-    monkeypatch.setattr(_fused, "_choose_tile", lambda *args: tile)
+    monkeypatch.setattr(portable, "_choose_tile", lambda *args: tile)
     args = operands("ragged", dtype, MXFP4, transpose_weight, 136, 160, rank=8, bias=True)
     check(device, args)
 
@@ -360,7 +360,7 @@ def test_weights_past_2_31_elements(device, transpose_weight):
     offs[-1] = 24
     x = randn(24, k if transpose_weight else n, dtype=torch.bfloat16).to(device)
     w, rows = Packed(qdata, scale, None, MXFP4), Rows(offs, None, 1, 24)
-    y = _fused.fused_product(x, w, rows, transpose_weight, Added())
+    y = portable.fused_product(x, w, rows, transpose_weight, Added())
     w = reference.dequantize(qdata[-1], scale[-1], MXFP4, torch.float32).double()
     wanted = x.double() @ (w.mT if transpose_weight else w)
     assert relative_error(y, wanted) < BOUNDS[x.dtype]

@@ -33,13 +33,13 @@ from torchao_mx import (
     is_experts,
 )
 from torchao_mx.hf import (
-    _save,
-    _staging,
     cli,
     from_pretrained,
     merge_adapter,
+    save,
     save_adapter,
     save_pretrained,
+    staging,
 )
 
 NAMES = [
@@ -352,9 +352,9 @@ def test_a_failing_disk_leaves_the_folder_as_it_was(step, tmp_path, monkeypatch,
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    from torchao_mx.hf import _quantize
+    from torchao_mx.hf import quantize
 
-    module = {"copy_others": _quantize, "save_file": _staging, "sync": _save}[step]
+    module = {"copy_others": quantize, "save_file": staging, "sync": save}[step]
     monkeypatch.setattr(module, step, fail)
     code, _, err = run(capsys, "quantize", folder, target)
     assert code == 1 and "No space left on device" in err and contents(tmp_path) == before

@@ -15,9 +15,9 @@ from test_hf_quantize import checkpoint
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from torchao_mx import MXWeightOnlyConfig
-from torchao_mx.hf import _load, from_pretrained
-from torchao_mx.hf._checkpoint import read_folder
-from torchao_mx.hf._layout import skeleton_of
+from torchao_mx.hf import from_pretrained, load
+from torchao_mx.hf.checkpoint import read_folder
+from torchao_mx.hf.layouts.gpt_oss import skeleton_of
 
 PTQ = MXWeightOnlyConfig()
 LLAMA = {
@@ -71,7 +71,7 @@ def unloaded(monkeypatch):
     """No refusal may wait for transformers to load the model."""
     pytest.importorskip("accelerate")  # without it the load itself reports
     monkeypatch.setattr(
-        _load, "load_whole", lambda *args, **options: pytest.fail("loaded"), raising=False
+        load, "load_whole", lambda *args, **options: pytest.fail("loaded"), raising=False
     )
 
 
@@ -177,16 +177,16 @@ def test_a_whole_checkpoint_loads(tied, tmp_path):
 
 def test_the_load_reports_what_the_dry_run_could_not(copy, monkeypatch):
     """As where Accelerate is missing."""
-    from torchao_mx.hf import _complete
+    from torchao_mx.hf import complete
 
-    monkeypatch.setattr(_complete, "_dry_run", lambda *args: None)
+    monkeypatch.setattr(complete, "_dry_run", lambda *args: None)
     refused(copy("llama", lambda tensors: tensors.pop("lm_head.weight")), "lm_head.weight: missing")
 
 
 def test_a_new_head(folders):
     """A classifier of a language model's weights has to have a head of its own; nothing else may be new."""
     pytest.importorskip("accelerate")
-    from torchao_mx.hf._complete import check_complete
+    from torchao_mx.hf.complete import check_complete
 
     folder = folders["llama"]
     config = AutoModelForCausalLM.from_pretrained(folder).config

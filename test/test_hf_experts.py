@@ -15,7 +15,7 @@ from test_hf_load import V5
 from torch import nn
 
 from torchao_mx import MXExperts
-from torchao_mx.experts import layout_of, unclaimed_experts
+from torchao_mx.nn.experts.module import layout_of, unclaimed_experts
 
 E, H, INNER, K, T = 4, 64, 96, 2, 13
 

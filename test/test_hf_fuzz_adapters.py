@@ -19,7 +19,7 @@ from torchao.quantization import quantize_
 
 from torchao_mx import MXWeightOnlyConfig, MXWeightOnlyLoRAConfig, is_experts, is_linear
 from torchao_mx.hf import from_pretrained, load_adapter, merge_adapter, save_adapter
-from torchao_mx.lora import MXLoRAExperts, MXLoRALinear
+from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA = MXWeightOnlyLoRAConfig(r=4, lora_alpha=6)

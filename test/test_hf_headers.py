@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_hf_load import config_of, tensors_of, write
 
 from torchao_mx.hf import from_pretrained, load_adapter
-from torchao_mx.hf._checkpoint import read_folder
+from torchao_mx.hf.checkpoint import read_folder
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD = "model-00002-of-00003.safetensors"

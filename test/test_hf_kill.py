@@ -21,8 +21,8 @@ from torch import nn
 from torchao.quantization import quantize_
 
 from torchao_mx import MXTensor, MXWeightOnlyLoRAConfig
-from torchao_mx.hf import _staging, cli, from_pretrained, save_adapter, save_pretrained
-from torchao_mx.hf._adapter import read_adapter
+from torchao_mx.hf import cli, from_pretrained, save_adapter, save_pretrained, staging
+from torchao_mx.hf.adapter import read_adapter
 
 ENDLESS = 10**6  # more operations than there are
 SHARDED = "30KB"
@@ -244,7 +244,7 @@ def test_kills_on_a_disk_that_is_full_or_read_only(shard, checkpoints, disk, tmp
         save_pretrained(models["new"], disk, max_shard_size=shard)
 
     def unchecked():
-        _staging._check_space = lambda *arguments: None
+        staging._check_space = lambda *arguments: None
         save()
 
     prepare()
@@ -255,7 +255,7 @@ def test_kills_on_a_disk_that_is_full_or_read_only(shard, checkpoints, disk, tmp
         with pytest.raises(Killed):
             in_child(save, kill_at=n)
         which = check()
-        _staging.clean(disk)  # as the next save does, to have as much room again
+        staging.clean(disk)  # as the next save does, to have as much room again
         assert check([from_pretrained]) == which
         with (disk / "filler").open("wb") as file:
             file.write(bytes(shutil.disk_usage(disk).free - 40_960))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM, 
 
 from torchao_mx import MXFP4, MXTensor, MXWeightOnlyLoRAConfig, is_experts
 from torchao_mx.hf import from_pretrained
-from torchao_mx.hf._versions import is_v5, is_v5_version
+from torchao_mx.hf.versions import is_v5, is_v5_version
 
 V5 = int(transformers.__version__.split(".")[0]) >= 5
 v5_only = pytest.mark.skipif(not V5, reason="an interface of transformers v5")
@@ -308,7 +308,7 @@ def test_implementation_equals_eager(name, dtype):
 def test_implementation_refuses_what_it_does_not_compute():
     module = nn.Module()
     module.has_post_expert_norm = True
-    from torchao_mx.hf._experts import experts_forward
+    from torchao_mx.hf.experts import experts_forward
 
     with pytest.raises(NotImplementedError, match=r"norms each expert's output.*'grouped_mm'"):
         experts_forward(module, None, None, None)

@@ -34,7 +34,7 @@ from torchao_mx import (
     is_experts,
     is_linear,
 )
-from torchao_mx.hf import _load, from_pretrained, save_pretrained
+from torchao_mx.hf import from_pretrained, load, save_pretrained
 
 MXFP4 = MXWeightOnlyConfig()
 CONFIGS = {
@@ -114,7 +114,7 @@ def late(monkeypatch):
         names.extend(name for name, module in model.named_modules() if filter_fn(module, name))
         quantize_(model, config, filter_fn=filter_fn)
 
-    monkeypatch.setattr(_load, "quantize_", spy)
+    monkeypatch.setattr(load, "quantize_", spy)
     return names
 
 

@@ -31,8 +31,8 @@ from torchao_mx import (
     quantize_,
 )
 from torchao_mx.hf import from_pretrained
-from torchao_mx.hf._roles import kept_linears
-from torchao_mx.hf._while_loading import selection
+from torchao_mx.hf.roles import kept_linears
+from torchao_mx.hf.while_loading import selection
 
 MXFP4 = MXWeightOnlyConfig()
 aten = torch.ops.aten

@@ -25,7 +25,7 @@ from torchao.quantization.qat import QATConfig
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaConfig
 
 from torchao_mx import MXFP4, MXFP8_E4M3, MXTensor, MXWeightOnlyConfig, is_experts
-from torchao_mx.hf import _save, _staging, from_pretrained, save_pretrained
+from torchao_mx.hf import from_pretrained, save, save_pretrained, staging
 
 
 @pytest.fixture(params=[96, 64], ids=["I96", "square"])
@@ -206,7 +206,7 @@ def test_a_failure_leaves_the_folder_as_it_was(model, step, existing, tmp_path, 
     def fail(*args, **kwargs):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(_staging if step == "save_file" else _save, step, fail)
+    monkeypatch.setattr(staging if step == "save_file" else save, step, fail)
     with pytest.raises(OSError, match="Input/output error"):
         save_pretrained(model, target)
     assert contents(tmp_path) == before

@@ -19,7 +19,7 @@ from transformers import GptOssForCausalLM, LlamaConfig
 
 from torchao_mx import MXFP8_E4M3, MXTensor, MXWeightOnlyConfig, MXWeightOnlyLoRAConfig, is_experts
 from torchao_mx.hf import from_pretrained, save_pretrained
-from torchao_mx.hf._save_sharded import save_distributed
+from torchao_mx.hf.save_sharded import save_distributed
 
 
 def sharded(model, mesh):
@@ -138,7 +138,7 @@ _MEASURE = """
 import sys, threading, time
 import torch
 torch.set_num_threads(1)
-from torchao_mx.hf._save_sharded import save_distributed
+from torchao_mx.hf.save_sharded import save_distributed
 from transformers import GptOssConfig
 
 def resident():

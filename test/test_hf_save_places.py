@@ -22,15 +22,15 @@ from test_hf_kill import adapted, disk, names_in
 from test_hf_load import config_of, contents, tensors_of, write
 
 from torchao_mx.hf import (
-    _save,
-    _staging,
     cli,
     from_pretrained,
     load_adapter,
     save_adapter,
     save_distributed,
     save_pretrained,
+    staging,
 )
+from torchao_mx.hf import save as _save
 
 assert disk  # a fixture
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors"}
@@ -205,7 +205,7 @@ def test_two_saves_at_once(writer, tmp_path):
     target = tmp_path / "target"
     writer(target)
     before = contents(target)
-    with _staging.staging(target, 0) as stage:
+    with staging.staging(target, 0) as stage:
         with pytest.raises((BlockingIOError, SystemExit), match=r"another save .* under way|^1$"):
             writer(target)
         assert stage.is_dir()
@@ -223,7 +223,7 @@ def never(*arguments, **options):
 
 @pytest.mark.parametrize("name", ["save_pretrained", "sharded"])
 def test_a_generation_config_that_cannot_be_saved(name, sources, tmp_path, monkeypatch):
-    monkeypatch.setattr(_staging, "save_file", never)
+    monkeypatch.setattr(staging, "save_file", never)
     monkeypatch.setattr(sources["model"].generation_config, "do_sample", False)
     monkeypatch.setattr(sources["model"].generation_config, "temperature", 0.5)
     with pytest.raises(ValueError, match="Fix these issues to save the configuration"):
@@ -235,7 +235,7 @@ def test_too_little_room_is_seen_before_writing(writer, tmp_path, monkeypatch, c
     target = tmp_path / "target"
     writer(target)
     before = contents(target)
-    monkeypatch.setattr(_staging, "save_file", never)
+    monkeypatch.setattr(staging, "save_file", never)
     usage = type(shutil.disk_usage(target))(10**6, 10**6 - 1000, 1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises((OSError, SystemExit)) as caught:
@@ -261,7 +261,7 @@ def test_a_disk_that_fails(writer, code, existing, tmp_path, monkeypatch, capsys
         Path(file).write_bytes(b"half")
         raise SafetensorError(f"Error while serializing: I/O error: text (os error {code})")
 
-    monkeypatch.setattr(_staging, "save_file", save_file)
+    monkeypatch.setattr(staging, "save_file", save_file)
     capsys.readouterr()
     with pytest.raises((OSError, SystemExit)) as caught:
         writer(target)

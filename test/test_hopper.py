@@ -5,7 +5,7 @@ import torch
 from _grids import generator, relative_error
 
 from torchao_mx import MXFP4, MXFP8_E4M3, ops, reference
-from torchao_mx.ops import _hopper
+from torchao_mx.ops.packed_mm.hopper import product
 from torchao_mx.reference import Added, Rows
 
 BOUND = 4e-3  # of bf16 results
@@ -95,7 +95,7 @@ class Problem:
 
         rows = Rows(cuda(self.offs), cuda(self.order), self.top_k, self.rows)
         added = Added(cuda(self.h), cuda(self.up), 0.5, cuda(self.bias))
-        y = _hopper.hopper_product(
+        y = product.hopper_product(
             cuda(self.x), cuda(self.qdata), cuda(self.scale), rows, self.transpose_weight, added, tile, splits
         )  # fmt: skip
         return y.cpu()
@@ -181,7 +181,7 @@ def test_a_nan_scale_reaches_its_block_and_no_other(transpose_weight):
     scale[3, 1] = 255
     x = torch.randn(5, 128 if transpose_weight else 64, device="cuda").bfloat16()
     rows = Rows(None, None, 1, 5)
-    y = _hopper.hopper_product(x, qdata, scale, rows, transpose_weight, Added())
+    y = product.hopper_product(x, qdata, scale, rows, transpose_weight, Added())
     columns = [3] if transpose_weight else list(range(32, 64))
     assert y.isnan().all(0).nonzero().flatten().tolist() == columns
     assert y.isnan().any(0).nonzero().flatten().tolist() == columns
@@ -208,7 +208,7 @@ def test_more_than_2_31_elements():
     for transpose_weight in (True, False):
         x = torch.randn(4, k if transpose_weight else n, device="cuda").bfloat16()
         rows = Rows(offs, None, 1, 4)
-        y = _hopper.hopper_product(x, qdata, scale, rows, transpose_weight, Added())
+        y = product.hopper_product(x, qdata, scale, rows, transpose_weight, Added())
         assert relative_error(y, x.double() @ (w.T if transpose_weight else w).double()) < BOUND
 
 
@@ -216,12 +216,12 @@ def test_more_than_2_31_elements():
 def test_where_they_apply():
     x = torch.empty(4, 128, device="cuda", dtype=torch.bfloat16)
     weight = torch.empty(2, 64, 64, device="cuda", dtype=torch.uint8)
-    assert _hopper.takes_hopper(x, weight, MXFP4)
-    assert not _hopper.takes_hopper(x.half(), weight, MXFP4)
-    assert not _hopper.takes_hopper(x, weight, MXFP8_E4M3)
-    assert not _hopper.takes_hopper(x, weight[:, :33], MXFP4)
-    assert not _hopper.takes_hopper(x, weight[..., :48], MXFP4)
-    assert not _hopper.takes_hopper(x.cpu(), weight, MXFP4)
+    assert product.takes_hopper(x, weight, MXFP4)
+    assert not product.takes_hopper(x.half(), weight, MXFP4)
+    assert not product.takes_hopper(x, weight, MXFP8_E4M3)
+    assert not product.takes_hopper(x, weight[:, :33], MXFP4)
+    assert not product.takes_hopper(x, weight[..., :48], MXFP4)
+    assert not product.takes_hopper(x.cpu(), weight, MXFP4)
 
 
 # --- without a Hopper GPU -------------------------------------------------------------------------
@@ -230,10 +230,10 @@ def test_where_they_apply():
 def test_how_many_parts():
     def parts(rows, reduced, columns, forward=True):
         tile_t, *_, two, _ = (
-            _hopper._forward_tile(rows, 0) if forward else _hopper._backward_tile(rows, 0)
+            product._forward_tile(rows, 0) if forward else product._backward_tile(rows, 0)
         )
         programs = -(-rows // tile_t) * -(-columns // (128 if forward else 256))
-        return _hopper._splits(rows, reduced, 64 if forward else 32, programs, two, 132)
+        return product._splits(rows, reduced, 64 if forward else 32, programs, two, 132)
 
     assert [parts(rows, 14336, 4096) for rows in (1, 64, 128, 1024)] == [12, 12, 6, 1]
     assert [parts(rows, 4096, 14336) for rows in (1, 64, 128, 256)] == [3, 3, 1, 1]
@@ -249,7 +249,7 @@ def test_how_many_parts():
 def test_permuted(kernel_device):
     """Within 64 columns, 8 word + 4 half + i goes to 16 i + 2 word + half."""
     x = torch.randn(5, 3 * 64, generator=generator(0))
-    got = _hopper.permuted(x.to(kernel_device)).cpu()
+    got = product.permuted(x.to(kernel_device)).cpu()
     for word in range(8):
         for half in range(2):
             for i in range(4):
@@ -260,4 +260,4 @@ def test_permuted(kernel_device):
 @pytest.mark.parametrize("shape", [(32, 2), (96, 6), (3, 160, 90)], ids=str)
 def test_paired_scales(kernel_device, shape):
     scale = torch.randint(0, 256, shape, generator=generator(0), dtype=torch.uint8)
-    assert torch.equal(_hopper.paired_scales(scale.to(kernel_device)).cpu(), scale.mT)
+    assert torch.equal(product.paired_scales(scale.to(kernel_device)).cpu(), scale.mT)

@@ -19,7 +19,10 @@ from _fp8_operands import (
 from _grids import generator, relative_error
 
 from torchao_mx import MXFP4, ops
-from torchao_mx.ops import _fp8, _fp8_kernels, _fp8_lowered, _hopper
+from torchao_mx.ops.packed_mm.fp8 import kernels
+from torchao_mx.ops.packed_mm.fp8 import lowered as _fp8_lowered
+from torchao_mx.ops.packed_mm.fp8 import product as _fp8
+from torchao_mx.ops.packed_mm.hopper import product as _hopper
 from torchao_mx.reference import fp8 as definition
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper", "rare_spreads")]
@@ -62,7 +65,7 @@ def kernel(args, transpose_weight, tile):
     a = on_gpu(args)
     lower = _fp8_lowered.lowered_rows if transpose_weight else _fp8_lowered.lowered_columns
     lowered, w_scale, flags = lower(a["qdata"], a["scale"])
-    x = _fp8_kernels.permuted_rows(a["x"], "halves" if transpose_weight else "pairs")
+    x = kernels.permuted_rows(a["x"], "halves" if transpose_weight else "pairs")
     rows, added = rows_and_added(a)
     y = _hopper.hopper_fp8_product(
         *x, a["qdata"], lowered, w_scale, rows, transpose_weight, added, tile

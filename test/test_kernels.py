@@ -30,7 +30,7 @@ from _grids import (
 )
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, reference
-from torchao_mx.ops._library import implementations
+from torchao_mx.ops.core.register import implementations
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
 each_format_and_mode = pytest.mark.parametrize(("fmt", "mode"), FORMAT_MODES, ids=name_of)

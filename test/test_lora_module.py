@@ -281,7 +281,7 @@ TypeError: Linear(in_features=64, out_features=96): its weight has dtype torch.f
 ValueError: Linear(in_features=64, out_features=8): r=16 is more than its smaller side; take a smaller r, or leave this layer out with filter_fn
 ValueError: Linear(in_features=32, out_features=96): r=33 is more than its smaller side; take a smaller r, or leave this layer out with filter_fn
 TypeError: LayerNorm is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
-TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is being trained; convert it first, with quantize_(model, QATConfig(config, step='convert'))
+TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn
 ValueError: Linear(in_features=64, out_features=96): its weight: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, activation=mxfp8_e4m3 (rceil), device=cpu) quantizes the other operand of its products, which those with LoRA adapters do not: take .replace(activation=None)
 ValueError: Linear(in_features=64, out_features=96): its weight: it is nvfp4 and compute_dtype=torch.float8_e4m3fn takes MXFP4 weights only: leave compute_dtype out, or use MXFP4
 TypeError: Doubling(in_features=64, out_features=96): it has a forward of its own, or another module reads its weight, so that adapters would not be used; leave this layer out with filter_fn

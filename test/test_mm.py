@@ -7,7 +7,7 @@ from _grids import name_of, relative_error
 from conftest import CUDA
 
 from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, QuantizeSpec, ops, reference
-from torchao_mx.ops.mm import DEFAULT_SCRATCH
+from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH
 
 OPS = torch.ops.torchao_mx
 K, N, E, RANK, S = 64, 44, 4, 5, 1.7  # N: rows of no multiple of 16 bytes

@@ -8,10 +8,12 @@ from test_mm import RANK, E, K, N, S, each_direction, each_format, lora_inputs, 
 from torch.library import opcheck
 
 from torchao_mx import MXFP4, NVFP4, QuantizeSpec, ops, reference
-from torchao_mx.ops import _add, _skinny, _unpack, mm
-from torchao_mx.ops._packed import Packed
-from torchao_mx.ops.group_sum import group_outer_op
-from torchao_mx.ops.mm import DEFAULT_SCRATCH, choose_strategy
+from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.moe import narrow
+from torchao_mx.ops.moe.group_sum import group_outer_op
+from torchao_mx.ops.packed_mm import epilogue, unpack
+from torchao_mx.ops.packed_mm import op as mm
+from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, choose_strategy
 
 OPS = torch.ops.torchao_mx
 
@@ -50,7 +52,7 @@ def test_slices_cover_the_columns_within_the_scratch():
     for columns in (1, 8, 44, 127, 128, 5760):
         for per_column in (2, 1000):
             for max_bytes in (1, 9000, 130_000, 10**7):
-                parts = list(_unpack.slices(columns, per_column, 8, max_bytes))
+                parts = list(unpack.slices(columns, per_column, 8, max_bytes))
                 assert [first for first, _ in parts] == [0, *(end for _, end in parts[:-1])]
                 assert parts[-1][1] == columns
                 widths = [end - first for first, end in parts]
@@ -72,7 +74,7 @@ def test_decode_into(fmt, columns, kernel_device, poisoned):
         there = Packed(*[None if t is None else t.to(kernel_device) for t in part[:3]], fmt)
         wide = torch.empty(3, part.n, part.k + 8, device=kernel_device)
         behind = wide[..., part.k :].clone()
-        _unpack._decode_into_triton(wide[..., : part.k], there)
+        unpack._decode_into_triton(wide[..., : part.k], there)
         expected = reference.dequantize(part.qdata, part.scale, fmt, torch.float32, -1, pts)
         assert torch.equal(wide[..., : part.k].cpu(), expected)
         assert torch.equal(wide[..., part.k :].view(torch.int32), behind.view(torch.int32))
@@ -85,7 +87,7 @@ def test_decode_into_leaves_experts_without_rows_alone(kernel_device):
     )
     out = torch.full((4, 20, 64), float("nan"), device=kernel_device)
     offs = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=kernel_device)
-    _unpack._decode_into_triton(out, there, offs)
+    unpack._decode_into_triton(out, there, offs)
     expected = reference.dequantize(packed.qdata, packed.scale, MXFP4, torch.float32, -1, None)
     expected[[0, 2]] = float("nan")
     torch.testing.assert_close(out.cpu(), expected, rtol=0, atol=0, equal_nan=True)
@@ -98,14 +100,14 @@ def test_wide_rows(ordered, extras, kernel_device, poisoned):
     order = torch.randperm(12, generator=torch.manual_seed(0)).int() if ordered else None
     args = (order, 2, h, extras)
     there = [t.to(kernel_device) if isinstance(t, torch.Tensor) else t for t in (x, *args)]
-    rows = _unpack._wide_rows_triton(*there, n_rows=12 if ordered else 6, depth=32)
-    assert torch.equal(rows.cpu(), _unpack._wide_rows(x, *args, 32))
+    rows = unpack._wide_rows_triton(*there, n_rows=12 if ordered else 6, depth=32)
+    assert torch.equal(rows.cpu(), unpack._wide_rows(x, *args, 32))
 
 
 @pytest.mark.parametrize("end", [0, 5, 16, 17, 40])
 def test_zero_behind(end, kernel_device):
     y = torch.full((40, 1100), float("nan"), device=kernel_device)
-    _add._zero_behind_triton(y, torch.tensor([0, end], dtype=torch.int32, device=kernel_device))
+    epilogue._zero_behind_triton(y, torch.tensor([0, end], dtype=torch.int32, device=kernel_device))
     assert y[:end].isnan().all() and y[end:].eq(0).all()
 
 
@@ -137,7 +139,7 @@ def test_kernels_in_the_interpreter(strategy, ordered, transpose_weight, monkeyp
 
     expected = run("auto")
     monkeypatch.setattr(mm, "choose_strategy", lambda *args: strategy)
-    monkeypatch.setattr(mm, "rows_functions", lambda x: _skinny)
+    monkeypatch.setattr(mm, "rows_functions", lambda x: narrow)
     for got, want in zip(run(strategy), expected, strict=True):
         assert relative_error(got, want) < 1e-5
 

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from _grids import generator, relative_error
 
-from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, MXTensor, moe, ops
+from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, MXTensor, ops
+from torchao_mx.nn.experts import pipeline
 from torchao_mx.tensor import LoRATensor
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
@@ -131,7 +132,7 @@ def loop(hidden, ids, weights, gate_up, down, gate_up_bias, down_bias):
 
 
 def run(layer, hidden, ids, weights, **options):
-    return moe.experts(
+    return pipeline.experts(
         hidden, ids, weights, *layer.stored, silu_gate, gate_up_bias=layer.biases[0],
         down_bias=layer.biases[1], transpose_weight=not layer.stored_transposed, n_experts=E, **options,
     )  # fmt: skip
@@ -274,4 +275,4 @@ def test_compiles_whole(kind):
 def test_refusals():
     x, offs = torch.randn(4, H), torch.tensor([1, 2, 3, 4], dtype=torch.int32)
     with pytest.raises(TypeError, match="strategy: options of packed weights"):
-        moe.grouped_linear(x, torch.randn(E, H, 8), offs, strategy="fused")
+        pipeline.grouped_linear(x, torch.randn(E, H, 8), offs, strategy="fused")

@@ -11,7 +11,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
 from torchao_mx import MXFP4, MXDynamicActivationMXWeightConfig, ops, reference
-from torchao_mx.ops import mxfp4_product as mx
+from torchao_mx.ops.packed_mm import exact_fp4 as mx
 
 E2M1 = torch.float4_e2m1fn_x2
 INTERPRETED = pytest.param("cpu", id="interpreted")

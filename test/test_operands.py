@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 from torchao_mx import MXFP4, NVFP4
-from torchao_mx.ops import _skinny, mm
-from torchao_mx.ops._library import implementations
+from torchao_mx.ops.core.register import implementations
+from torchao_mx.ops.moe import narrow
+from torchao_mx.ops.packed_mm import op as mm
 
 CPU = cases(torch.float32, ANY_STRATEGY, (("unpack8", 0),), formats=(MXFP4, NVFP4))
 # Those that the CPU tests in Triton's interpreter: what is not the vendor's product, nor in 8 bits, nor PTX.
@@ -39,9 +40,8 @@ def interpreter(monkeypatch):
     """CUDA's entries, with kernels in the place of the reference, on the CPU."""
     if torch.cuda.is_available():
         pytest.skip("kernels are compiled in this process, not interpreted")
-    for name in ("mm", "combine"):  # ops.combine is the verb, not its module
-        module = sys.modules[f"torchao_mx.ops.{name}"]
-        monkeypatch.setattr(module, "rows_functions", lambda x: _skinny)
+    for module in (mm, combine):
+        monkeypatch.setattr(module, "rows_functions", lambda x: narrow)
     monkeypatch.setattr(mm, "choose_strategy", lambda *args, **kwargs: "fused")
     return "interpreter"
 

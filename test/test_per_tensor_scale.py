@@ -8,7 +8,7 @@ from _grids import name_of, randn
 from torchao.prototype.mx_formats.nvfp4_tensor import per_tensor_amax_to_scale
 
 from torchao_mx import NVFP4, ops, reference
-from torchao_mx.ops import _amax
+from torchao_mx.ops.quantization import amax as _amax
 
 RECIPROCAL = torch.tensor(1 / 2688)  # fp32
 each_dtype = pytest.mark.parametrize(

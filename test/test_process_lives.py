@@ -13,7 +13,7 @@ from _memory_sweep import KINDS, VALUES, sweep
 from torch import nn
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, MXTensor
-from torchao_mx.ops import _launch
+from torchao_mx.ops.core import launch
 
 # What torch says where it has no hook to say more; such functions are private, or for other devices.
 UNHOOKED = ("Cannot access data pointer of Tensor", "its data is not allocated")
@@ -136,14 +136,14 @@ def test_gpus_are_refused_before_a_kernel_compiles(monkeypatch, hip, capability,
     monkeypatch.setattr(torch.version, "hip", hip)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    _launch.capability.cache_clear()
+    launch.capability.cache_clear()
     try:
         with pytest.raises(NotImplementedError, match=match):
-            _launch.on_device_of(types.SimpleNamespace(device=torch.device("cuda", 0)))
+            launch.on_device_of(types.SimpleNamespace(device=torch.device("cuda", 0)))
         with pytest.raises(NotImplementedError, match=match):
-            _launch.launched(Kernel())[(1,)](VALUES)
+            launch.launched(Kernel())[(1,)](VALUES)
     finally:
-        _launch.capability.cache_clear()
+        launch.capability.cache_clear()
 
 
 # --- a packed weight in a layer of another format -------------------------------------------------

@@ -213,7 +213,7 @@ ValueError: Linear(in_features=72, out_features=96): its weight has shape (96, 7
 ValueError: Linear(in_features=64, out_features=0): its weight has shape (0, 64); a block format has no zero-size dimensions: skip empty tensors before quantizing
 TypeError: LayerNorm is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
 TypeError: Embedding is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
-TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is being trained; convert it with quantize_(model, QATConfig(config, step='convert'))""",
+TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn""",
     )
 
 

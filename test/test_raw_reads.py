@@ -19,7 +19,7 @@ from torchao_mx import (
     check_model,
     quantize_,
 )
-from torchao_mx.raw_reads import raw_reads
+from torchao_mx.nn.raw_reads import raw_reads
 
 
 class Mixer(nn.Module):

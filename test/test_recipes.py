@@ -43,7 +43,7 @@ from torchao_mx import (
     NVFP4ForwardMXFP8BackwardConfig,
     reference,
 )
-from torchao_mx.ops import recipe_linear as OP
+from torchao_mx.ops.block_scaled import recipe_linear as OP
 
 AT_LEAST_0_18 = tuple(int(n) for n in torchao.__version__.split(".")[:2]) >= (0, 18)
 each_config = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

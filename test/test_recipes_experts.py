@@ -31,7 +31,7 @@ from torchao_mx import (
     is_experts,
     reference,
 )
-from torchao_mx.ops._groups import completed_groups
+from torchao_mx.ops.moe.groups import completed_groups
 
 SOME = {name: CONFIGS[name] for name in ("e4m3", "grad_e5m2_floor")}
 each_config = pytest.mark.parametrize("config", SOME.values(), ids=SOME)
@@ -431,7 +431,7 @@ def test_refusals():
         NVFP4MXFP8Experts.from_experts(nn.Linear(32, 32))
     with pytest.raises(TypeError, match=r"config=.*must be a torchao_mx\.NVFP4Forward"):
         NVFP4MXFP8Experts.from_experts(Titan(), BASES["nvfp4"])
-    with pytest.raises(TypeError, match="in quantization-aware training; convert it first"):
+    with pytest.raises(TypeError, match="is being trained; convert it first"):
         quantized(quantized(Titan(), QATConfig(BASES["nvfp4"], step="prepare")))
     with pytest.raises(TypeError, match="is an MXTensor already"):
         quantized(ours.to_packed())

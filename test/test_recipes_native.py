@@ -27,10 +27,10 @@ from torchao_mx import (
     ops,
     reference,
 )
-from torchao_mx.ops import _native
-from torchao_mx.ops import recipe_linear as OP
+from torchao_mx.ops.block_scaled import native as _native
+from torchao_mx.ops.block_scaled import recipe_linear as OP
 
-SEAM = importlib.import_module("torchao_mx.ops.block_scaled_mm")
+SEAM = importlib.import_module("torchao_mx.ops.block_scaled.dense")
 PAIRS = [
     (NVFP4, NVFP4),
     (MXFP8_E4M3, MXFP8_E4M3),

@@ -36,10 +36,10 @@ from torchao_mx import (
     ops,
     reference,
 )
-from torchao_mx.ops import _native
+from torchao_mx.ops.block_scaled import native
 
-SEAM = importlib.import_module("torchao_mx.ops.grouped_block_scaled_mm")
-RECIPE = importlib.import_module("torchao_mx.recipes.experts")
+SEAM = importlib.import_module("torchao_mx.ops.block_scaled.grouped")
+RECIPE = importlib.import_module("torchao_mx.nn.recipes.experts")
 CONFIG = NVFP4ForwardMXFP8BackwardConfig()
 NATIVE = {
     "e4m3": CONFIG,
@@ -194,8 +194,8 @@ def calls(monkeypatch):
         seen.append((a.dtype, b.dim() == 3))
         return decoding_product(a, b, *args, **kwargs)
 
-    monkeypatch.setattr(_native, "has_block_scaled_gemms", lambda device: True)
-    monkeypatch.setattr(_native, "_verdicts", {})
+    monkeypatch.setattr(native, "has_block_scaled_gemms", lambda device: True)
+    monkeypatch.setattr(native, "_verdicts", {})
     monkeypatch.setattr(F, "scaled_grouped_mm", product)
     for module in (SEAM, RECIPE):
         monkeypatch.setattr(module, "grouped_block_scaled_mm_op", SEAM._native_product)
@@ -333,15 +333,15 @@ def test_no_rows_need_no_product(calls):
 # --- whether it is trusted ------------------------------------------------------------------------
 
 PRODUCTS = {
-    "scaled_mm": importlib.import_module("torchao_mx.ops.block_scaled_mm"),
+    "scaled_mm": importlib.import_module("torchao_mx.ops.block_scaled.dense"),
     "scaled_grouped_mm": SEAM,
 }
 
 
 @pytest.fixture
 def a_new_gpu(monkeypatch):
-    monkeypatch.setattr(_native, "has_block_scaled_gemms", lambda device: True)
-    monkeypatch.setattr(_native, "_verdicts", {})
+    monkeypatch.setattr(native, "has_block_scaled_gemms", lambda device: True)
+    monkeypatch.setattr(native, "_verdicts", {})
 
 
 @pytest.mark.parametrize("name", PRODUCTS)
@@ -383,11 +383,11 @@ def test_verified_once_and_not_while_a_graph_is_captured(a_new_gpu, monkeypatch)
 
     for capturing, count in ((True, 0), (False, 1), (True, 1), (False, 1)):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda now=capturing: now)
-        assert _native.is_verified("it", device, products) is (count > 0)
+        assert native.is_verified("it", device, products) is (count > 0)
         assert len(seen) == count
     pairs = [(torch.tensor([torch.nan]), torch.ones(1)), (torch.ones(1), torch.ones(1))]
     with pytest.warns(UserWarning, match="off by nan"):
-        assert not _native.is_verified("another", device, lambda device: pairs)
+        assert not native.is_verified("another", device, lambda device: pairs)
 
 
 def test_verified_while_a_graph_is_traced(a_new_gpu, monkeypatch):
@@ -400,4 +400,4 @@ def test_verified_while_a_graph_is_traced(a_new_gpu, monkeypatch):
     x = torch.zeros(3, 64, dtype=torch.bfloat16)
     torch.compiler.reset()
     assert torch.compile(asks, fullgraph=True, backend="eager")(x).all()
-    assert list(_native._verdicts.values()) == [True]
+    assert list(native._verdicts.values()) == [True]

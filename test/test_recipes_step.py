@@ -34,7 +34,7 @@ from torchao_mx import (
     NVFP4MXFP8Linear,
     reference,
 )
-from torchao_mx.ops import recipe_linear as OP
+from torchao_mx.ops.block_scaled import recipe_linear as OP
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])

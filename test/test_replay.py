@@ -13,9 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import torchao_mx.ops
 from torchao_mx import MXFP4, NVFP4, reference
-from torchao_mx.ops import _replay, mm, mxfp4_product, recipe_linear
-from torchao_mx.ops._launch import launched, launches, runner
-from torchao_mx.ops._library import define_op
+from torchao_mx.ops.block_scaled import recipe_linear
+from torchao_mx.ops.core import replay as _replay
+from torchao_mx.ops.core.launch import launched, launches, runner
+from torchao_mx.ops.core.register import define_op
+from torchao_mx.ops.packed_mm import exact_fp4
+from torchao_mx.ops.packed_mm import op as mm
 
 on_gpu = pytest.mark.gpu
 E, N, K, RANK, TOP_K = 6, 96, 128, 8, 2
@@ -24,7 +27,7 @@ E, N, K, RANK, TOP_K = 6, 96, 128, 8, 2
 def test_every_kernel_can_be_recorded():
     """A kernel launched past ``launched`` would be missing from a replay."""
     plain = []
-    for info in pkgutil.iter_modules(torchao_mx.ops.__path__, "torchao_mx.ops."):
+    for info in pkgutil.walk_packages(torchao_mx.ops.__path__, "torchao_mx.ops."):
         module = importlib.import_module(info.name)
         for name, value in vars(module).items():
             launches = hasattr(value, "__getitem__") and hasattr(value, "run")  # Triton's own
@@ -130,8 +133,8 @@ def test_mxfp4_by_mxfp4(replays):
         x, w = (torch.randn(n, K, device="cuda", generator=g).bfloat16() for n in (72, N))
         bias = torch.randn(N, device="cuda", generator=g).bfloat16()
         held.append((*reference.quantize(x, MXFP4), *reference.quantize(w, MXFP4), bias))
-        wanted = mxfp4_product._product_cuda(*held[-1])
-        assert torch.equal(mxfp4_product.mxfp4_product_op(*held[-1]), wanted)
+        wanted = exact_fp4._product_cuda(*held[-1])
+        assert torch.equal(exact_fp4.mxfp4_product_op(*held[-1]), wanted)
     assert len(replays) == 3
 
 

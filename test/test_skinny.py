@@ -7,7 +7,8 @@ import pytest
 import torch
 from _grids import assert_close, generator, name_of
 
-from torchao_mx.ops import _gather, _groups, _skinny
+from torchao_mx.ops.moe import gather, narrow
+from torchao_mx.ops.moe import groups as _groups
 
 each_dtype = pytest.mark.parametrize(
     ("device", "dtype"),
@@ -48,7 +49,7 @@ def here(device):
 @pytest.fixture
 def many_processors(monkeypatch):
     """Tiles and parts as on a GPU of this size, also in the interpreter."""
-    monkeypatch.setattr(_skinny, "multiprocessors", lambda device: 132)
+    monkeypatch.setattr(narrow, "multiprocessors", lambda device: 132)
 
 
 def randn(*shape, dtype, device="interpreter", seed=0):
@@ -117,7 +118,7 @@ def check_low_rank(
     down = adapter(groups, r, columns, down_dtype or dtype, device, transposed)
 
     def call():
-        return _skinny.low_rank(x, down, offs, order, top_k or 1, n_rows, scale_by=0.75)
+        return narrow.low_rank(x, down, offs, order, top_k or 1, n_rows, scale_by=0.75)
 
     h = call()
     assert h.dtype == dtype and h.is_contiguous()
@@ -158,10 +159,10 @@ def test_low_rank_splits(device, dtype, groups, top_k, columns, many_processors,
     """Columns cut into parts: even, and with the last ones short or empty."""
     if top_k is not None and groups == "dense_one_row":
         pytest.skip("one row is no multiple of five")
-    monkeypatch.setattr(_skinny, "MIN_COLUMNS_PER_SPLIT", 16)
-    monkeypatch.setattr(_skinny, "LOW_RANK_COLUMNS", 32)
-    add_splits, parts = _skinny.add_splits, []
-    monkeypatch.setattr(_skinny, "add_splits", lambda *a: parts.append(a[2]) or add_splits(*a))
+    monkeypatch.setattr(narrow, "MIN_COLUMNS_PER_SPLIT", 16)
+    monkeypatch.setattr(narrow, "LOW_RANK_COLUMNS", 32)
+    add_splits, parts = narrow.add_splits, []
+    monkeypatch.setattr(narrow, "add_splits", lambda *a: parts.append(a[2]) or add_splits(*a))
     for transposed in (False, True):
         check_low_rank(device, dtype, groups, 16, columns, top_k, transposed)
     assert set(parts) == {8 if columns == 131 else 16}
@@ -170,9 +171,9 @@ def test_low_rank_splits(device, dtype, groups, top_k, columns, many_processors,
 @pytest.mark.parametrize("device", ["interpreter"])
 def test_few_rows_fill_a_gpu(device, many_processors):
     """An H200's 132 multiprocessors: a dense product of 64 rows, one of 2048 in 32 groups, one of very many."""
-    assert _skinny._splits(14336 // _skinny.MIN_COLUMNS_PER_SPLIT, 4, torch.device("cpu")) == 16
-    assert _skinny._splits(2048 // _skinny.MIN_COLUMNS_PER_SPLIT, 160, torch.device("cpu")) == 4
-    assert _skinny._splits(14336 // _skinny.MIN_COLUMNS_PER_SPLIT, 1024, torch.device("cpu")) == 1
+    assert narrow._splits(14336 // narrow.MIN_COLUMNS_PER_SPLIT, 4, torch.device("cpu")) == 16
+    assert narrow._splits(2048 // narrow.MIN_COLUMNS_PER_SPLIT, 160, torch.device("cpu")) == 4
+    assert narrow._splits(14336 // narrow.MIN_COLUMNS_PER_SPLIT, 1024, torch.device("cpu")) == 1
 
 
 @pytest.mark.gpu
@@ -197,10 +198,10 @@ def check_gram(device, dtype, groups, r, columns, top_k=None, out=torch.float32,
     expected = expected[0] if offs is None else expected
     for transposed in (False, True):
         args = (left, right, offs, order, top_k or 1, scaling, out, transposed)
-        actual = _skinny.gram(*args)
+        actual = narrow.gram(*args)
         assert actual.dtype == out and actual.is_contiguous()
         check(actual, expected.mT if transposed else expected)
-        check_repeats(device, lambda args=args: _skinny.gram(*args), actual)
+        check_repeats(device, lambda args=args: narrow.gram(*args), actual)
 
 
 @each_dtype
@@ -227,8 +228,8 @@ def test_gram_gathers(device, dtype, groups):
 @pytest.mark.parametrize("groups", ["dense", "ragged", "empty_groups", "rows_behind"])
 def test_gram_splits(device, dtype, groups, top_k, many_processors, monkeypatch):
     """Groups cut into parts, some of them without rows."""
-    monkeypatch.setattr(_skinny, "MIN_ROWS_PER_SPLIT", 3)
-    assert _skinny._row_splits(60, 5, 5, torch.device("cpu")) == 4
+    monkeypatch.setattr(narrow, "MIN_ROWS_PER_SPLIT", 3)
+    assert narrow._row_splits(60, 5, 5, torch.device("cpu")) == 4
     check_gram(device, dtype, groups, r=16, columns=96, top_k=top_k, out=dtype)
 
 
@@ -241,12 +242,12 @@ def test_group_sum(device, dtype, groups, columns, many_processors, monkeypatch)
     expected = torch.stack([dy[part].cpu().double().sum(0) for _, part in slices])
     expected = expected[0] if offs is None else expected
     for min_rows in (2048, 3):
-        monkeypatch.setattr(_skinny, "MIN_ROWS_PER_SPLIT", min_rows)
+        monkeypatch.setattr(narrow, "MIN_ROWS_PER_SPLIT", min_rows)
         for out in {torch.float32, dtype}:
-            actual = _skinny.group_sum(dy, offs, out)
+            actual = narrow.group_sum(dy, offs, out)
             assert actual.dtype == out
             check(actual, expected)
-            check_repeats(device, lambda out=out: _skinny.group_sum(dy, offs, out), actual)
+            check_repeats(device, lambda out=out: narrow.group_sum(dy, offs, out), actual)
 
 
 def routed(device, dtype, n_tokens, top_k, columns, weights_dtype=torch.float32):
@@ -267,15 +268,15 @@ def combined(y, order, top_k, weights):
 @pytest.mark.parametrize("columns", [16, 131, 2880])
 def test_sum_rows(device, dtype, top_k, columns):
     y, weights, order = routed(device, dtype, 9, top_k, columns)
-    inv = _gather.inverse(order)
+    inv = gather.inverse(order)
     assert inv.dtype == torch.int32
     assert torch.equal(inv.cpu().long(), torch.argsort(order.cpu().long()))
     for w in (None, weights):
-        actual = _gather.sum_rows(y, order, top_k, w)
+        actual = gather.sum_rows(y, order, top_k, w)
         assert actual.dtype == dtype
         wide = None if w is None else w.cpu().double()
         check(actual, combined(y.cpu().double(), order.cpu(), top_k, wide))
-        assert torch.equal(_gather.sum_rows(y, order, top_k, w, inv=inv), actual)
+        assert torch.equal(gather.sum_rows(y, order, top_k, w, inv=inv), actual)
 
 
 @each_dtype
@@ -288,8 +289,8 @@ def test_combine_backward(device, dtype, top_k, columns):
         wide = [t.cpu().double().requires_grad_() for t in (y, weights)]
         out = combined(wide[0], order.cpu(), top_k, wide[1])
         expected = torch.autograd.grad(out, wide, dout.cpu().double())
-        results = _gather.combine_backward(dout, y, weights, order)
-        again = _gather.combine_backward(dout, y, weights, order, inv=_gather.inverse(order))
+        results = gather.combine_backward(dout, y, weights, order)
+        again = gather.combine_backward(dout, y, weights, order, inv=gather.inverse(order))
         assert (results[0].dtype, results[1].dtype) == (dtype, weights_dtype)
         for actual, wanted, repeated in zip(results, expected, again, strict=True):
             check(actual, wanted)
@@ -312,15 +313,15 @@ def test_views(device, dtype):
     ):
         dense = x.cpu().double()
         expected = expected_low_rank(x, down, slices, None, 1, n_rows)
-        check(_skinny.low_rank(x, down, offs, None, 1, n_rows), expected)
+        check(narrow.low_rank(x, down, offs, None, 1, n_rows), expected)
         grams = torch.stack([left[part].cpu().double().mT @ dense[part] for _, part in slices])
-        check(_skinny.gram(left, x, offs, None, 1, 1.0, torch.float32, False), grams)
+        check(narrow.gram(left, x, offs, None, 1, 1.0, torch.float32, False), grams)
         sums = torch.stack([dense[part].sum(0) for _, part in slices])
-        check(_skinny.group_sum(x, offs, torch.float32), sums)
+        check(narrow.group_sum(x, offs, torch.float32), sums)
         wide_order, wide = order.cpu(), weights.cpu().double()
-        check(_gather.sum_rows(x, order, 4, weights), combined(dense, wide_order, 4, wide))
+        check(gather.sum_rows(x, order, 4, weights), combined(dense, wide_order, 4, wide))
         dout = x[: n_rows // 4]
-        dy, dweights = _gather.combine_backward(dout, x, weights, order)
+        dy, dweights = gather.combine_backward(dout, x, weights, order)
         leaves = [dense.requires_grad_(), wide.requires_grad_()]
         out = combined(leaves[0], wide_order, 4, leaves[1])
         grads = torch.autograd.grad(out, leaves, dout.cpu().double())
@@ -340,16 +341,16 @@ def test_bad_offsets_and_orders_stay_inside(device, dtype):
     ):
         bad, good = (on(device, torch.tensor(t, dtype=torch.int32)) for t in (ends, used))
         for call in (
-            lambda offs: _skinny.low_rank(x, down, offs, None, 1, 100),
-            lambda offs: _skinny.gram(x[:, :16], x, offs, None, 1, 1.0, torch.float32, False),
-            lambda offs: _skinny.group_sum(x, offs, torch.float32),
+            lambda offs: narrow.low_rank(x, down, offs, None, 1, 100),
+            lambda offs: narrow.gram(x[:, :16], x, offs, None, 1, 1.0, torch.float32, False),
+            lambda offs: narrow.group_sum(x, offs, torch.float32),
         ):
             assert torch.equal(call(bad), call(good))
     order = on(device, torch.tensor([-(2**31), 2**31 - 1, -1, 100] * 25, dtype=torch.int32))
-    assert _skinny.low_rank(x[:25], down, good, order, 4, 100).isfinite().all()
-    assert _skinny.gram(x[:, :16], x[:25], good, order, 4, 1.0, dtype, False).isfinite().all()
-    _gather.combine_backward(x[:25], x, x[:25, :4], order)
-    _gather.sum_rows(x, order, 4, None)
+    assert narrow.low_rank(x[:25], down, good, order, 4, 100).isfinite().all()
+    assert narrow.gram(x[:, :16], x[:25], good, order, 4, 1.0, dtype, False).isfinite().all()
+    gather.combine_backward(x[:25], x, x[:25, :4], order)
+    gather.sum_rows(x, order, 4, None)
 
 
 @each_dtype
@@ -358,13 +359,13 @@ def test_no_rows_columns_or_ranks(device, dtype):
         return on(device, torch.empty(shape, dtype=of))
 
     order, offs = empty(0, of=torch.int32), on(device, torch.tensor([3, 8], dtype=torch.int32))
-    assert _gather.inverse(order).shape == (0,)
-    assert _gather.sum_rows(empty(0, 32), order, 4, None).shape == (0, 32)
-    results = _gather.combine_backward(empty(0, 32), empty(0, 32), empty(0, 4), order)
+    assert gather.inverse(order).shape == (0,)
+    assert gather.sum_rows(empty(0, 32), order, 4, None).shape == (0, 32)
+    results = gather.combine_backward(empty(0, 32), empty(0, 32), empty(0, 4), order)
     assert [t.shape for t in results] == [(0, 32), (0, 4)]
-    assert _skinny.low_rank(empty(8, 32), empty(2, 0, 32), offs, None, 1, 8).shape == (8, 0)
-    assert not _skinny.low_rank(empty(8, 0), empty(2, 16, 0), offs, None, 1, 8).any()
-    assert _skinny.gram(empty(8, 16), empty(8, 0), offs, None, 1, 1.0, dtype, True).shape == (
+    assert narrow.low_rank(empty(8, 32), empty(2, 0, 32), offs, None, 1, 8).shape == (8, 0)
+    assert not narrow.low_rank(empty(8, 0), empty(2, 16, 0), offs, None, 1, 8).any()
+    assert narrow.gram(empty(8, 16), empty(8, 0), offs, None, 1, 1.0, dtype, True).shape == (
         2, 0, 16
     )  # fmt: skip
 
@@ -386,14 +387,14 @@ def test_tiles_fill_a_gpu_of_any_generation(device):
     for r in (1, 16, 64, 128, 256):
         for n_rows, n_groups in ((64, 128), (2048, 0), (2048, 128), (131072, 0), (131072, 32)):
             for x_bytes, down_bytes in ((2, 2), (2, 4), (4, 4)):
-                rows, columns, ranks, stages = _skinny._low_rank_tile(
+                rows, columns, ranks, stages = narrow._low_rank_tile(
                     n_rows, n_groups, r, x_bytes, down_bytes, 132
                 )
                 used = stages * columns * (rows * x_bytes + ranks * down_bytes)
-                assert stages >= 2 and used <= _skinny.SHARED_BYTES
-                rows, columns, stages = _skinny._gram_tile(n_rows, max(1, n_groups), ranks, x_bytes)
+                assert stages >= 2 and used <= narrow.SHARED_BYTES
+                rows, columns, stages = narrow._gram_tile(n_rows, max(1, n_groups), ranks, x_bytes)
                 used = stages * rows * (columns + ranks) * x_bytes
-                assert stages >= 2 and used <= _skinny.SHARED_BYTES
+                assert stages >= 2 and used <= narrow.SHARED_BYTES
 
 
 @pytest.mark.gpu
@@ -408,16 +409,16 @@ def test_past_2_31_elements(device):
     down = randn(2, 16, columns, dtype=torch.bfloat16, device=device, seed=1)
     left = randn(n_rows, 16, dtype=torch.bfloat16, device=device, seed=2)
     tail, tail_down = x[-last:].cpu().double(), down[1].cpu().double()
-    h = _skinny.low_rank(x, down, offs, order, 1, n_rows)
+    h = narrow.low_rank(x, down, offs, order, 1, n_rows)
     assert_close(h[-last:], (tail @ tail_down.mT).to(device))
-    gram = _skinny.gram(left, x, offs, order, 1, 1.0, torch.float32, False)
+    gram = narrow.gram(left, x, offs, order, 1, 1.0, torch.float32, False)
     assert_close(gram[1].cpu(), left[-last:].cpu().double().mT @ tail)
-    assert_close(_skinny.group_sum(x, offs, torch.float32)[1].cpu(), tail.sum(0))
+    assert_close(narrow.group_sum(x, offs, torch.float32)[1].cpu(), tail.sum(0))
     weights = randn(n_rows, 1, dtype=torch.float32, device=device, seed=3)
-    out = _gather.sum_rows(x, order, 1, weights)
+    out = gather.sum_rows(x, order, 1, weights)
     assert_close(out[-last:].cpu(), tail * weights[-last:].cpu().double())
     del out
-    dy, dweights = _gather.combine_backward(x, x, weights, order)
+    dy, dweights = gather.combine_backward(x, x, weights, order)
     assert_close(dy[-last:].cpu(), tail * weights[-last:].cpu().double())
     assert_close(dweights[-last:].cpu(), tail.square().sum(1, keepdim=True))
 
@@ -429,8 +430,8 @@ def test_device_need_not_be_the_current_one(device):
         pytest.skip("needs two GPUs")
     x = torch.ones(32, 32, device="cuda:1")
     order = torch.arange(32, dtype=torch.int32, device="cuda:1")
-    assert (_skinny.low_rank(x, x[:16], None, order, 1, 32) == 32).all()
-    assert (_skinny.gram(x, x, None, order, 1, 1.0, torch.float32, False) == 32).all()
-    assert (_skinny.group_sum(x, None, torch.float32) == 32).all()
-    assert (_gather.sum_rows(x, order, 1, None) == 1).all()
-    assert (_gather.combine_backward(x, x, x[:, :1].contiguous(), order)[1] == 32).all()
+    assert (narrow.low_rank(x, x[:16], None, order, 1, 32) == 32).all()
+    assert (narrow.gram(x, x, None, order, 1, 1.0, torch.float32, False) == 32).all()
+    assert (narrow.group_sum(x, None, torch.float32) == 32).all()
+    assert (gather.sum_rows(x, order, 1, None) == 1).all()
+    assert (gather.combine_backward(x, x, x[:, :1].contiguous(), order)[1] == 32).all()

@@ -7,8 +7,8 @@ from expecttest import assert_expected_inline
 from torch.library import opcheck
 
 from torchao_mx import ops, reference
-from torchao_mx.ops._library import implementations
-from torchao_mx.ops.swiglu import swiglu_backward_op, swiglu_op
+from torchao_mx.ops.core.register import implementations
+from torchao_mx.ops.moe.swiglu import swiglu_backward_op, swiglu_op
 
 OPS = torch.ops.torchao_mx
 PLAIN = dict(alpha=1.0, limit=None, up_offset=0.0)

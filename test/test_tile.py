@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from torchao_mx import MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
-from torchao_mx.ops import _tile
+from torchao_mx.ops.quantization import tile
 
 pytestmark = pytest.mark.gpu  # the interpreter's fma rounds twice
 CHUNK = 1 << 13
@@ -16,11 +16,11 @@ CHUNK = 1 << 13
 def _wrong_quotients(b_ptr, wrong_ptr, off, TWICE: tl.constexpr, CHUNK: tl.constexpr):
     """How many of CHUNK mantissas a program divides wrongly by b, with a reciprocal ``off`` units off."""
     b = tl.load(b_ptr + tl.program_id(1))
-    a = _tile.float_of(0x3F800000 + tl.program_id(0) * CHUNK + tl.arange(0, CHUNK))
-    reciprocal = _tile.float_of(_tile.bits_of(tl.div_rn(1.0, b)) + off)
-    quotient = _tile.corrected(a * reciprocal, a, b, reciprocal)
+    a = tile.float_of(0x3F800000 + tl.program_id(0) * CHUNK + tl.arange(0, CHUNK))
+    reciprocal = tile.float_of(tile.bits_of(tl.div_rn(1.0, b)) + off)
+    quotient = tile.corrected(a * reciprocal, a, b, reciprocal)
     if TWICE:
-        quotient = _tile.corrected(quotient, a, b, reciprocal)
+        quotient = tile.corrected(quotient, a, b, reciprocal)
     wrong = tl.sum((quotient != tl.div_rn(a, b + tl.zeros_like(a))).to(tl.int32))
     tl.store(wrong_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), wrong)
 

@@ -9,7 +9,7 @@ from conftest import CUDA
 from expecttest import assert_expected_inline
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, QuantizeSpec, ops
-from torchao_mx.ops.mm import DEFAULT_SCRATCH
+from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH
 
 E, N, K = 4, 96, 64
 COUNTS = [3, 0, 5, 2]  # rows per expert; those after them are unassigned

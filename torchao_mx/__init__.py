@@ -1,7 +1,6 @@
 """torchao_mx: training in microscaling formats, as configs for torchao's ``quantize_``."""
 
 from torchao_mx import ops
-from torchao_mx.experts import MXExperts, is_experts
 from torchao_mx.formats import (
     MXFP4,
     MXFP8_E4M3,
@@ -11,21 +10,21 @@ from torchao_mx.formats import (
     QuantizeSpec,
     ScaleCalculationMode,
 )
-from torchao_mx.layouts import register_experts
-from torchao_mx.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
-from torchao_mx.model_checks import check_model, quantize_
-from torchao_mx.ptq import (
-    MXDynamicActivationMXWeightConfig,
-    MXWeightOnlyConfig,
-    is_linear,
-)
-from torchao_mx.qat import (
+from torchao_mx.nn.check_model import check_model, quantize_
+from torchao_mx.nn.experts.layouts import register_experts
+from torchao_mx.nn.experts.module import MXExperts, is_experts
+from torchao_mx.nn.linear_checks import is_linear
+from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
+from torchao_mx.nn.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig
+from torchao_mx.nn.qat import (
     MXFakeQuantizeConfig,
     MXFakeQuantizedExperts,
     MXFakeQuantizedLinear,
+    disable_fake_quant,
+    enable_fake_quant,
     register_qat_handler,
 )
-from torchao_mx.recipes import (
+from torchao_mx.nn.recipes import (
     NVFP4ForwardMXFP8BackwardConfig,
     NVFP4MXFP8Experts,
     NVFP4MXFP8Linear,
@@ -56,6 +55,8 @@ __all__ = [
     "QuantizeSpec",
     "ScaleCalculationMode",
     "check_model",
+    "disable_fake_quant",
+    "enable_fake_quant",
     "is_experts",
     "is_linear",
     "ops",

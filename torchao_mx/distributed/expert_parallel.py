@@ -39,9 +39,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from torchao_mx import ops
-from torchao_mx.experts import LocalExperts, MXExperts, split_experts
-from torchao_mx.layouts import layout_of
-from torchao_mx.ops.combine import combine_op
+from torchao_mx.nn.experts.layouts import layout_of
+from torchao_mx.nn.experts.module import LocalExperts, MXExperts, split_experts
+from torchao_mx.ops.moe.combine import combine_op
 
 
 class _AllToAll(torch.autograd.Function):
@@ -102,7 +102,7 @@ class _Pick(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class RowExchange:
-    """The exchanges of one layer, an :class:`torchao_mx.experts.Exchange`.
+    """The exchanges of one layer, an :class:`torchao_mx.nn.experts.module.Exchange`.
 
     Attributes:
         mesh: the one dimension over which the experts are split.

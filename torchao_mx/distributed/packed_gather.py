@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from torchao_mx.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
-from torchao_mx.recipes import NVFP4MXFP8Experts, NVFP4MXFP8Linear
+from torchao_mx.nn.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
+from torchao_mx.nn.recipes import NVFP4MXFP8Experts, NVFP4MXFP8Linear
 from torchao_mx.tensor.master_tensor import MasterTensor
 
 

@@ -11,20 +11,20 @@ The only part of torchao_mx that imports transformers. Importing it adds to tran
 quantizer "torchao_mx" and, under v5, the experts implementation "torchao_mx".
 """
 
-from torchao_mx.hf._versions import is_v5
+from torchao_mx.hf.versions import is_v5
 
 if is_v5():
-    from torchao_mx.hf import _v5 as _hooks
+    from torchao_mx.hf import hooks_v5 as _hooks
 else:
-    from torchao_mx.hf import _v4 as _hooks
+    from torchao_mx.hf import hooks_v4 as _hooks
 
 _hooks.register()
 
-from torchao_mx.hf._adapter import load_adapter, save_adapter  # noqa: E402
-from torchao_mx.hf._load import from_pretrained  # noqa: E402  after the version is known to work
-from torchao_mx.hf._merge import MergeError, merge_adapter  # noqa: E402
-from torchao_mx.hf._save import save_pretrained  # noqa: E402
-from torchao_mx.hf._save_sharded import save_distributed  # noqa: E402
+from torchao_mx.hf.adapter import load_adapter, save_adapter  # noqa: E402
+from torchao_mx.hf.load import from_pretrained  # noqa: E402  after the version is known to work
+from torchao_mx.hf.merge import MergeError, merge_adapter  # noqa: E402
+from torchao_mx.hf.save import save_pretrained  # noqa: E402
+from torchao_mx.hf.save_sharded import save_distributed  # noqa: E402
 
 __all__ = [
     "MergeError",

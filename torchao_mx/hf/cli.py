@@ -35,16 +35,16 @@ from pathlib import Path
 
 import torch
 
-from torchao_mx.checks import HIGH_PRECISION_DTYPES
+from torchao_mx.errors import HIGH_PRECISION_DTYPES
 from torchao_mx.formats import MXFP4, ScaleCalculationMode
-from torchao_mx.hf._adapter import check_config, read_adapter
-from torchao_mx.hf._checkpoint import read_folder
-from torchao_mx.hf._config import checked_method, load_config
-from torchao_mx.hf._inspect import Row, inspect
-from torchao_mx.hf._load import from_pretrained
-from torchao_mx.hf._merge import SCALING_MODE, MergeWarning, lost_updates, merge_adapter
-from torchao_mx.hf._quantize import quantize_checkpoint
-from torchao_mx.hf._save import bytes_of, check_target, save_model
+from torchao_mx.hf.adapter import check_config, read_adapter
+from torchao_mx.hf.checkpoint import read_folder
+from torchao_mx.hf.config import checked_method, load_config
+from torchao_mx.hf.inspection import Row, inspect
+from torchao_mx.hf.load import from_pretrained
+from torchao_mx.hf.merge import SCALING_MODE, MergeWarning, lost_updates, merge_adapter
+from torchao_mx.hf.quantize import quantize_checkpoint
+from torchao_mx.hf.save import bytes_of, check_target, save_model
 
 _Columns = dict[str, Callable[[Row], str]]
 _Result = tuple[

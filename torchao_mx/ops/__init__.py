@@ -1,14 +1,14 @@
 """The public ops: ``torch.library`` custom ops, the CPU served by ``reference/``, CUDA by Triton."""
 
-from torchao_mx.ops.combine import combine
-from torchao_mx.ops.dequantize import dequantize
-from torchao_mx.ops.fake_quantize import fake_quantize
-from torchao_mx.ops.linear import lora_grouped_mm, lora_matmul
-from torchao_mx.ops.matmul import grouped_mm, matmul
-from torchao_mx.ops.quantize import per_tensor_scale, quantize, quantize_with_values
-from torchao_mx.ops.quantize_both import BothDirections, quantize_both
-from torchao_mx.ops.routing import Routing, route
-from torchao_mx.ops.swiglu import swiglu
+from torchao_mx.ops.moe.combine import combine
+from torchao_mx.ops.moe.routing import Routing, route
+from torchao_mx.ops.moe.swiglu import swiglu
+from torchao_mx.ops.packed_mm.lora import lora_grouped_mm, lora_matmul
+from torchao_mx.ops.packed_mm.matmul import grouped_mm, matmul
+from torchao_mx.ops.quantization.dequantize import dequantize
+from torchao_mx.ops.quantization.fake_quantize import fake_quantize
+from torchao_mx.ops.quantization.quantize import per_tensor_scale, quantize, quantize_with_values
+from torchao_mx.ops.quantization.quantize_both import BothDirections, quantize_both
 
 __all__ = [
     "BothDirections",

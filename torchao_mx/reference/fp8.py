@@ -71,7 +71,7 @@ def fp8_product(
     added: Added,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See :func:`torchao_mx.ops._fp8.fp8_product`; sums in fp32, rounded once to x's dtype."""
+    """See ``fp8_product`` of ``ops.packed_mm.fp8``; sums in fp32, rounded once to x's dtype."""
     offs, order, top_k, n_rows = rows
     h, up, scaling, bias = added
     x_rows = x if order is None else x[order.long() // top_k]

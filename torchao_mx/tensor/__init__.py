@@ -1,11 +1,11 @@
 """Weight tensors in packed formats, and what PyTorch's operators do with them."""
 
 from torchao_mx.tensor import (  # noqa: F401  they register operators
-    _averages,
-    _dispatch,
-    _matmul,
-    _memory,
-    _sharding,
+    averages,
+    dispatch,
+    matmul,
+    memory,
+    sharding,
 )
 from torchao_mx.tensor.lora_tensor import LoRATensor
 from torchao_mx.tensor.mx_tensor import MXTensor

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from torchao_mx.tensor._storage import Unread, not_implemented, wrapper
+from torchao_mx.tensor.storage import Unread, not_implemented, wrapper
 
 aten = torch.ops.aten
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from torchao_mx.checks import check_high_precision
-from torchao_mx.ops._arguments import adapters_of
-from torchao_mx.tensor._storage import Unread, wrapper
+from torchao_mx.errors import check_high_precision
+from torchao_mx.ops.core.arguments import adapters_of
 from torchao_mx.tensor.mx_tensor import MXTensor
+from torchao_mx.tensor.storage import Unread, wrapper
 
 
 class LoRATensor(Unread):

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map_only
 
 from torchao_mx import ops
 from torchao_mx.formats import QuantizeSpec
-from torchao_mx.tensor._fsdp import moved, noted_shard, outside_inference, padded_shard
-from torchao_mx.tensor._storage import wrapper
+from torchao_mx.tensor.fsdp import moved, noted_shard, outside_inference, padded_shard
 from torchao_mx.tensor.mx_tensor import MXTensor
+from torchao_mx.tensor.storage import wrapper
 
 aten = torch.ops.aten
 
@@ -126,7 +126,7 @@ class MasterTensor(torch.Tensor):
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-        """The whole weight, packed; see :class:`torchao_mx.tensor._fsdp.PackedAllGather`."""
+        """The whole weight, packed; see :class:`torchao_mx.tensor.fsdp.PackedAllGather`."""
         return metadata.fsdp_post_all_gather(all_gather_outputs, None, param_dtype, out=out)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[QuantizeSpec, bool]]:

@@ -21,7 +21,7 @@ from torchao.quantization.quantize_.common import KernelPreference
 from torchao.utils import TorchAOBaseTensor
 
 from torchao_mx import ops
-from torchao_mx.checks import check_axis, check_blocks, check_high_precision
+from torchao_mx.errors import check_axis, check_blocks, check_high_precision
 from torchao_mx.formats import (
     MXFP4,
     NVFP4,
@@ -31,8 +31,8 @@ from torchao_mx.formats import (
     check_scaling_mode,
     format_by_name,
 )
-from torchao_mx.tensor._fsdp import UNSAVED, PackedAllGather
-from torchao_mx.tensor._storage import not_implemented, wrapper
+from torchao_mx.tensor.fsdp import UNSAVED, PackedAllGather
+from torchao_mx.tensor.storage import not_implemented, wrapper
 
 
 class MXTensor(PackedAllGather, TorchAOBaseTensor):

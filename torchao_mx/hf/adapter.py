@@ -1,0 +1,405 @@
+"""Adapters in PEFT's layout: what it saves for ``LoraConfig(target_modules=, target_parameters=)``.
+
+A linear layer's two matrices stand under its name, ``lora_A.weight [r, in]`` and ``lora_B.weight [out, r]``.
+Of 3-D experts PEFT wraps one parameter after the other, in the order in which the module registered them, so
+that the first one's stand innermost, behind ``base_layer.`` for each wrapper around it; all experts' in one::
+
+    lora_A.weight [E r, in]   = A [E, r, in], expert by expert
+    lora_B.weight [out, r E]  = B [E, out, r] with the experts last
+
+PEFT under transformers 4 takes the two axes of gpt-oss's weights for each other: its ``lora_A [E r, out]``
+holds ``B_e^T``, its ``lora_B [in, r E]`` holds ``A_e^T``. Shapes tell, if not of a square weight then of the
+other one: ``[H, 2 I]`` and ``[I, H]`` are never both square.
+
+The weights' file says in its metadata, which PEFT does not read, what of the config its tensors mean nothing
+without, so that files of different saves are told apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from torchao_mx.hf.files import AGAIN, read_json, read_metadata, read_tensors
+from torchao_mx.hf.staging import save_tensors, staging, sync, writing
+from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+_MARK = "torchao_mx"  # of the weights' metadata: the config's _PAIRED as JSON
+_PAIRED = {"r": None, "lora_alpha": None, "use_rslora": False, "target_parameters": None}
+_INTERRUPTED = (
+    "INTERRUPTED_SAVE"  # as peft_type, which PEFT refuses; with the configs "before" and "after"
+)
+
+_Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
+
+# Options of PEFT under which the file's two matrices are not all of what was trained.
+_NO_COUNTERPART = (
+    "use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
+    "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
+    "arrow_config", "kasa_config", "monteclora_config",
+)  # fmt: skip
+# Initialisations that also change the weights beside which the adapters are then trained.
+_CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Adapter(NamedTuple):
+    """One weight's adapters, or on ``meta`` the shapes that they must have, and where PEFT has them."""
+
+    weight: str  # full name of the adapted parameter, or of the linear layer
+    key: str  # in the file, in front of lora_A.weight
+    lora_a: torch.Tensor
+    lora_b: torch.Tensor
+    transposed: bool = False  # stored [E, in, out]
+
+
+def peft_keys(name: str, weights: list[str]) -> dict[str, str]:
+    """Where PEFT has the adapters of a module's ``weights``, which are in their registered order."""
+    return {
+        weight: f"{PREFIX}{name}{'.' * bool(name)}{'base_layer.' * (len(weights) - 1 - i)}"
+        for i, weight in enumerate(weights)
+    }
+
+
+def _adapters(model: nn.Module) -> Iterator[Adapter]:
+    for name, module in model.named_modules():
+        dot = f"{name}." if name else ""
+        if isinstance(module, MXLoRALinear):
+            yield Adapter(name, f"{PREFIX}{dot}", module.lora_A, module.lora_B)
+        elif isinstance(module, MXLoRAExperts):
+            weights = [n for n in module._parameters if n in module.layout.weights]
+            for weight, key in peft_keys(name, weights).items():
+                a, b = (module._parameters[f"{weight}_lora_{s}"] for s in "AB")
+                yield Adapter(f"{dot}{weight}", key, a, b, module.layout.transposed)
+
+
+def _to_peft(adapter: Adapter) -> dict[str, torch.Tensor]:
+    a, b = (
+        t.detach().full_tensor() if isinstance(t, DTensor) else t.detach()
+        for t in (adapter.lora_a, adapter.lora_b)
+    )
+    if a.dim() == 3:
+        a, b = a.flatten(0, 1), b.permute(1, 2, 0).flatten(1)
+    return {f"{adapter.key}lora_A.weight": a, f"{adapter.key}lora_B.weight": b}
+
+
+def _from_peft(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
+    experts, r, k = adapter.lora_a.shape
+    return a.view(experts, r, k), b.view(-1, r, experts).permute(2, 0, 1)
+
+
+def _from_peft_v4(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
+    """Of PEFT under transformers 4, whose A holds what is B's here and the reverse."""
+    experts, r, _ = adapter.lora_a.shape
+    lora_a = b.view(-1, r, experts).permute(2, 1, 0)
+    lora_b = a.view(experts, r, -1).transpose(1, 2)
+    return lora_a, lora_b
+
+
+def _config_of(model: nn.Module) -> dict[str, Any]:
+    """What PEFT needs to know, of all adapters alike."""
+    configs = {
+        (config.r, config.lora_alpha, config.use_rslora)
+        for config in (
+            module.lora_config if isinstance(module, MXLoRAExperts) else module.config
+            for module in model.modules()
+            if isinstance(module, (MXLoRALinear, MXLoRAExperts))
+        )
+    }
+    if len(configs) != 1:
+        found = ", ".join(f"r={r} alpha={a} use_rslora={s}" for r, a, s in sorted(configs))
+        raise ValueError(
+            f"the model has {f'adapters of several kinds ({found})' if configs else 'no adapters'}; a file "
+            f"holds those of one MXWeightOnlyLoRAConfig"
+        )
+    r, alpha, use_rslora = configs.pop()
+    names = [adapter.weight for adapter in _adapters(model)]
+    modules = [name for name, m in model.named_modules() if isinstance(m, MXLoRALinear)]
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "r": r,
+        "lora_alpha": alpha,
+        "use_rslora": use_rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": modules,
+        "target_parameters": [name for name in names if name not in modules] or None,
+    }
+
+
+def save_adapter(model: nn.Module, path: str | Path) -> None:
+    """Save a model's adapters as PEFT does, for PEFT, vLLM or :func:`load_adapter`.
+
+    Adapters that FSDP2 or :class:`torchao_mx.distributed.ExpertParallel` has split are gathered: then all
+    ranks call this, and rank 0 writes.
+
+    Args:
+        model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts`, of one config.
+        path: a folder; ``adapter_config.json`` and ``adapter_model.safetensors`` in it are replaced. Should
+            the process be killed, :func:`load_adapter` loads the old adapter or the new one; PEFT does too
+            or, in the moment between the two files and if rank or scale change, refuses the config.
+
+    Raises:
+        ValueError: no adapters, or some of another rank or scale than others; ``path`` is a file.
+        OSError: the folder cannot be written into; its files are as they were.
+    """
+    config, tensors = _config_of(model), {}
+    adapters = list(_adapters(model))
+    for adapter in adapters:
+        tensors |= {key: t.contiguous().cpu() for key, t in _to_peft(adapter).items()}
+    if not any(isinstance(adapter.lora_a, DTensor) for adapter in adapters):
+        _write(tensors, config, Path(path))
+        return
+    try:
+        if dist.get_rank() == 0:
+            _write(tensors, config, Path(path))
+    finally:
+        dist.barrier()
+
+
+def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Path) -> None:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with staging(folder, size) as stage:
+        mark = {"format": "pt", _MARK: json.dumps(_paired(config))}
+        save_tensors(tensors, stage / WEIGHTS_FILE, mark)
+        _write_config(config, stage / CONFIG_FILE)
+        sync(stage / WEIGHTS_FILE)
+        target = stage.parent
+        try:
+            before = _read_config(target)
+        except (OSError, ValueError):  # nothing that could be loaded
+            before = None
+        if before is not None and _paired(before) != _paired(config):
+            both = {"peft_type": _INTERRUPTED, "before": before, "after": config}
+            _write_config(both, stage / "both.json")
+            os.replace(stage / "both.json", target / CONFIG_FILE)
+            sync(target)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(stage / name, target / name)
+            sync(target)
+
+
+def _write_config(config: dict[str, Any], file: Path) -> None:
+    with writing(file):
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    sync(file)
+
+
+def _paired(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config the tensors beside it mean nothing without."""
+    found = {name: config.get(name, default) for name, default in _PAIRED.items()}
+    targets = found["target_parameters"]
+    return found | {
+        "target_parameters": sorted(map(str, targets)) if isinstance(targets, list) else targets
+    }
+
+
+def load_adapter(model: nn.Module, path: str | Path) -> None:
+    """Load what :func:`save_adapter` or PEFT saved into a model's adapters; all is checked first.
+
+    An adapter that PEFT trained on gpt-oss under transformers 4 is converted. Where the model's adapters are
+    split over ranks each takes its part.
+
+    Args:
+        model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts` where the file has adapters, of its rank
+            and scale.
+        path: a folder.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: another kind, rank or scale of adapter; files of different saves; tensors missing,
+            unknown, of other shapes or not floating. The message names each, and the model is as it was.
+    """
+    config, tensors = read_adapter(path)
+    check_config(config, _config_of(model))
+    adapters = list(_adapters(model))
+    pairs = checked_pairs(adapters, tensors, "adapter")
+    with torch.no_grad():
+        for adapter, pair in zip(adapters, pairs, strict=True):
+            for parameter, value in zip((adapter.lora_a, adapter.lora_b), pair, strict=True):
+                if isinstance(parameter, DTensor):
+                    value = distribute_tensor(
+                        value.to(parameter.device, parameter.dtype), parameter.device_mesh,
+                        parameter.placements, src_data_rank=None,
+                    )  # fmt: skip
+                parameter.copy_(value)
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The config and the tensors of the adapter in the folder ``path``, unchecked.
+
+    Raises:
+        FileNotFoundError: one of the two files is missing.
+        ValueError: one of them is damaged, they are of different saves, or fields have other types.
+    """
+    folder = Path(path)
+    config = _read_config(folder)
+    return config, read_tensors(folder / WEIGHTS_FILE)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """The config that the weights in ``folder`` were saved with; of theirs only the header is read."""
+    config = read_json(folder / CONFIG_FILE)
+    mark = read_metadata(folder / WEIGHTS_FILE).get(_MARK, "null")
+    try:
+        saved = json.loads(mark)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE}: {_MARK} in its metadata is not JSON ({error}); {AGAIN}"
+        ) from error
+    if config.get("peft_type") == _INTERRUPTED:
+        before, after = config.get("before"), config.get("after")
+        config = after if isinstance(after, dict) and _paired(after) == saved else before
+        if not isinstance(config, dict):
+            raise ValueError(
+                f"{folder / CONFIG_FILE}: of an interrupted save; save the adapter again"
+            )
+    targets = config.get("target_parameters")
+    if not isinstance(targets, (list, type(None))):
+        raise ValueError(
+            f"{folder / CONFIG_FILE}: target_parameters={targets!r}; it must be a list of names: save the "
+            f"adapter again"
+        )
+    found = _paired(config)
+    if saved is not None and saved != found:
+        there = saved if isinstance(saved, dict) else {}
+        differences = ", ".join(
+            f"{name}={found[name]!r} and {there.get(name)!r}"
+            for name in _PAIRED
+            if found[name] != there.get(name)
+        )
+        raise ValueError(
+            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves, with {differences}; copy "
+            f"both files again, or save the adapter again"
+        )
+    return config
+
+
+def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> None:
+    """Refuse an adapter of a kind that has no counterpart here; with ``ours``, of another rank or scale.
+
+    Raises:
+        ValueError: all that is wrong with it.
+    """
+    if config.get("peft_type") != "LORA":
+        raise ValueError(
+            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded: give "
+            f"the folder of one"
+        )
+    problems = [
+        f"{name}={config[name]!r}, which has no counterpart here; train without it, or use PEFT on the "
+        f"model in high precision"
+        for name in _NO_COUNTERPART
+        if config.get(name)
+    ]
+    init = config.get("init_lora_weights")
+    if isinstance(init, str) and init.startswith(_CHANGES_WEIGHTS):
+        problems.append(
+            f"init_lora_weights={init!r}, which changed the weights that it was trained beside: save it with "
+            f"PEFT's path_initial_model_for_weight_conversion"
+        )
+    for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
+        found = config.get(name, default)
+        if ours is not None and found != ours[name]:
+            problems.append(
+                f"{name}={found!r} and the model's adapters have {ours[name]!r}; give quantize_ an "
+                f"MXWeightOnlyLoRAConfig with the adapter's"
+            )
+    if config.get("bias", "none") != "none":
+        problems.append(
+            f"bias={config['bias']!r}; biases are frozen here: train with bias='none', or use PEFT on "
+            f"the model in high precision"
+        )
+    if problems:
+        raise ValueError(f"{CONFIG_FILE}: " + "\n".join(problems))
+
+
+def checked_pairs(
+    adapters: list[Adapter], tensors: dict[str, torch.Tensor], place: str
+) -> list[_Pair]:
+    """``(lora_A, lora_B)`` of each of ``adapters`` out of the file's ``tensors``, in the layout here.
+
+    Raises:
+        ValueError: tensors missing, not floating, of a shape that neither of PEFT's layouts has; tensors for
+            which the model has no ``place``.
+    """
+    problems, pairs, known = [], [], set()
+    for adapter in adapters:
+        keys = [f"{adapter.key}lora_{s}.weight" for s in "AB"]
+        known |= set(keys)
+        missing = [key for key in keys if key not in tensors]
+        problems += [f"{key} is missing" for key in missing]
+        if missing:
+            continue
+        a, b = (tensors[key] for key in keys)
+        wanted = _shapes(adapter)
+        if (a.shape, b.shape) not in wanted:
+            shapes = " or ".join(f"{list(x)} and {list(y)}" for x, y in wanted)
+            problems.append(
+                f"{keys[0]} and lora_B have shapes {list(a.shape)} and {list(b.shape)}, not {shapes}"
+            )
+        problems += [
+            f"{key} has dtype {t.dtype}, not a floating one"
+            for key, t in zip(keys, (a, b), strict=True)
+            if not t.is_floating_point()
+        ]
+        pairs.append((a, b))
+    problems += [f"{key}: the model has no {place} there" for key in tensors if key not in known]
+    if problems:
+        lines = "\n".join(problems)
+        raise ValueError(
+            f"{WEIGHTS_FILE} does not fit the model; use the model that it was trained on, adapted in the "
+            f"same places, or save the adapter again:\n{lines}"
+        )
+    convert = _conversion(adapters, pairs)
+    return [
+        pair if adapter.lora_a.dim() == 2 else convert(adapter, *pair)
+        for adapter, pair in zip(adapters, pairs, strict=True)
+    ]
+
+
+def _shapes(adapter: Adapter) -> list[tuple[torch.Size, torch.Size]]:
+    """Of lora_A and lora_B in the file: under transformers 5, then 4."""
+    if adapter.lora_a.dim() == 2:
+        return [(adapter.lora_a.shape, adapter.lora_b.shape)]
+    experts, r, k = adapter.lora_a.shape
+    n = adapter.lora_b.shape[1]
+    sizes = ((k, n), (n, k)) if adapter.transposed and k != n else ((k, n),)
+    return [(torch.Size((experts * r, i)), torch.Size((o, r * experts))) for i, o in sizes]
+
+
+def _conversion(
+    adapters: list[Adapter], pairs: list[_Pair]
+) -> Callable[[Adapter, torch.Tensor, torch.Tensor], _Pair]:
+    """Of experts' adapters, by those of weights that are not square; a file is of one transformers."""
+    found = {
+        (a.shape, b.shape) == shapes[0]
+        for adapter, (a, b) in zip(adapters, pairs, strict=True)
+        if len(shapes := _shapes(adapter)) > 1
+    }
+    if len(found) > 1:
+        raise ValueError(
+            f"{WEIGHTS_FILE}: some adapters have the shapes that PEFT gives them under transformers 5 and "
+            f"some those of transformers 4: save them all again under one"
+        )
+    transposed = [adapter.weight for adapter in adapters if adapter.transposed]
+    if transposed and not found:
+        raise ValueError(
+            f"{WEIGHTS_FILE}: {transposed[0]} is square, so that its adapters have the same shapes from PEFT "
+            f"under transformers 5 and 4, which mean different things: add adapters of the module's other "
+            f"weight, whose shapes tell (zeros will do)"
+        )
+    return _from_peft_v4 if found == {False} else _from_peft

@@ -1,0 +1,257 @@
+"""A checkpoint's safetensors files, checked whole before a model is built.
+
+Headers tell names, shapes, dtypes and where each tensor ends, so a file cut short is found without reading
+it. Of the data only the scales are read, a seventeenth of the packed bytes, and the blocks of a weight whose
+scales are all zero.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from torchao_mx.hf.files import Entry, read_header, read_json, read_tensor, same_bytes
+from torchao_mx.hf.layouts.gpt_oss import (
+    BLOCKS,
+    SCALES,
+    block_shapes,
+    has_owner,
+    packed_weights,
+    tied_names,
+)
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+NAN_SCALE = 255
+_LINES = 12  # of an error's list
+FLOATS = ("BF16", "F16", "F32")
+_CONFIG, _WEIGHTS_KEY = "config.json", "transformers_weights"
+_FILE = re.compile(r"[^/\\\0]+\.safetensors")
+
+
+def read_folder(folder: Path) -> dict[str, Entry]:
+    """Every tensor of the checkpoint in ``folder``, in the files that transformers reads.
+
+    These are what ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else the
+    shards of the index. Where ``model.safetensors`` and an index are both there, they have to agree in every
+    byte, since whoever wrote the second of them meant that one.
+
+    Raises:
+        OSError: a file that cannot be opened.
+        ValueError: no weights; a shard missing or damaged; an index that disagrees with files; a file and
+            shards that differ.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder; give that of a checkpoint")
+    named = _named_weights(folder / _CONFIG)
+    if named is not None:
+        read = _read_shards if named.suffix == ".json" else read_header
+        return read(named)
+    single, index = folder / SINGLE, folder / INDEX
+    if not single.exists() and not index.exists():
+        raise ValueError(
+            f"{folder}: neither {SINGLE} nor {INDEX} is there; give a folder with the weights as "
+            f"safetensors (other formats are not read)"
+        )
+    sharded = _read_shards(index) if index.exists() else {}
+    if not single.exists():
+        return sharded
+    entries = read_header(single)
+    if index.exists():
+        _check_agreement(single, index, entries, sharded)
+    return entries
+
+
+def _named_weights(config: Path) -> Path | None:
+    """The file that ``transformers_weights`` names, which transformers reads before any other."""
+    name = read_json(config).get(_WEIGHTS_KEY) if config.exists() else None
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _FILE.fullmatch(name.removesuffix(".index.json")):
+        raise ValueError(
+            f"{config}: {_WEIGHTS_KEY}={name!r}; it names a *.safetensors file, or an index of such, in the "
+            f"same folder: remove it, or correct it"
+        )
+    return config.with_name(name)
+
+
+def _read_shards(index: Path) -> dict[str, Entry]:
+    places = _weight_map(index)
+    entries: dict[str, Entry] = {}
+    for file in sorted(set(places.values())):
+        path = index.with_name(file)
+        if not path.exists():
+            raise ValueError(
+                f"{path}: the index lists this file and it is missing; download it again"
+            )
+        for name, entry in read_header(path).items():
+            if places.get(name) != file:
+                raise ValueError(
+                    f"{name}: in {file}, while {index} places it in {places.get(name)}; the files are of "
+                    f"different checkpoints: download all of them again"
+                )
+            entries[name] = entry
+    lost = sorted(places.keys() - entries.keys())
+    if lost:
+        raise ValueError(
+            f"{lost[0]}: {index} places it in {places[lost[0]]}, where it is not ({len(lost)} such tensors); "
+            f"download that file again"
+        )
+    return entries
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor: a name in the index's own folder."""
+    record = read_json(index)
+    places = record.get("weight_map")
+    if not isinstance(places, dict) or not isinstance(record.get("metadata"), dict) or not places:
+        raise ValueError(
+            f"{index}: not an index of shards, which has a weight_map of tensors to files and metadata; "
+            f"download it again"
+        )
+    for name, file in places.items():
+        if not isinstance(file, str) or not _FILE.fullmatch(file):
+            raise ValueError(
+                f"{name}: {index} places it in {file!r}; a shard is a *.safetensors file in the index's own "
+                f"folder, given by its name: download the index again"
+            )
+    return places
+
+
+def _check_agreement(
+    single: Path, index: Path, entries: dict[str, Entry], sharded: dict[str, Entry]
+) -> None:
+    different = sorted(entries.keys() ^ sharded.keys()) or [
+        name for name, entry in entries.items() if not same_bytes(entry, sharded[name])
+    ]
+    if different:
+        raise ValueError(
+            f"{different[0]}: not the same in {single} and in the shards of {index} ({len(different)} such "
+            f"tensors); transformers would read the former: remove whichever is out of date"
+        )
+
+
+def check_checkpoint(entries: dict[str, Entry], skeleton: PreTrainedModel, folder: Path) -> None:
+    """Refuse a checkpoint from which ``skeleton``, a gpt-oss model on ``meta``, could not be loaded whole.
+
+    Raises:
+        NotImplementedError: the model has no experts of a class known here.
+        ValueError: one line for each tensor that is missing, unknown, misshapen, of another dtype or without
+            its partner; then for each scale that is NaN and each weight that is zeros throughout.
+    """
+    weights = packed_weights(skeleton)
+    if not weights:
+        raise NotImplementedError(
+            f"{folder / _CONFIG}: {type(skeleton).__name__} has no experts that are read from MXFP4 "
+            f"checkpoints; those of gpt-oss are. For another architecture load a bf16 checkpoint with "
+            f"config=MXWeightOnlyConfig()"
+        )
+    problems = header_problems(entries, skeleton, weights)
+    if not problems:
+        for weight in tqdm(weights, desc="Checking scales", disable=None):
+            problems += _data_problems(entries, weight)
+    if problems:
+        raise_problems(problems, f"{folder} cannot be loaded")
+
+
+def raise_problems(problems: list[str], what: str) -> None:
+    """One error of them all."""
+    more = [f"... and {len(problems) - _LINES} more"] if len(problems) > _LINES else []
+    raise ValueError("\n".join([f"{what}:", *problems[:_LINES], *more]))
+
+
+def header_problems(
+    entries: dict[str, Entry], skeleton: PreTrainedModel, weights: list[str]
+) -> list[str]:
+    wanted: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
+    tied = tied_names(skeleton)
+    for name, tensor in skeleton.state_dict().items():
+        if name in weights:
+            for suffix, shape in block_shapes(tensor.shape, name).items():
+                wanted[name + suffix] = (("U8",), shape)
+        elif name not in tied:
+            wanted[name] = (FLOATS, tuple(tensor.shape))
+    problems = []
+    for name, (dtypes, shape) in wanted.items():
+        entry = entries.get(name)
+        if entry is None:
+            problems.append(f"{name}: missing{_partner(name, entries)}")
+        elif entry.shape != shape:
+            problems.append(
+                f"{name}: has shape {entry.shape} and config.json asks for {shape}; use the config.json of "
+                f"this checkpoint, or export the tensor again"
+            )
+        elif entry.dtype not in dtypes:
+            problems.append(
+                f"{name}: has dtype {entry.dtype} and needs {' or '.join(dtypes)}; export it again"
+            )
+    problems += tied_problems(entries, skeleton).values()
+    for name in sorted(entries.keys() - wanted.keys() - tied):
+        if has_owner(skeleton, name) or name.endswith((BLOCKS, SCALES)):
+            problems.append(
+                f"{name}: the model of config.json has no place for it; use the config.json of this "
+                f"checkpoint, or remove the tensor"
+            )
+    return problems
+
+
+def tied_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
+    """A line for each tensor that ``config.json`` ties to the embedding and the files have another value for.
+
+    transformers 4 would drop that value, 5 would keep it and not tie.
+    """
+    embedding = skeleton.get_input_embeddings()
+    source = next((f"{n}.weight" for n, m in skeleton.named_modules() if m is embedding), None)
+    if source not in entries:
+        return {}
+    return {
+        name: f"{name}: differs from {source}, and tie_word_embeddings in config.json says that they are "
+        f"one; set it to false there, or remove the tensor"
+        for name in sorted(tied_names(skeleton) & entries.keys())
+        if entries[name].shape == entries[source].shape
+        and not same_bytes(entries[name], entries[source])
+    }
+
+
+def _partner(name: str, entries: dict[str, Entry]) -> str:
+    """What a message says of a missing tensor's kin."""
+    for suffix, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
+        if name.endswith(suffix):
+            stem = name.removesuffix(suffix)
+            if stem in entries:
+                return f", and {stem} is there unpacked; export it as blocks and scales"
+            if stem + other in entries:
+                return f", and {stem + other} is there: download both again, they belong together"
+    return "; download or export the checkpoint again"
+
+
+def _data_problems(entries: dict[str, Entry], weight: str) -> list[str]:
+    scales = read_tensor(entries, weight + SCALES)
+    return value_problems(weight, lambda: read_tensor(entries, weight + BLOCKS), scales)
+
+
+def value_problems(
+    weight: str, blocks: Callable[[], torch.Tensor], scales: torch.Tensor
+) -> list[str]:
+    """A line for a weight that is zeros throughout, or some of whose scales are NaN; ``blocks`` if needed."""
+    largest = int(scales.max()) if scales.numel() else None
+    if largest == 0 and not blocks().any():
+        problem = (
+            f"{weight}{BLOCKS}: it and {weight.rpartition('.')[2]}{SCALES} are zero throughout, "
+            f"placeholders that nothing was written to; download or export the checkpoint again"
+        )
+    elif largest == NAN_SCALE:
+        places = (scales == NAN_SCALE).nonzero()
+        problem = (
+            f"{weight}{SCALES}: {len(places)} of {scales.numel()} scales are NaN (byte {NAN_SCALE}), the "
+            f"first at {tuple(places[0].tolist())}; the weights were quantized from NaN or Inf, or the file "
+            f"is damaged: export it again"
+        )
+    else:
+        return []
+    return [problem]

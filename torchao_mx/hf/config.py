@@ -1,0 +1,154 @@
+"""A checkpoint's config.json and generation_config.json, and the model that they describe, without memory.
+
+transformers says of a wrong field what its code happens to stumble over. Here that becomes a ``ValueError``
+that names the file, with transformers' own error as its cause.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from torchao_mx.hf.files import Entry, read_json
+from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES, skeleton_of
+
+CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = (
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
+# In v5, files of a rank each, which transformers reads before any other.
+_RANK_FILE = "shard-[0-9]*-model-*.safetensors"
+_COUNTS = re.compile(
+    r".*(layers?|experts|labels)"
+)  # of what a model's constructor makes one by one
+_REMEDY = "use the files that were published with these weights"
+_PASSED = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
+
+
+@contextlib.contextmanager
+def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Iterator[None]:
+    """Whatever transformers raises as a ``ValueError`` that names ``place``.
+
+    Some of it is no matter of files and stays as it is: the network, memory; ``passed``.
+    """
+    try:
+        yield
+    except (*_PASSED, *passed):
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())
+        text = text if len(text) < 400 else f"{text[:400]}..."
+        if isinstance(
+            error, ImportError
+        ):  # of a kind of attention, or of code that the config names
+            remedy = "install that package, or use a config.json that does without"
+        raise ValueError(
+            f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"
+        ) from error
+
+
+def load_config(
+    folder: Path, entries: Collection[Entry], **options: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The model's config in ``folder``, and those of transformers' ``options`` that are not for configs.
+
+    Args:
+        folder: a checkpoint's.
+        entries: its tensors, of which there are as many as layers.
+        options: of transformers' from_pretrained; those that are fields of the config are set in it.
+
+    Raises:
+        OSError: a file is missing or cannot be opened.
+        ValueError: ``config.json`` or ``generation_config.json`` is damaged or describes no model; ``folder``
+            has other weights too, which transformers would read in place of the checked ones.
+    """
+    record = read_json(folder / CONFIG)
+    _check_counts(record, folder / CONFIG, entries)
+    if (folder / ADAPTER_CONFIG).exists():
+        raise ValueError(
+            f"{folder / ADAPTER_CONFIG}: an adapter beside a whole model, which transformers may or may not "
+            f"add; move the adapter into a folder of its own and load it with load_adapter or PEFT"
+        )
+    for file in sorted(folder.glob(_RANK_FILE)):
+        raise ValueError(
+            f"{file}: of one rank, and transformers may read it in place of the checkpoint; move such files "
+            f"into a folder of their own"
+        )
+    with from_transformers(folder / CONFIG, _REMEDY):
+        found = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
+    if (folder / GENERATION_CONFIG).exists():
+        read_json(folder / GENERATION_CONFIG)
+        with from_transformers(folder / GENERATION_CONFIG, f"{_REMEDY}, or remove it"):
+            GenerationConfig.from_pretrained(folder)
+    return found
+
+
+def _check_counts(record: dict[str, Any], file: Path, entries: Collection[Entry]) -> None:
+    """Refuse more layers or experts than these tensors can be of, which would take ages to build."""
+    limit = max((len(entries), *(size for entry in entries for size in entry.shape)))
+    for key, value in record.items():
+        if isinstance(value, dict):
+            _check_counts(value, file, entries)
+        elif isinstance(value, (int, float)) and _COUNTS.fullmatch(key) and value > limit:
+            raise ValueError(
+                f"{file}: {key}={value}, and the checkpoint has {len(entries)} tensors; {_REMEDY}"
+            )
+
+
+def build_skeleton(auto_class: Any, config: Any, folder: Path, **options: Any) -> PreTrainedModel:
+    """The model of ``config`` on ``meta``, as ``auto_class.from_config`` builds it.
+
+    Raises:
+        ValueError: ``auto_class`` cannot build it.
+    """
+    build = functools.partial(auto_class.from_config, **options)
+    with from_transformers(folder / CONFIG, _REMEDY):
+        return skeleton_of(build, config)
+
+
+def quant_method(config: Any) -> str | None:
+    """What a model's config says of its quantization; None where it says nothing.
+
+    Raises:
+        ValueError: it says something that names no method.
+    """
+    record = getattr(config, "quantization_config", None)
+    if record is None:
+        return None
+    method = record.get("quant_method") if isinstance(record, dict) else None
+    if not isinstance(method, str):
+        raise ValueError(
+            f"quantization_config in config.json is {record!r} and names no quant_method; use the "
+            f"config.json of this checkpoint, which for gpt-oss's layout has {{'quant_method': 'mxfp4'}}"
+        )
+    return method
+
+
+def checked_method(config: Any, entries: Collection[str], folder: Path) -> str | None:
+    """:func:`quant_method` of a checkpoint whose tensors are as that says.
+
+    Raises:
+        ValueError: packed tensors without a word in ``config.json``, or the reverse.
+    """
+    method = quant_method(config)
+    packed = sorted(name for name in entries if name.endswith((BLOCKS, SCALES)))
+    if method is None and packed:
+        raise ValueError(
+            f"{packed[0]}: packed, and config.json of {folder} has no quantization_config; for gpt-oss's "
+            f"layout it is {{'quant_method': 'mxfp4'}}: download config.json again"
+        )
+    if method == "mxfp4" and not packed:
+        raise ValueError(
+            f"{folder}: config.json says quant_method='mxfp4', and no tensor is packed, none is called "
+            f"*{BLOCKS}: the weights are in high precision. Remove quantization_config from config.json; "
+            f"then load with config=MXWeightOnlyConfig(), or pack the folder with torchao-mx quantize"
+        )
+    return method

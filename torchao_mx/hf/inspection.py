@@ -1,0 +1,111 @@
+"""What a packed checkpoint holds, weight by weight."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from torchao_mx.hf.checkpoint import NAN_SCALE, read_folder
+from torchao_mx.hf.files import Entry, read_tensor
+from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES
+from torchao_mx.reference.fp8 import fits_fp8
+from torchao_mx.tensor import MXTensor
+
+Row = dict[str, Any]
+_EXPONENT_BIAS = 127
+
+
+def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
+    """(a row for each packed weight, totals).
+
+    Args:
+        folder: a checkpoint with weights in blocks and scales.
+        compare: one with the same weights in high precision, ``[E, in, out]`` as transformers has gpt-oss's.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read, has no packed weight, or lacks half of one; tensors of
+            ``compare`` that are missing or of another shape.
+    """
+    entries = read_folder(folder)
+    names = sorted(n.removesuffix(BLOCKS) for n in entries if n.endswith(BLOCKS))
+    halves = {n.removesuffix(SCALES) for n in entries if n.endswith(SCALES)} ^ set(names)
+    if halves:
+        raise ValueError(
+            f"{min(halves)}: {folder} has its blocks or its scales, and not the other; "
+            f"download or export both again"
+        )
+    if not names:
+        raise ValueError(
+            f"{folder}: no weights in blocks and scales, so nothing packed to inspect; give a packed "
+            f"checkpoint's folder"
+        )
+    others = None if compare is None else read_folder(compare)
+    rows = []
+    for name in tqdm(names, desc="Inspecting", disable=None, file=sys.stderr):
+        blocks, scales = (read_tensor(entries, name + suffix) for suffix in (BLOCKS, SCALES))
+        if not blocks.numel():
+            raise ValueError(f"{name}: {folder} has it without elements; export it again")
+        try:
+            weight = MXTensor.from_blocks(blocks, scales, torch.bfloat16)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}; export it again") from None
+        row = _row(name, weight)
+        if others is not None:
+            row["error"] = _error(name, weight, others, compare)
+        rows.append(row)
+    packed = {name + suffix for name in names for suffix in (BLOCKS, SCALES)}
+    total = {
+        "packed_weights": len(names),
+        "packed_bytes": sum(row["bytes"] for row in rows),
+        "other_tensors": len(entries) - len(packed),
+        "elements": sum(row["elements"] for row in rows),
+    }
+    return rows, total
+
+
+def _row(name: str, weight: MXTensor) -> Row:
+    scale = weight.scale.view(torch.uint8)
+    finite = scale[scale != NAN_SCALE]
+    fits = fits_fp8(weight.qdata, weight.scale, True)
+    return {
+        "name": name,
+        "format": weight.format.name,
+        "shape": list(weight.shape),
+        "elements": weight.numel(),
+        "bytes": weight.qdata.nbytes + weight.scale.nbytes,
+        "min_exponent": int(finite.min()) - _EXPONENT_BIAS if finite.numel() else None,
+        "max_exponent": int(finite.max()) - _EXPONENT_BIAS if finite.numel() else None,
+        "nan_scales": scale.numel() - finite.numel(),
+        "rows": fits.numel(),
+        "lossless_rows": int(fits.sum()),
+    }
+
+
+def _error(name: str, weight: MXTensor, others: dict[str, Entry], folder: Path) -> float:
+    if name not in others:
+        raise ValueError(
+            f"{name}: {folder} has no such tensor to compare with; give "
+            f"the checkpoint in high precision that this one was packed from"
+        )
+    original = read_tensor(others, name)
+    if original.shape != weight.mT.shape:
+        raise ValueError(
+            f"{name}: has shape {tuple(original.shape)} in {folder}; the packed weight is "
+            f"{tuple(weight.mT.shape)} as transformers has it, [E, in, out]; give the checkpoint in high "
+            f"precision that this one was packed from"
+        )
+    return relative_error(weight, original)
+
+
+def relative_error(packed: MXTensor, original: torch.Tensor) -> float:
+    """``|packed - original| / |original|`` of ``[E, out, in]`` and ``[E, in, out]``, an expert at a time."""
+    difference = norm = 0.0
+    for got, wanted in zip(packed, original, strict=True):
+        wanted = wanted.double().mT
+        difference += (got.dequantize(torch.float32).double() - wanted).square().sum().item()
+        norm += wanted.square().sum().item()
+    return (difference / norm) ** 0.5 if norm else float(difference > 0)

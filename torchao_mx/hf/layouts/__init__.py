@@ -1,0 +1,1 @@
+"""How checkpoints hold packed weights: one file per layout."""

@@ -1,0 +1,89 @@
+"""What the quantizer "torchao_mx" is under both versions; ``_v5.py`` and ``_v4.py`` add how each loads.
+
+Stored configs say "mxfp4", as the published ones do, so that any loader of gpt-oss reads what is saved.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from torchao_mx.hf.layouts.gpt_oss import UNPACKED_MODULES
+from torchao_mx.hf.state import adapters_in, packed_state_dict
+
+NAME = "torchao_mx"
+
+
+@register_quantization_config(NAME)
+class MXQuantizationConfig(QuantizationConfigMixin):
+    """What ``model.config.quantization_config`` is for a model loaded here; stored as "mxfp4".
+
+    Args:
+        modules_to_not_convert: what a checkpoint's config says of the modules that are not packed.
+    """
+
+    def __init__(
+        self,
+        quant_method: str = NAME,
+        modules_to_not_convert: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.quant_method = NAME
+        self.modules_to_not_convert = list(modules_to_not_convert or UNPACKED_MODULES)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": list(self.modules_to_not_convert),
+        }
+
+
+class MXQuantizer(HfQuantizer):
+    """What both versions share: the model may be trained, is not offloaded, and is stored packed."""
+
+    is_trainable = True
+    is_qat_trainable = True
+    requires_calibration = False
+    requires_parameters_quantization = False
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse to offload; called again with the places that ``device_map="auto"`` comes to."""
+        places = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
+        if "disk" in places or ("cpu" in places and len(places) > 1):
+            raise ValueError(
+                f"device_map places parts of the model on {', '.join(sorted(places))}; packed weights are "
+                f"not offloaded: use more or larger GPUs, or device_map='cpu' for all of it"
+            )
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    def get_state_dict_and_metadata(
+        self, model: PreTrainedModel, *args: Any, **kwargs: Any
+    ) -> tuple[dict[str, torch.Tensor] | None, dict]:
+        """What transformers' own save_pretrained writes; None where it takes adapters alone.
+
+        Of a model with our adapters those alone, from which Trainer resumes: it saves in the midst of
+        training, where an error would lose the run.
+        """
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        adapters = adapters_in(model)
+        if not adapters:
+            return packed_state_dict(model), {}
+        warnings.warn(
+            f"{type(model).__name__} is saved as its adapters alone, which is what Trainer resumes from; "
+            f"torchao_mx.hf.save_adapter saves them for others, torchao_mx.hf.save_pretrained with "
+            f"merge_adapters=True the whole",
+            stacklevel=2,
+        )
+        return adapters, {}
+
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        """Nothing; in v4 the base class imports accelerate to look for Llama 4."""

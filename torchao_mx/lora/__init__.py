@@ -1,8 +1,0 @@
-"""LoRA on frozen packed weights, through torchao's ``quantize_``."""
-
-from torchao_mx.lora import handler  # noqa: F401  it registers itself
-from torchao_mx.lora.config import MXWeightOnlyLoRAConfig
-from torchao_mx.lora.experts import MXLoRAExperts
-from torchao_mx.lora.linear import MXLoRALinear
-
-__all__ = ["MXLoRAExperts", "MXLoRALinear", "MXWeightOnlyLoRAConfig"]

@@ -1,0 +1,329 @@
+"""MXExperts, which stands in for a module of experts, and how such modules are packed, checked and reported.
+
+``layouts.py`` says which classes are known. Parameters may be DTensors that hold a part of the experts on
+each rank; the products see the local part.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any, Protocol
+from weakref import WeakSet
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+from torchao.utils import TorchAOBaseTensor
+
+from torchao_mx.errors import check_blocks, check_high_precision
+from torchao_mx.formats import NVFP4, QuantizeSpec
+from torchao_mx.nn.experts import pipeline
+from torchao_mx.nn.experts.layouts import Layout, _layout_of, layout_of
+from torchao_mx.nn.modules import twin_of
+from torchao_mx.tensor import MXTensor
+
+
+class LocalExperts(Protocol):
+    """What a rank computes with its own E' experts."""
+
+    def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """``(x [R, H], ids [R, k] below E', weights [R, k]) -> [R, H]``."""
+
+
+class Exchange(Protocol):
+    """How a module whose experts are split over ranks reaches those of the others.
+
+    :class:`torchao_mx.distributed.ExpertParallel` gives a module one.
+    """
+
+    def routed(
+        self, experts: LocalExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """``(hidden [T, H], ids [T, k] of all E experts, weights [T, k]) -> [T, H]``."""
+
+    def grouped(
+        self, experts: LocalExperts, rows: torch.Tensor, counts: torch.Tensor
+    ) -> torch.Tensor:
+        """``(rows [R, H] in the order of all E experts, counts [E]) -> [R, H]``, in that order."""
+
+
+class MXExperts(nn.Module):
+    """A module of experts on frozen packed weights, computed by the pipeline of ``pipeline.py``.
+
+    It is called as its source is, and has the source's attributes, hooks and parameters under their names,
+    the weights as :class:`MXTensor` of the source's logical shape. Made by ``quantize_`` with a PTQ config
+    and ``filter_fn=is_experts``, or by converting an :class:`torchao_mx.MXFakeQuantizedExperts`.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao_mx import MXWeightOnlyConfig, is_experts
+        >>> class GroupedExperts(torch.nn.Module):  # as torchtitan has it
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...         self.w2 = torch.nn.Parameter(torch.randn(4, 32, 64))
+        ...         self.w3 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        ...
+        ...     def forward(self, x, num_tokens_per_expert): ...
+        >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
+        >>> quantize_(model, MXWeightOnlyConfig(), filter_fn=is_experts)
+        >>> model["experts"](torch.randn(5, 32), torch.tensor([2, 0, 1, 2])).shape
+        torch.Size([5, 32])
+    """
+
+    layout: Layout
+    source_class: type[nn.Module]
+    exchange: Exchange | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the products are told."""
+        return {}
+
+    @classmethod
+    def stand_in(cls, module: nn.Module) -> Any:
+        """A ``cls`` that shares everything a module of experts holds, itself unchanged."""
+        twin = twin_of(cls, module)
+        twin.layout = layout_of(module)
+        twin.source_class = module.source_class if isinstance(module, MXExperts) else type(module)
+        return twin
+
+    @property
+    def n_experts(self) -> int:
+        """E; of experts that are split over ranks those of this one."""
+        return self.local_parameter(self.layout.weights[0]).shape[0]
+
+    def local_parameter(self, name: str) -> torch.Tensor:
+        """The parameter ``name``; of a DTensor its part on this rank, through which gradients go."""
+        return local_of(self._parameters[name])
+
+    def operand(self, name: str) -> pipeline.Weight:
+        """What the products take for the weight ``name``, stored as the source stores it."""
+        return self.local_parameter(name)
+
+    def base(self, name: str) -> torch.Tensor:
+        """The weight ``name`` as ``[E, out, in]``, E as in :attr:`n_experts`."""
+        weight = self.local_parameter(name)
+        return weight.mT if self.layout.transposed else weight
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """As the source's."""
+        return self.layout.forward(self, *args, **kwargs)
+
+    def shapes_repr(self) -> str:
+        """The source's name and its weights' shapes."""
+        shapes = [f"{n}={tuple(self._parameters[n].shape)}" for n in self.layout.weights]
+        if self.exchange is not None:
+            shapes.append(str(self.exchange))
+        return f"{self.source_class.__name__}: {', '.join(shapes)}"
+
+    def extra_repr(self) -> str:
+        weight = self.base(self.layout.weights[0])
+        return f"{self.shapes_repr()}, weight={weight._quantization_type()}"
+
+
+def local_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor, differentiably; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """``local`` as this rank's part of a DTensor, split as ``tensor`` is; itself if that is not split."""
+    if not isinstance(tensor, DTensor):
+        return local
+    check_placements(tensor, "the weight")
+    return split_experts(local, tensor.device_mesh, tensor.placements, tensor.shape[0])
+
+
+def split_experts(
+    local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], n_experts: int
+) -> DTensor:
+    """The DTensor ``[n_experts, ...]`` of which ``local``, dense, is this rank's part."""
+    shape = torch.Size((n_experts, *local.shape[1:]))
+    # FSDP2 takes what is contiguous. Packed weights whose blocks lie dense are, transposed or not.
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def check_placements(tensor: torch.Tensor, what: str) -> None:
+    """Refuse a DTensor that is split otherwise than by whole experts, along its first axis.
+
+    Raises:
+        TypeError: it is; blocks and shapes of the part on a rank say nothing about the whole then.
+    """
+    if not isinstance(tensor, DTensor):
+        return
+    if not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
+        raise TypeError(
+            f"{what} is a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements}, and "
+            f"experts are split along axis 0, by whole experts; call quantize_ before they are split, gather "
+            f"them with full_tensor(), or redistribute them to Shard(0)"
+        )
+
+
+def pack(
+    weight: torch.Tensor,
+    transposed: bool,
+    spec: QuantizeSpec,
+    activation: QuantizeSpec | None = None,
+) -> torch.Tensor:
+    """``[E, out, in]`` (``[E, in, out]`` if transposed) in blocks along ``in``, of the same shape.
+
+    A DTensor that is split along E stays one.
+    """
+    if isinstance(weight, DTensor):
+        return placed_like(pack(weight.to_local(), transposed, spec, activation), weight)
+    stored = weight.mT.contiguous() if transposed else weight
+    packed = MXTensor.from_hp(stored, spec.format, spec.scaling_mode, activation=activation)
+    return packed.mT if transposed else packed
+
+
+def quantize_experts(
+    module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
+) -> MXExperts:
+    """The frozen packed twin of a module of experts; twice is once, with a warning."""
+    layout = layout_of(module)
+    if is_packed(module):
+        warnings.warn(
+            f"{type(module).__name__} holds MXTensors already; left as it is. Quantize a model once, or "
+            f"exclude this module with filter_fn",
+            stacklevel=2,
+        )
+        return module if isinstance(module, MXExperts) else MXExperts.stand_in(module)
+    check_experts(module, weight, activation)
+    twin = MXExperts.stand_in(module)
+    for name in layout.weights:
+        packed = pack(module._parameters[name].detach(), layout.transposed, weight, activation)
+        twin._parameters[name] = nn.Parameter(packed, requires_grad=False)
+    return twin
+
+
+def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
+    """Refuse a module of experts whose weights cannot be quantized so; nothing is changed."""
+    check_parameters(module)
+    layout, kind = layout_of(module), type(module).__name__
+    for name in layout.weights:
+        data, what = local_of(module._parameters[name]).detach(), f"{kind}.{name}"
+        if isinstance(data, MXTensor):
+            raise TypeError(
+                f"{what} is an MXTensor already; quantize from high-precision weights, or leave this module "
+                f"out with filter_fn"
+            )
+        check_high_precision(data.dtype, what)
+        stored = data.mT if layout.transposed else data
+        check_blocks(stored.shape, weight.format, -1, what)
+        if activation is not None:
+            check_blocks(stored.shape, activation.format, -1, f"{what}: its input")
+
+
+def check_parameters(module: nn.Module) -> None:
+    """Refuse what is not experts, lacks a bias that its flags promise, or is split within an expert."""
+    layout, kind = layout_of(module), type(module).__name__
+    if layout is None:
+        raise TypeError(
+            f"{kind} is no module of experts that is known; select them with "
+            f"quantize_(..., filter_fn=torchao_mx.is_experts)"
+        )
+    missing = [n for n in layout.biases if module._parameters.get(n) is None]
+    if missing:
+        raise ValueError(f"{kind} has no {' and no '.join(missing)}, which its flags promise")
+    for name in (*layout.weights, *layout.biases):
+        check_placements(module._parameters[name], f"{kind}.{name}")
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether all weights of a module of experts are MXTensors."""
+    weights = (module._parameters[name] for name in layout_of(module).weights)
+    return all(isinstance(local_of(weight), MXTensor) for weight in weights)
+
+
+def is_experts(module: nn.Module, fqn: str = "") -> bool:
+    """A ``filter_fn`` for ``quantize_``: modules of experts with 3-D weights that our configs convert.
+
+    transformers v5's classes under ``use_experts_implementation`` (gpt-oss, Qwen3-MoE, Mixtral, DeepSeek-V3,
+    Nemotron-H, GLM4-MoE and their like), Llama 4's and JetMoE's; transformers 4.57's gpt-oss, Llama 4,
+    Granite, JetMoE and Aria; torchtitan's ``GroupedExperts`` and ``GptOssGroupedExperts``; and classes given
+    to :func:`torchao_mx.register_experts`. A module that holds 3-D weights and is none of these gets a
+    warning, once for each class; :func:`unclaimed_experts` names them all.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import is_experts
+        >>> is_experts(torch.nn.Linear(32, 32))
+        False
+    """
+    if layout_of(module) is not None:
+        return True
+    reason = _unclaimed(module)
+    if reason is not None and type(module) not in _WARNED:
+        _WARNED.add(type(module))
+        warnings.warn(f"{fqn or 'a module'}: {reason}", stacklevel=2)
+    return False
+
+
+_WARNED: WeakSet[type[nn.Module]] = WeakSet()
+
+
+def unclaimed_experts(model: nn.Module) -> dict[str, str]:
+    """The modules of ``model`` that may be experts and stay in high precision, as no layout claims them.
+
+    Those are modules with floating 3-D parameters of their own, large enough to be packed, and modules whose
+    class is called experts and has weights of its own. Layers of ``torch.nn`` and embeddings are not meant.
+
+    Returns:
+        ``{fully qualified name: reason}``; the reason says what the module holds and what to do.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx.nn.experts import unclaimed_experts
+        >>> class GeluExperts(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
+        >>> unclaimed_experts(torch.nn.ModuleDict({"experts": GeluExperts()}))  # doctest: +ELLIPSIS
+        {'experts': 'GeluExperts holds w1 [4, 64, 32] and is of no class of experts that is known; ...'}
+    """
+    reasons = ((name, _unclaimed(module)) for name, module in model.named_modules())
+    return {name: reason for name, reason in reasons if reason is not None}
+
+
+def _unclaimed(module: nn.Module) -> str | None:
+    """Why a module that may be one of experts is not claimed; None of any other."""
+    cls = type(module)
+    if cls.__module__.startswith("torch.nn.") or layout_of(module) is not None:
+        return None
+    # isinstance: of what torch.nn defines, and FSDP2 or a parametrization gave a class of its own
+    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear)):
+        return None
+    by_name = "expert" in cls.__name__.lower()
+    held = {
+        name: p
+        for name, p in module._parameters.items()
+        if _may_be_experts(name, p, 2 if by_name else 3)
+    }
+    if not held:
+        return None
+    shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in held.items())
+    try:
+        _layout_of(module)
+        why = "is of no class of experts that is known"
+    except ValueError as error:
+        why = f"cannot be taken as experts: {error}"
+    return (
+        f"{cls.__name__} holds {shapes} and {why}; it stays in high precision. If it computes as a known "
+        f"class does, call torchao_mx.register_experts({cls.__name__}, layout)"
+    )
+
+
+def _may_be_experts(name: str, p: torch.Tensor | None, dims: int) -> bool:
+    """Whether a parameter may be a stack of weights in high precision; tables of embeddings are none."""
+    if p is None or p.dim() < dims or not p.is_floating_point() or 1 in p.shape or "embed" in name:
+        return False
+    _, *rows, columns = p.shape if p.dim() > 2 else (1, *p.shape)
+    smallest = NVFP4.block_size
+    is_packed = isinstance(local_of(p), TorchAOBaseTensor)
+    return math.prod(rows) >= smallest and columns >= smallest and not is_packed

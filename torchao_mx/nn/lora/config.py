@@ -1,0 +1,166 @@
+"""The config of LoRA on frozen packed weights."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torchao.core.config import AOBaseConfig
+
+from torchao_mx.errors import HIGH_PRECISION_DTYPES
+from torchao_mx.formats import MXFP4, BlockFormat, QuantizeSpec, ScaleCalculationMode
+from torchao_mx.ops.packed_mm.strategy import check_strategy
+
+_GRAD_COMPUTE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class MXWeightOnlyLoRAConfig(AOBaseConfig):
+    """Freeze linear layers in a block format and train adapters beside them: QLoRA in MX formats.
+
+    ``quantize_`` makes an :class:`MXLoRALinear` of each ``nn.Linear``: it quantizes a high-precision weight,
+    and keeps one that is an :class:`MXTensor` already, whatever its format. Of these layers only the
+    adapters require gradients afterwards. Parameters of other modules stay as they are: to train nothing
+    but adapters, call ``model.requires_grad_(False)`` first.
+
+    Args:
+        r: rank of the adapters, at most each layer's smaller side.
+        lora_alpha: the adapters' product is multiplied by ``lora_alpha / r``.
+        lora_dropout: probability of dropping an element of the adapters' input in training. Above 0, the
+            forward pass in training is not fused.
+        use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
+        dtype: element type of the weights: ``torch.float4_e2m1fn_x2``, ``torch.float8_e4m3fn`` or
+            ``torch.float8_e5m2``.
+        block_size: 32 for the MX formats; 16 with 4-bit elements is NVFP4.
+        scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
+        compute_dtype: None to multiply in x's dtype, or ``torch.float8_e4m3fn`` to round x by rows and
+            multiply MXFP4 weights on 8-bit tensor cores; the adapters' product stays in x's dtype.
+        grad_compute_dtype: the same choice for the product that gives x's gradient, with a
+            ``compute_dtype`` only: None or ``torch.bfloat16`` for x's dtype, or ``torch.float8_e4m3fn`` or
+            ``torch.float8_e5m2``.
+        strategy: how products are computed on a GPU; see :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
+        adapter_dtype: bfloat16, float16 or float32; None for the weight's. Adapters in float32 under
+            bfloat16 activations keep updates that bfloat16 would round away.
+        max_scratch_bytes: how much decoded weight a product may hold at a time; None for 256 MiB or
+            what the rows of x and of its result take, whichever is more.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: a value out of range; fields that exclude one another.
+
+    Example:
+        >>> import torch
+        >>> from torchao.quantization import quantize_
+        >>> from torchao_mx import MXWeightOnlyLoRAConfig
+        >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32, dtype=torch.bfloat16))
+        >>> quantize_(model, MXWeightOnlyLoRAConfig(r=8))
+        >>> [name for name, p in model.named_parameters() if p.requires_grad]
+        ['0.lora_A', '0.lora_B']
+    """
+
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    dtype: torch.dtype = torch.float4_e2m1fn_x2
+    block_size: int = 32
+    scaling_mode: ScaleCalculationMode = ScaleCalculationMode.RCEIL
+    compute_dtype: torch.dtype | None = None
+    grad_compute_dtype: torch.dtype | None = None
+    strategy: str = "auto"
+    adapter_dtype: torch.dtype | None = None
+    max_scratch_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_compute(self.weight_spec.format)
+        if self.adapter_dtype not in (None, *HIGH_PRECISION_DTYPES):
+            raise ValueError(
+                f"adapter_dtype={self.adapter_dtype}; it is None (the weight's), torch.bfloat16, "
+                f"torch.float16 or torch.float32"
+            )
+
+    def _check_numbers(self) -> None:
+        for name, kind in (
+            ("r", int),
+            ("lora_alpha", (int, float)),
+            ("lora_dropout", (int, float)),
+            ("use_rslora", bool),
+            ("max_scratch_bytes", int),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "max_scratch_bytes":
+                continue
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                wanted = "a bool" if kind is bool else "an int" if kind is int else "a number"
+                raise TypeError(f"{name}={value!r}; it must be {wanted}")
+        if self.r < 1:
+            raise ValueError(f"r={self.r}; adapters have a rank of 1 or more")
+        if not 0 < self.lora_alpha < math.inf:
+            raise ValueError(f"lora_alpha={self.lora_alpha}; it must be positive and finite")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout}; it is a probability from 0 up to, not with, 1"
+            )
+
+    def _check_compute(self, fmt: BlockFormat) -> None:
+        compute, grad = self.compute_dtype, self.grad_compute_dtype
+        if compute not in (None, torch.float8_e4m3fn):
+            raise ValueError(
+                f"compute_dtype={compute}; it is None (x's dtype) or torch.float8_e4m3fn"
+            )
+        if grad not in _GRAD_COMPUTE_DTYPES:
+            raise ValueError(
+                f"grad_compute_dtype={grad}; it is None (x's dtype), torch.bfloat16, "
+                f"torch.float8_e4m3fn or torch.float8_e5m2"
+            )
+        if grad is not None and compute is None:
+            raise ValueError(
+                f"grad_compute_dtype={grad} without a compute_dtype; give "
+                f"compute_dtype=torch.float8_e4m3fn too"
+            )
+        check_strategy(
+            self.strategy, self.max_scratch_bytes, "" if compute is None else "float8_e4m3fn"
+        )
+        if compute is not None:
+            check_compute_format(fmt, "dtype and block_size make it")
+        if compute is not None and self.lora_dropout:
+            raise ValueError(
+                f"lora_dropout={self.lora_dropout} with compute_dtype={compute}; dropout leaves the fused "
+                f"product, the only one in 8 bits: set one of them to its default"
+            )
+
+    @property
+    def weight_spec(self) -> QuantizeSpec:
+        return QuantizeSpec(BlockFormat.from_dtype(self.dtype, self.block_size), self.scaling_mode)
+
+    @property
+    def scaling(self) -> float:
+        """What the adapters' product is multiplied by."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def repr_of(self, weight: str) -> str:
+        """What a module with these adapters on a ``weight`` of this kind shows of them."""
+        fields = [
+            f"r={self.r}",
+            f"alpha={self.lora_alpha}",
+            f"scaling={self.scaling:g}",
+            f"weight={weight}",
+            f"strategy={self.strategy}",
+        ]
+        if self.lora_dropout:
+            fields.append(f"dropout={self.lora_dropout}")
+        for name in ("compute_dtype", "grad_compute_dtype"):
+            if getattr(self, name) is not None:
+                fields.append(f"{name}={getattr(self, name)}")
+        return ", ".join(fields)
+
+
+def check_compute_format(fmt: BlockFormat, what: str) -> None:
+    """Refuse a weight that 8-bit tensor cores cannot take exactly."""
+    if fmt != MXFP4:
+        raise ValueError(
+            f"{what} {fmt} and compute_dtype=torch.float8_e4m3fn takes MXFP4 weights only: leave "
+            f"compute_dtype out, or use MXFP4"
+        )

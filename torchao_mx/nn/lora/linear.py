@@ -1,0 +1,227 @@
+"""MXLoRALinear: a linear layer whose packed weight is frozen and whose adapters are trained.
+
+With the frozen ``W [N, K]``, ``A [r, K]`` and ``B [N, r]`` (``lora_A`` and ``lora_B``)::
+
+    y = x W^T + s (x A^T) B^T + bias
+
+in one op, ``packed_mm/lora.py``. ``W + s B A`` is never formed, and no unpacked ``W`` is kept for backward,
+which decodes the packed bytes again. With dropout on the adapters' input the two terms have different x, so
+that in training they are two products.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torchao_mx import ops
+from torchao_mx.nn.experts.module import local_of
+from torchao_mx.nn.linear_checks import check_linear, is_linear
+from torchao_mx.nn.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
+from torchao_mx.nn.modules import check_not_in_training, twin_of
+from torchao_mx.tensor import LoRATensor, MXTensor
+from torchao_mx.tensor.lora_tensor import check_base
+from torchao_mx.tensor.matmul import check_frozen
+
+
+class MXLoRALinear(nn.Linear):
+    """An ``nn.Linear`` on a frozen packed weight, with LoRA adapters beside it.
+
+    Its parameters are ``weight`` (an :class:`MXTensor`) and ``bias``, frozen, and ``lora_A [r, in_features]``
+    and ``lora_B [out_features, r]``, which are trained: plain parameters, initialised as PEFT does
+    (Kaiming-uniform and zero), so that the layer begins as the quantized one. They keep their own dtype,
+    whatever that of the activations. ``state_dict`` has these four names.
+
+    Made from a model's layers by ``quantize_`` with an :class:`MXWeightOnlyLoRAConfig`, or by
+    :meth:`from_linear`; the constructor quantizes a random weight, to be loaded into.
+
+    Args:
+        in_features: K, a multiple of the block size.
+        out_features: N.
+        bias: whether to add one.
+        config: rank, format and so on; None for the default.
+        device: of the parameters.
+        dtype: of the bias, and the weight's logical one.
+
+    Raises:
+        TypeError: an unsupported dtype; a ``config`` of another type.
+        ValueError: ``in_features`` not a multiple of the block size; a rank above a side of the weight.
+
+    Example:
+        >>> import torch
+        >>> from torchao_mx import MXLoRALinear, MXWeightOnlyLoRAConfig
+        >>> linear = MXLoRALinear(64, 32, config=MXWeightOnlyLoRAConfig(r=4, lora_alpha=8))
+        >>> linear(torch.randn(2, 5, 64)).sum().backward()
+        >>> linear.lora_B.grad.shape, linear.weight.grad
+        (torch.Size([32, 4]), None)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        config: MXWeightOnlyLoRAConfig | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        config = MXWeightOnlyLoRAConfig() if config is None else config
+        linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
+        check_lora_linear(linear, config)
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self._add_adapters(config)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, config: MXWeightOnlyLoRAConfig) -> MXLoRALinear:
+        """The twin of ``linear`` with adapters, its weight quantized unless it is an MXTensor.
+
+        Hooks and training mode are kept. ``linear`` is unchanged, its bias shared.
+
+        Raises:
+            TypeError, ValueError: as the constructor; a layer that is no plain ``nn.Linear``, or whose
+                MXTensor quantizes activations.
+        """
+        check_lora_linear(linear, config)
+        twin = twin_of(cls, linear)
+        twin.__dict__.pop("extra_repr", None)  # what quantize_ sets for a packed weight
+        twin._add_adapters(config)
+        return twin
+
+    def _add_adapters(self, config: MXWeightOnlyLoRAConfig) -> None:
+        """Pack and freeze what is here; new parameters, as a twin's are another module's too."""
+        weight, spec = self.weight.detach(), config.weight_spec
+        if not isinstance(weight, MXTensor):
+            weight = MXTensor.from_hp(weight, spec.format, spec.scaling_mode)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        if self.bias is not None:
+            self.bias = nn.Parameter(self.bias.detach(), requires_grad=False)
+        self.config = config
+        options = {"device": weight.device, "dtype": config.adapter_dtype or weight.dtype}
+        self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
+        self.lora_B = nn.Parameter(torch.empty(self.out_features, config.r, **options))
+        # The packed weight while a merged one is in its place; moves with the module, is in no state_dict.
+        self.register_buffer("packed_weight", None, persistent=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the adapters; the weight and the bias are not this layer's to choose."""
+        if "lora_A" not in self._parameters:  # nn.Linear's constructor
+            super().reset_parameters()
+            return
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    @property
+    def merged(self) -> bool:
+        return self.packed_weight is not None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.merged:
+            return F.linear(x, self.weight, self.bias)
+        config, w = self.config, self.weight
+        check_frozen(w, type(self).__name__)
+        options = {
+            "per_tensor_scale": w.per_tensor_scale,
+            "bias": self.bias,
+            "strategy": config.strategy,
+            "max_scratch_bytes": config.max_scratch_bytes,
+        }
+        if self.training and config.lora_dropout:
+            y = ops.matmul(x, w.qdata, w.scale, w.format, **options)
+            h = F.linear(F.dropout(x, config.lora_dropout), self.lora_A.to(x.dtype))
+            return torch.add(y, F.linear(h, self.lora_B.to(x.dtype)), alpha=config.scaling)
+        return ops.lora_matmul(
+            x,
+            w.qdata,
+            w.scale,
+            w.format,
+            self.lora_A,
+            self.lora_B,
+            config.scaling,
+            compute_dtype=config.compute_dtype,
+            grad_compute_dtype=config.grad_compute_dtype,
+            **options,
+        )
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Put ``weight + s B A`` in the weight's place, in its logical dtype; the adapters are then not used.
+
+        Summed in fp32 and rounded once. The packed weight is kept for :meth:`unmerge`, so that memory grows;
+        ``state_dict`` has the merged weight.
+        """
+        if self.merged:
+            warnings.warn(f"{self} is merged already; left as it is", stacklevel=2)
+            return
+        packed = self.weight.detach()
+        merged = LoRATensor(packed, self.lora_A, self.lora_B, self.config.scaling).dequantize()
+        self.packed_weight = packed
+        self.weight = nn.Parameter(merged, requires_grad=False)
+
+    def unmerge(self) -> None:
+        """Put the packed weight back, bit for bit as it was."""
+        if not self.merged:
+            warnings.warn(f"{self} is not merged; left as it is", stacklevel=2)
+            return
+        self.weight = nn.Parameter(self.packed_weight, requires_grad=False)
+        self.packed_weight = None
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        """Refuse a weight of the other kind, which ``assign=True`` would put in place."""
+        weight = state_dict.get(f"{prefix}weight")
+        if weight is not None and isinstance(local_of(weight), MXTensor) == self.merged:
+            todo = (
+                "call unmerge() on this layer first"
+                if self.merged
+                else "load high-precision weights before quantize_, and save this layer unmerged"
+            )
+            raise TypeError(
+                f"{prefix}weight is {weight if self.merged else 'not an MXTensor'} in the state and the "
+                f"layer is {self}: {todo}"
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        weight = local_of(self.packed_weight if self.merged else self.weight)
+        text = f"{super().extra_repr()}, {self.config.repr_of(weight._quantization_type())}"
+        return f"{text}, merged" if self.merged else text
+
+
+def check_lora_linear(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
+    """Refuse a module that cannot become an :class:`MXLoRALinear`; nothing is changed."""
+    if not isinstance(config, MXWeightOnlyLoRAConfig):
+        raise TypeError(f"config={config!r} must be a torchao_mx.MXWeightOnlyLoRAConfig")
+    if isinstance(module, MXLoRALinear):
+        raise TypeError(f"{module} has adapters already: train these, or leave this layer out")
+    check_not_in_training(module)
+    if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), MXTensor):
+        _check_packed_weight(module, config)
+    else:
+        check_linear(module, config.weight_spec, None)
+    name = f"{type(module).__name__}(in_features={module.in_features}, out_features={module.out_features})"
+    own_forward = type(module).forward is not nn.Linear.forward or "forward" in vars(module)
+    if own_forward or not is_linear(module):
+        raise TypeError(
+            f"{name}: it has a forward of its own, or another module reads its weight, so that adapters "
+            f"would not be used; leave this layer out with filter_fn"
+        )
+    if config.r > min(module.in_features, module.out_features):
+        raise ValueError(
+            f"{name}: r={config.r} is more than its smaller side; take a smaller r, or leave this layer out "
+            f"with filter_fn"
+        )
+
+
+def _check_packed_weight(module: nn.Linear, config: MXWeightOnlyLoRAConfig) -> None:
+    name = f"{type(module).__name__}(in_features={module.in_features}, out_features={module.out_features})"
+    try:
+        check_base(module.weight)
+        if config.compute_dtype is not None:
+            check_compute_format(module.weight.format, "it is")
+    except ValueError as error:
+        raise ValueError(f"{name}: its weight: {error}") from None

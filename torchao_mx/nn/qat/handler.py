@@ -1,0 +1,199 @@
+"""What torchao's ``QATConfig`` does with our configs.
+
+torchao's handler of ``QATConfig`` knows torchao's own classes alone. :func:`register_qat_handler`, which
+``import torchao_mx`` calls, puts one in front of it that takes the cases below and hands every other one on:
+
+* prepare from our PTQ configs, from torchao's ``MXDynamicActivationMXWeightConfig``, or from our
+  ``MXFakeQuantizeConfig``;
+* convert of our fake-quantized modules, alone or inside the module that is given.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchao.prototype.qat
+from torch import nn
+from torchao.core.config import AOBaseConfig
+from torchao.prototype.mx_formats import (
+    MXDynamicActivationMXWeightConfig as TorchaoMXDynamicActivationMXWeightConfig,
+)
+from torchao.quantization import quantize_
+from torchao.quantization.qat import FakeQuantizedEmbedding, FakeQuantizedLinear, QATConfig
+
+from torchao_mx.formats import BlockFormat, QuantizeSpec
+from torchao_mx.nn.experts.layouts import layout_of
+from torchao_mx.nn.linear_checks import is_in_high_precision
+from torchao_mx.nn.modules import check_replaceable, in_place_of, ties_of
+from torchao_mx.nn.qat.config import MXFakeQuantizeConfig
+from torchao_mx.nn.qat.experts import MXFakeQuantizedExperts, check_fake_quantized_experts
+from torchao_mx.nn.qat.fake_quantizer import FakeQuantized
+from torchao_mx.nn.qat.linear import MXFakeQuantizedLinear, check_fake_quantized_linear
+from torchao_mx.nn.registry import Specs, base_specs, handler_of, register, register_base
+
+_Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
+
+_TORCHAOS = (
+    FakeQuantizedLinear,
+    FakeQuantizedEmbedding,
+    torchao.prototype.qat.MXFakeQuantizedLinear,
+    torchao.prototype.qat.NVFP4FakeQuantizedLinear,
+)
+
+
+def is_fake_quantized(module: nn.Module) -> bool:
+    """Whether ``module`` is in training, ours or torchao's, and ``step="convert"`` would convert it."""
+    return isinstance(module, (FakeQuantized, *_TORCHAOS))
+
+
+def _configs_of(config: QATConfig) -> _Configs | None:
+    """(activation_config, weight_config) where ``config`` is ours to prepare, else None."""
+    specs = base_specs(config.base_config)
+    if specs is not None:
+        return tuple(MXFakeQuantizeConfig.from_spec(spec) for spec in specs)
+    explicit = (config.activation_config, config.weight_config)
+    return explicit if any(isinstance(c, MXFakeQuantizeConfig) for c in explicit) else None
+
+
+def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Module:
+    if isinstance(module, FakeQuantized):
+        warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
+        return module
+    _check_prepared(module, configs, config)
+    if layout_of(module) is not None:
+        return MXFakeQuantizedExperts.from_experts(module, *configs)
+    return MXFakeQuantizedLinear.from_linear(module, *configs)
+
+
+def _is_ours(config: QATConfig) -> bool:
+    """Whether our handler has something to do with ``config``; of the others torchao's is to say."""
+    return config.step == "convert" or _configs_of(config) is not None
+
+
+def check_qat_module(module: nn.Module, config: QATConfig) -> None:
+    """Refuse what the handler would refuse; nothing is changed."""
+    if config.step == "convert":
+        _check_converted(module, config)
+    else:
+        _check_prepared(module, _configs_of(config), config)
+
+
+def _check_prepared(module: nn.Module, configs: _Configs, config: QATConfig) -> None:
+    if isinstance(module, FakeQuantized):
+        return
+    if layout_of(module) is not None:
+        check_fake_quantized_experts(module, *configs)
+    else:
+        check_fake_quantized_linear(module, *configs)
+        is_torchaos = isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
+        if is_torchaos and module.weight.dtype != torch.bfloat16:
+            raise TypeError(
+                f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert "
+                f"after training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
+            )
+    check_replaceable(module)
+
+
+def _check_converted(module: nn.Module, config: QATConfig) -> None:
+    base = config.base_config
+    if base is None or not isinstance(module, FakeQuantized):
+        return
+    wanted, trained = _configs_of(config), (module.activation_config, module.weight_config)
+    if wanted is None or [c and c.spec for c in wanted] != [c and c.spec for c in trained]:
+        raise ValueError(
+            f"{module} cannot be converted with {base}: that is not what it was trained for. Convert "
+            f"with the base config of its prepare step, or without one and quantize the result"
+        )
+
+
+def _convert(
+    module: MXFakeQuantizedLinear | MXFakeQuantizedExperts, config: QATConfig
+) -> nn.Module:
+    _check_converted(module, config)
+    base = config.base_config
+    if module.is_switched_off:
+        warnings.warn(
+            f"{module} is converted while its fake quantization is switched off: it was not trained for what "
+            f"it computes from now on; see torchao_mx.enable_fake_quant",
+            stacklevel=2,
+        )
+    if isinstance(module, MXFakeQuantizedExperts):
+        return module.to_source() if base is None else module.to_packed()
+    linear = module.to_linear()
+    return linear if base is None else handler_of(type(base))(linear, base)
+
+
+def convert_inside(
+    module: nn.Module,
+    config: AOBaseConfig,
+    is_in_training: Callable[[nn.Module], bool],
+    how_to_prepare: str,
+) -> nn.Module:
+    """Convert what is in training inside ``module``, which is not; say so where there is nothing.
+
+    ``quantize_`` gives a handler the first module that ``filter_fn`` selects: the model itself, of a filter
+    that goes by names.
+    """
+    inside = {name: m for name, m in module.named_modules() if is_in_training(m)}
+    if inside:
+        for tie in ties_of(module, inside.values()):
+            warnings.warn(tie, stacklevel=2)
+        quantize_(module, config, filter_fn=lambda m, name: is_in_training(m))
+    elif isinstance(module, FakeQuantized):
+        warnings.warn(
+            f"{module} was prepared otherwise and stays in training; convert it with the config of its "
+            f"prepare step",
+            stacklevel=2,
+        )
+    elif is_in_high_precision(module):
+        warnings.warn(
+            f"{module} was never prepared, so convert leaves it in high precision; {how_to_prepare}, or "
+            f"leave it out with filter_fn",
+            stacklevel=2,
+        )
+    elif any(is_in_high_precision(m) for m in module.modules()):
+        warnings.warn(
+            f"nothing in {type(module).__name__} was prepared, so convert leaves it as it is; "
+            f"{how_to_prepare}",
+            stacklevel=2,
+        )
+    return module
+
+
+def _torchaos_specs(config: TorchaoMXDynamicActivationMXWeightConfig) -> Specs:
+    activation, weight = (
+        QuantizeSpec(BlockFormat.from_dtype(dtype, config.block_size), config.scaling_mode)
+        for dtype in (config.activation_dtype, config.weight_dtype)
+    )
+    return activation, weight
+
+
+register_base(TorchaoMXDynamicActivationMXWeightConfig, _torchaos_specs)
+
+
+def register_qat_handler() -> None:
+    """Put our handler of ``QATConfig`` in front of torchao's; calling it again changes nothing."""
+    torchao_handler = handler_of(QATConfig)
+    if getattr(torchao_handler, "_is_torchao_mx", False):
+        return
+
+    def handler(module: nn.Module, config: QATConfig, **kwargs: Any) -> nn.Module:
+        if config.step == "convert":
+            if isinstance(module, FakeQuantized):
+                return in_place_of(module, _convert(module, config))
+            if not is_fake_quantized(module):
+                how = "prepare it with QATConfig(base_config, step='prepare') and train it"
+                return convert_inside(module, config, is_fake_quantized, how)
+        else:
+            configs = _configs_of(config)
+            if configs is not None:
+                return in_place_of(module, _prepare(module, configs, config))
+        return torchao_handler(module, config, **kwargs)
+
+    handler._is_torchao_mx = True
+    register(
+        QATConfig, handler, check_qat_module, claims=_is_ours, is_in_training=is_fake_quantized
+    )

@@ -1,0 +1,253 @@
+"""What every launcher asks of the device and of its operand's layout."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.formats import BlockFormat
+
+
+# Triton's own are functions for kernels too, and cost the host some microseconds a call.
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of two that is at least n; 1 for n below."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+@functools.lru_cache
+def capability(index: int) -> tuple[int, int]:
+    """A GPU's compute capability; refuses one older than Ampere, and AMD's."""
+    if torch.version.hip is not None:  # inline PTX ends the process in Triton's AMD back end
+        raise NotImplementedError(
+            f"cuda:{index} is a GPU of a ROCm build of torch ({torch.version.hip}); the Triton kernels need an "
+            f"NVIDIA GPU of compute capability 8.0 (Ampere) or newer: move the tensors to the CPU, which has a "
+            f"reference path"
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    if major < 8:
+        raise NotImplementedError(
+            f"cuda:{index} has compute capability {major}.{minor}; the Triton kernels "
+            f"need 8.0 (Ampere) or newer: move the tensors to the CPU, which has a reference path"
+        )
+    return major, minor
+
+
+@torch.compiler.assume_constant_result
+def has_fp8_instructions(device: torch.device) -> bool:
+    """Whether conversions to and from fp8 are instructions there (Ada, Hopper and newer).
+
+    False on the CPU, where the kernels run in Triton's interpreter.
+    """
+    return device.type == "cuda" and capability(device.index) >= (8, 9)
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run at once, at least; 1 on the CPU, in Triton's interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+Launch = tuple[Any, tuple[int, ...], list[Any]]  # compiled kernel, grid, all arguments
+
+
+class _Launches(threading.local):
+    """Where ``launched`` kernels of this thread are recorded, if anywhere; None stands for one that cannot be."""
+
+    recording: Any = None  # has append(Launch | None)
+
+
+launches = _Launches()
+
+
+class launched:
+    """Over ``triton.jit``: ``kernel[grid](*arguments, **constants_and_options)`` with less Python per launch.
+
+    Triton binds and specialises the arguments anew at each launch. Here they are reduced to what Triton
+    specialises on, its compiled kernel is looked up by that, and called. Constexpr parameters have to come last
+    and be given by name, all others by position.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self.compiled: dict[Any, Any] = {}
+        # Triton's interpreter has the function alone.
+        parameters = list(inspect.signature(kernel.fn).parameters.values())
+        are_constants = ["constexpr" in str(p.annotation) for p in parameters]
+        self.n_arguments = are_constants.index(True) if True in are_constants else len(parameters)
+        if not all(are_constants[self.n_arguments :]):
+            raise TypeError(f"{kernel}: its constexpr parameters have to come last")
+        self.constants = [p.name for p in parameters[self.n_arguments :]]
+        self.is_interpreted = not hasattr(kernel, "params")
+        functools.update_wrapper(self, kernel, updated=())
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return functools.partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        if len(arguments) != self.n_arguments:
+            raise TypeError(
+                f"{self.__name__} takes {self.n_arguments} arguments by position and got "
+                f"{len(arguments)}; constexpr parameters and options are given by name"
+            )
+        recording = launches.recording
+        if self.is_interpreted:
+            self.kernel[grid](*arguments, **constants)
+            if recording is not None:
+                recording.append(None)
+            return
+        key = (
+            torch.cuda.current_device(),
+            *constants,
+            *constants.values(),
+            *[_specialisation(a) for a in arguments],
+        )
+        compiled = self.compiled.get(key)
+        values = [constants[name] for name in self.constants]
+        if compiled is None:
+            capability(torch.cuda.current_device())  # before Triton sees the kernel
+            compiled = self.compiled[key] = self.kernel[grid](*arguments, **constants)
+        else:
+            compiled[(*grid, 1, 1)](*arguments, *values)
+        if recording is not None:
+            recording.append((compiled, grid, [*arguments, *values]))
+
+
+def runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """``launch(*arguments, stream)`` of a compiled kernel: ``compiled[grid]`` without a record for hooks.
+
+    Triton makes one at each launch, for profilers that may listen; where none does, it is a third of what a
+    launch costs the host.
+    """
+    size = (*grid, 1, 1)[:3]
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    recorded, hooks = compiled[size], triton.knobs.runtime
+
+    def launch(*arguments: Any, stream: int) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            recorded(*arguments, stream=stream)
+        else:
+            run(*size, stream, function, metadata, None, None, None, *arguments)
+
+    return launch
+
+
+def _specialisation(argument: Any) -> Any:
+    """What Triton compiles a kernel anew for, of one argument."""
+    kind = type(argument)
+    if kind is int:
+        fits = -0x80000000 <= argument <= 0x7FFFFFFF
+        return (argument & 15 == 0) + 2 * (argument == 1) + 4 * fits
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, argument.data_ptr() & 15 == 0
+    return kind
+
+
+def on_device_of(x: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+    """Launch on ``x``'s device, which need not be the current one."""
+    if x.device.type != "cuda":
+        return contextlib.nullcontext()
+    capability(x.device.index)
+    if x.device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(x.device)
+
+
+DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+
+def bytes_of(t: torch.Tensor) -> torch.Tensor:
+    """A one-byte dtype viewed as uint8, which every kernel accepts."""
+    return t if t.dtype == torch.uint8 else t.view(torch.uint8)
+
+
+def in_words(t: torch.Tensor, size: int) -> torch.Tensor:
+    """The bytes of ``t``, copied unless each row can be read as words of ``size`` bytes."""
+    t = bytes_of(t)
+    places = (t.data_ptr(), t.storage_offset(), *t.stride()[:-1])
+    if t.stride(-1) == 1 and all(place % size == 0 for place in places):
+        return t
+    return t.clone(memory_format=torch.contiguous_format)
+
+
+def format_constants(fmt: BlockFormat, device: torch.device) -> dict[str, object]:
+    """The constexprs by which a kernel knows ``fmt``."""
+    return {
+        "EXPONENT_BITS": fmt.exponent_bits,
+        "MANTISSA_BITS": fmt.mantissa_bits,
+        "MAX_EXPONENT": fmt.max_exponent,
+        "ELEM_MAX": fmt.elem_max,
+        "BLOCK": fmt.block_size,
+        "E8M0": fmt.scale_dtype == torch.float8_e8m0fnu,
+        "FP8_INSTRUCTIONS": has_fp8_instructions(device),
+    }
+
+
+def batched_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x [..., M, K]`` as ``[B, M, K]``; copies only where no strides can express the leading axes."""
+    if x.dim() == 1:
+        x = x.unsqueeze(0)
+    return x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
+
+
+def quantized_axis_is_contiguous(x_BMK: torch.Tensor) -> bool:
+    """Whether blocks along the last axis lie in neighbouring addresses (else: along the middle one)."""
+    return x_BMK.stride(2) == 1 or x_BMK.stride(1) != 1
+
+
+class RowLayout(NamedTuple):
+    """An operand ``x [B, M, K]`` whose blocks, along K, are contiguous runs in evenly spaced rows."""
+
+    x: torch.Tensor
+    n_blocks: int
+    blocks_per_row: int
+    blocks_per_batch: int
+    contiguous: bool
+
+
+def row_layout(x_BMK: torch.Tensor, block_size: int) -> RowLayout:
+    """Copies the operand unless its rows are evenly spaced runs."""
+    batch, m, k = x_BMK.shape
+    stride_b, stride_m, stride_k = x_BMK.stride()
+    if stride_k != 1 or (batch > 1 and stride_b != m * stride_m):
+        x_BMK = x_BMK.contiguous()
+    per_row = k // block_size
+    contiguous = x_BMK.is_contiguous()
+    return RowLayout(x_BMK, batch * m * per_row, per_row, m * per_row, contiguous)
+
+
+def holds_bf16_pairs(x_BMK: torch.Tensor) -> bool:
+    """Whether a kernel can read ``x`` as int32 words of two bf16 values (it runs no interpreter)."""
+    return (
+        x_BMK.is_cuda
+        and x_BMK.dtype == torch.bfloat16
+        and x_BMK.storage_offset() % 2 == 0
+        and x_BMK.data_ptr() % 4 == 0
+        and all(stride % 2 == 0 for stride in x_BMK.stride()[:2])
+    )
+
+
+def per_tensor_kind(per_tensor_scale: torch.Tensor | None) -> str:
+    """How a kernel finds the per-tensor scale: ``"none"``, one for the ``"tensor"``, or per ``"expert"``."""
+    if per_tensor_scale is None:
+        return "none"
+    return "expert" if per_tensor_scale.dim() else "tensor"
+
+
+def rounds_products(fmt: BlockFormat) -> bool:
+    """Whether a value times its multiplier is rounded, so that no fma may skip the rounding."""
+    return fmt.scale_dtype != torch.float8_e8m0fnu

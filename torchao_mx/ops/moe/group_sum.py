@@ -1,0 +1,56 @@
+"""group_sum and group_outer: sums over each expert's rows, the gradients of its bias and of its weight."""
+
+from __future__ import annotations
+
+import torch
+
+from torchao_mx.ops.core.operands import aligned_rows
+from torchao_mx.ops.core.register import define_op
+from torchao_mx.ops.moe.rows import rows_functions
+
+
+def _group_sum(dy: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return rows_functions(dy).group_sum(dy, offs, dtype)
+
+
+def _group_sum_fake(dy: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return dy.new_empty((offs.shape[0], dy.shape[1]), dtype=dtype)
+
+
+# ``[E, C]`` in ``dtype`` of ``dy [R, C]``, summed in fp32 in an order that depends on shapes alone.
+group_sum_op = define_op(
+    "group_sum",
+    "(Tensor dy, Tensor offs, ScalarType dtype) -> Tensor",
+    cpu=_group_sum,
+    cuda=_group_sum,
+    fake=_group_sum_fake,
+    strided=("dy",),
+)
+
+
+def _group_outer(
+    dy: torch.Tensor, x: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    if len(dy) == 0:
+        return dy.new_zeros((len(offs), dy.shape[1], x.shape[1]), dtype=dtype)
+    # Along its groups, whose ends may be anywhere, neither operand is contiguous: a tensor core's loads want
+    # groups of 16 bytes there.
+    return torch._grouped_mm(aligned_rows(dy).mT, aligned_rows(x), offs=offs).to(dtype)
+
+
+def _group_outer_fake(
+    dy: torch.Tensor, x: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    return dy.new_empty((offs.shape[0], dy.shape[1], x.shape[1]), dtype=dtype)
+
+
+# ``dW_e = dY_e^T X_e``, ``[E, N, K]`` in ``dtype``, of ``dy [R, N]`` and ``x [R, K]``; rows behind the last group
+# count for nothing. An op, as inductor would lay out what torch._grouped_mm is given as it likes.
+group_outer_op = define_op(
+    "group_outer",
+    "(Tensor dy, Tensor x, Tensor offs, ScalarType dtype) -> Tensor",
+    cpu=_group_outer,
+    cuda=_group_outer,
+    fake=_group_outer_fake,
+    strided=("dy", "x"),
+)

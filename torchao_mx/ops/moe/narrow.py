@@ -1,0 +1,318 @@
+"""Products with one narrow operand, by groups of rows: an adapter's rank on one side, thousands on the other.
+
+::
+
+    low_rank    h[i] = s * x[token of i] down_e^T               [R, r]      reads x and the adapters once
+    gram        out_e = s * sum over i of l[i]^T m[token of i]  [E, r, C]   reads m once
+    group_sum   out_e = sum over i of dy[i]                     [E, N]      reads dy once
+
+with i running over the rows of expert e (``groups``), or over all rows where ``offs`` is None. All three are
+bound by the bytes of their wide operand, sum in fp32 in an order that depends on shapes alone, and take one
+launch; two where there would be few programs with long sums, which are cut into parts.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from torchao_mx.ops.core.launch import (
+    DOT_DTYPES,
+    cdiv,
+    launched,
+    multiprocessors,
+    next_power_of_2,
+    on_device_of,
+)
+from torchao_mx.ops.moe import groups
+from torchao_mx.ops.moe.gather import combine_backward, inverse, sum_rows, with_unit_rows
+
+__all__ = [
+    "add_splits", "combine_backward", "gram", "group_sum", "inverse", "low_rank", "partial_sums",
+    "sum_rows",
+]  # fmt: skip
+
+# Chosen to have 50 KB and more in flight on each multiprocessor of an H200; to be measured.
+SHARED_BYTES = 96 * 1024  # of a program's pipeline: what every GPU since Ampere has
+MAX_STAGES = 4
+MAX_RANKS = 128  # a tile's; higher ranks take several programs, which share the wide operand in L2
+LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS = 128, 256
+# Up to so many rows an average group: rows, columns, stages. Small groups want many programs at once more than
+# deep pipelines: their output is as many bytes as their rows.
+GRAM_TILES = ((32, 32, 256, 2), (256, 64, 128, 2), (2**31, 64, 128, 4))
+SUM_ROWS, SUM_COLUMNS = 32, 128
+# Sums are cut into parts, up to so many, while there are fewer programs than this a multiprocessor: sums over
+# rows while the fp32 partial sums, written and read, are 3 % of the bytes (rank 16), sums over columns, which few
+# rows leave to few programs, down to what a pipeline has in flight.
+MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT, MIN_COLUMNS_PER_SPLIT = 32, 8, 2048, 512
+REDUCE_TILE = 1024
+
+
+@launched
+@triton.jit
+def _low_rank_kernel(x_ptr, down_ptr, offs_ptr, order_ptr, h_ptr, scale_by, n_rows, n_tokens,
+                     C, r, E, top_k, n_splits, stride_x, stride_e, stride_r, stride_c,
+                     E_SPAN: tl.constexpr, GROUPED: tl.constexpr, GATHERED: tl.constexpr,
+                     DOT_DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                     RANKS: tl.constexpr):  # fmt: skip
+    """``h [splits, n_rows, r]``: one tile of a group's rows by one of ranks, a part of the columns.
+
+    Rows of nobody sum over no columns.
+    """
+    rank_tiles = tl.cdiv(r, RANKS)
+    split, pid = tl.program_id(0) % n_splits, tl.program_id(0) // n_splits
+    tile = pid // rank_tiles
+    rank = (pid - tile * rank_tiles) * RANKS + tl.arange(0, RANKS)
+    expert, first, end = groups.tile_rows(offs_ptr, n_rows, tile, E, E_SPAN, ROWS, GROUPED)
+    if first >= end:
+        return
+    row = first + tl.arange(0, ROWS)
+    inside = row < end
+    token = groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
+    start, stop = _part_of(0, C, split, n_splits, COLUMNS)
+    stop = tl.where(expert < E, stop, start)
+    column = tl.arange(0, COLUMNS)
+    x_ptrs = x_ptr + start + token[:, None] * stride_x + column[None, :]
+    d_ptrs = down_ptr + tl.cast(expert, tl.int64) * stride_e + start * stride_c
+    d_ptrs = d_ptrs + column[:, None] * stride_c + rank[None, :] * stride_r
+    acc = tl.zeros((ROWS, RANKS), tl.float32)
+    for c0 in range(start, stop, COLUMNS):
+        there = column < C - c0
+        x = tl.load(x_ptrs, mask=inside[:, None] & there[None, :], other=0.0)
+        d = tl.load(d_ptrs, mask=there[:, None] & (rank < r)[None, :], other=0.0)
+        acc = tl.dot(x.to(DOT_DTYPE), d.to(DOT_DTYPE), acc, input_precision="ieee")
+        x_ptrs += COLUMNS
+        d_ptrs += COLUMNS * stride_c
+    h_ptrs = h_ptr + (split * n_rows + row).to(tl.int64)[:, None] * r + rank[None, :]
+    h = (acc * scale_by).to(h_ptr.dtype.element_ty)
+    tl.store(h_ptrs, h, mask=inside[:, None] & (rank < r)[None, :])
+
+
+def low_rank(
+    x: torch.Tensor,
+    down: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    n_rows: int,
+    *,
+    scale_by: float = 1.0,
+) -> torch.Tensor:
+    """``h [n_rows, r]`` in x's dtype; rows behind ``offs[-1]`` are zero.
+
+    Args:
+        x: ``[n_rows, C]``, or ``[T, C]`` with an ``order``.
+        down: ``[E, r, C]`` (``[r, C]`` without ``offs``) of any strides and float dtype, cast to x's.
+        offs: int32 ``[E]`` end offsets, or None.
+        order: int32 permutation; grouped row i is row ``order[i] // top_k`` of x. None: x is grouped.
+        scale_by: multiplies h before it is rounded.
+    """
+    r, columns = down.shape[-2:]
+    h = x.new_empty((n_rows, r))
+    if h.numel() == 0:
+        return h
+    x = with_unit_rows(x)
+    n_groups = 0 if offs is None else offs.shape[0]
+    rows, tile_columns, ranks, stages = _low_rank_tile(
+        n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device)
+    )
+    programs = groups.max_tiles(n_rows, n_groups, rows) * cdiv(r, ranks)
+    splits = _splits(columns // MIN_COLUMNS_PER_SPLIT, programs, x.device)
+    stages = min(stages, 1 + cdiv(columns, splits * tile_columns))
+    sums = partial_sums(h, splits)
+    with on_device_of(x):
+        _low_rank_kernel[(programs * splits,)](
+            x, down, offs, order, sums, scale_by, n_rows, x.shape[0], columns, r, max(1, n_groups),
+            top_k, splits, x.stride(0), 0 if offs is None else down.stride(0), down.stride(-2),
+            down.stride(-1), E_SPAN=groups.span_of(offs), GROUPED=offs is not None, GATHERED=order is not None,
+            DOT_DTYPE=DOT_DTYPES[x.dtype], ROWS=rows, COLUMNS=tile_columns, RANKS=ranks,
+            num_warps=8 if rows * ranks > 8192 else 4, num_stages=stages,
+        )  # fmt: skip
+        add_splits(sums, h, splits)
+    return h
+
+
+def _low_rank_tile(
+    n_rows: int, n_groups: int, r: int, x_bytes: int, down_bytes: int, sms: int
+) -> tuple[int, int, int, int]:
+    """(rows, columns, ranks, stages): tall, as each tile of rows reads all of its expert's adapter,
+    but no taller than two average groups, nor so tall that multiprocessors go without.
+    """
+    ranks, rows, columns = _rank_tile(r), LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS
+    while rows > 16 and (rows * n_groups > 2 * n_rows or n_rows // rows + n_groups < sms):
+        rows //= 2
+    while columns > 32 and 3 * columns * (rows * x_bytes + ranks * down_bytes) > SHARED_BYTES:
+        columns //= 2
+    stages = SHARED_BYTES // (columns * (rows * x_bytes + ranks * down_bytes))
+    return rows, columns, ranks, max(2, min(MAX_STAGES, stages))
+
+
+@triton.jit
+def _part_of(start, end, part, n_parts, TILE: tl.constexpr):
+    """(first, end) of one of ``n_parts`` parts of rows or columns, in whole tiles; the last may be empty."""
+    size = tl.cdiv(tl.cdiv(end - start, n_parts), TILE) * TILE
+    return start + part * size, tl.minimum(start + (part + 1) * size, end)
+
+
+@launched
+@triton.jit
+def _gram_kernel(l_ptr, m_ptr, offs_ptr, order_ptr, out_ptr, scaling, n_rows, n_tokens, C, r, E,
+                 top_k, n_splits, stride_l, stride_m, stride_r, stride_c, E_SPAN: tl.constexpr,
+                 GROUPED: tl.constexpr, GATHERED: tl.constexpr, DOT_DTYPE: tl.constexpr,
+                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
+    """``out [splits, E, r, C]`` (or ``[.., C, r]``, by strides): one tile of one expert's part of rows.
+
+    Programs that are neighbours read neighbouring columns of the same rows. The columns are the product's
+    tall axis, so that Hopper's tensor cores read both operands from shared memory.
+    """
+    column_tiles, rank_tiles = tl.cdiv(C, COLUMNS), tl.cdiv(r, RANKS)
+    pid = tl.program_id(0)
+    column = (pid % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    pid = pid // column_tiles
+    rank = (pid % rank_tiles) * RANKS + tl.arange(0, RANKS)
+    pid = pid // rank_tiles
+    split, expert = pid % n_splits, pid // n_splits
+    start, end = groups.group_rows(offs_ptr, n_rows, expert, E, E_SPAN, GROUPED)
+    start, end = _part_of(start, end, split, n_splits, ROWS)
+    acc = tl.zeros((COLUMNS, RANKS), tl.float32)
+    for row0 in range(start, end, ROWS):
+        row = row0 + tl.arange(0, ROWS)
+        inside = row < end
+        token = groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
+        m_ptrs = m_ptr + token[:, None] * stride_m + column[None, :]
+        m = tl.load(m_ptrs, mask=inside[:, None] & (column < C)[None, :], other=0.0)
+        l_ptrs = l_ptr + row.to(tl.int64)[:, None] * stride_l + rank[None, :]
+        l = tl.load(l_ptrs, mask=inside[:, None] & (rank < r)[None, :], other=0.0)  # noqa: E741
+        acc = tl.dot(tl.trans(m.to(DOT_DTYPE)), l.to(DOT_DTYPE), acc, input_precision="ieee")
+    out_ptrs = out_ptr + (split * E + expert).to(tl.int64) * C * r
+    out_ptrs = out_ptrs + column[:, None] * stride_c + rank[None, :] * stride_r
+    out = (acc * scaling).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=(column < C)[:, None] & (rank < r)[None, :])
+
+
+def gram(
+    l: torch.Tensor,  # noqa: E741
+    m: torch.Tensor,
+    offs: torch.Tensor | None,
+    order: torch.Tensor | None,
+    top_k: int,
+    scaling: float,
+    dtype: torch.dtype,
+    transposed: bool,
+) -> torch.Tensor:
+    """``[E, r, C]`` in ``dtype``, or ``[E, C, r]`` if ``transposed``; without E where ``offs`` is None.
+
+    Args:
+        l: ``[R, r]``.
+        m: ``[R, C]``, or ``[T, C]`` with an ``order``; l's dtype.
+        offs, order, top_k: as in :func:`low_rank`; rows behind ``offs[-1]`` and experts without rows give
+            zeros.
+    """
+    (n_rows, r), columns = l.shape, m.shape[1]
+    n_groups = 1 if offs is None else offs.shape[0]
+    out = l.new_empty((n_groups, columns, r) if transposed else (n_groups, r, columns), dtype=dtype)
+    if out.numel() != 0:
+        l, m = with_unit_rows(l), with_unit_rows(m)  # noqa: E741
+        ranks = _rank_tile(r)
+        rows, tile_columns, stages = _gram_tile(n_rows, n_groups, ranks, m.itemsize)
+        programs = cdiv(columns, tile_columns) * cdiv(r, ranks) * n_groups
+        splits = _row_splits(n_rows, n_groups, programs, l.device)
+        sums = partial_sums(out, splits)
+        with on_device_of(l):
+            _gram_kernel[(programs * splits,)](
+                l, m, offs, order, sums, scaling, n_rows, m.shape[0], columns, r, n_groups, top_k,
+                splits, l.stride(0), m.stride(0), 1 if transposed else columns,
+                r if transposed else 1, E_SPAN=groups.span_of(offs), GROUPED=offs is not None,
+                GATHERED=order is not None, DOT_DTYPE=DOT_DTYPES[m.dtype], ROWS=rows,
+                COLUMNS=tile_columns, RANKS=ranks, num_stages=stages,
+                num_warps=8 if tile_columns * ranks > 8192 else 4,
+            )  # fmt: skip
+            add_splits(sums, out, splits)
+    return out[0] if offs is None else out
+
+
+def _gram_tile(n_rows: int, n_groups: int, ranks: int, m_bytes: int) -> tuple[int, int, int]:
+    """(rows, columns, stages) of GRAM_TILES; fewer where accumulators or shared memory would not fit."""
+    rows, columns, stages = next(tile for most, *tile in GRAM_TILES if n_rows <= most * n_groups)
+    columns = min(columns, 256 if ranks < 64 else 128) // (m_bytes // 2)
+    return rows, columns, min(stages, SHARED_BYTES // (rows * (columns + ranks) * m_bytes))
+
+
+@launched
+@triton.jit
+def _group_sum_kernel(dy_ptr, offs_ptr, out_ptr, n_rows, N, E, n_splits, stride_dy,
+                      E_SPAN: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
+                      COLUMNS: tl.constexpr):  # fmt: skip
+    """``out [splits, E, N]``: one tile of columns of one expert's part of rows."""
+    column_tiles = tl.cdiv(N, COLUMNS)
+    pid = tl.program_id(0)
+    column = (pid % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
+    pid = pid // column_tiles
+    split, expert = pid % n_splits, pid // n_splits
+    start, end = groups.group_rows(offs_ptr, n_rows, expert, E, E_SPAN, GROUPED)
+    start, end = _part_of(start, end, split, n_splits, ROWS)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for row0 in range(start, end, ROWS):
+        row = row0 + tl.arange(0, ROWS)
+        ptrs = dy_ptr + row.to(tl.int64)[:, None] * stride_dy + column[None, :]
+        acc += tl.load(ptrs, mask=(row < end)[:, None] & (column < N)[None, :], other=0.0)
+    out = tl.sum(acc, 0).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (split * E + expert).to(tl.int64) * N + column, out, mask=column < N)
+
+
+def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """``[E, N]`` in ``dtype``: the sum of each expert's rows of ``dy [R, N]``; ``[N]`` without ``offs``."""
+    n_rows, n = dy.shape
+    n_groups = 1 if offs is None else offs.shape[0]
+    out = dy.new_empty((n_groups, n), dtype=dtype)
+    if out.numel() != 0:
+        dy = with_unit_rows(dy)
+        programs = cdiv(n, SUM_COLUMNS) * n_groups
+        splits = _row_splits(n_rows, n_groups, programs, dy.device)
+        sums = partial_sums(out, splits)
+        with on_device_of(dy):
+            _group_sum_kernel[(programs * splits,)](
+                dy, offs, sums, n_rows, n, n_groups, splits, dy.stride(0),
+                E_SPAN=groups.span_of(offs), GROUPED=offs is not None, ROWS=SUM_ROWS,
+                COLUMNS=SUM_COLUMNS, num_warps=4,
+            )  # fmt: skip
+            add_splits(sums, out, splits)
+    return out[0] if offs is None else out
+
+
+@launched
+@triton.jit
+def _add_splits_kernel(sums_ptr, out_ptr, n, SPLITS: tl.constexpr, TILE: tl.constexpr):
+    """``sums [SPLITS, n]`` to ``out [n]``, first to last."""
+    index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+    total = tl.zeros((TILE,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        total += tl.load(sums_ptr + split * n.to(tl.int64) + index, mask=index < n, other=0.0)
+    tl.store(out_ptr + index, total.to(out_ptr.dtype.element_ty), mask=index < n)
+
+
+def _row_splits(n_rows: int, n_groups: int, programs: int, device: torch.device) -> int:
+    return _splits(n_rows // (n_groups * MIN_ROWS_PER_SPLIT), programs, device)
+
+
+def _splits(most: int, programs: int, device: torch.device) -> int:
+    """How many parts, a power of two up to ``most``: from shapes and the device alone, as results follow from it."""
+    wanted = PROGRAMS_PER_SM * multiprocessors(device) // programs
+    return 1 << (max(1, min(wanted, most, MAX_SPLITS)).bit_length() - 1)
+
+
+def partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
+    """Where a kernel writes the sums of ``splits`` parts, fp32 ``[splits, *out.shape]``; out itself for one."""
+    return out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
+
+
+def add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
+    """Add what :func:`partial_sums` gave room for to ``out``, in out's dtype; first to last."""
+    if splits > 1:
+        grid = (cdiv(out.numel(), REDUCE_TILE),)
+        _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=REDUCE_TILE)
+
+
+def _rank_tile(r: int) -> int:
+    return min(MAX_RANKS, max(16, next_power_of_2(r)))

@@ -1,0 +1,188 @@
+"""What FSDP2 and DTensor do with an MXTensor beside moving blocks about: new tensors, padding, collectives.
+
+Collectives move bytes, along axis 0, where no block lies. A per-tensor scale for the whole weight is the same
+on all ranks that hold rows of it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._prims_common import make_contiguous_strides_for
+
+from torchao_mx.tensor.dispatch import (
+    _alias,
+    _implements,
+    _logical_dtype,
+    _map_all,
+    _map_bytes,
+    _packed,
+    _per_expert,
+    _refuse,
+    _slice,
+)
+from torchao_mx.tensor.mx_tensor import MXTensor
+
+aten = torch.ops.aten
+
+
+@MXTensor.implements_torch_function(torch.Tensor.is_contiguous)
+def _is_contiguous(func, types, args, kwargs):
+    """Whether ``contiguous()`` would return the tensor itself: rows of blocks dense, transposed or not."""
+    return _is_dense(*args, **kwargs)
+
+
+def _is_dense(x: MXTensor, memory_format: torch.memory_format = torch.contiguous_format) -> bool:
+    data = [t if x.packed_axis == -1 else t.mT for t in (x.qdata, x.scale)]
+    return all(t.is_contiguous(memory_format=memory_format) for t in data)
+
+
+def _new(x: MXTensor, size: list[int], make: Any, dtype, device, pin_memory) -> torch.Tensor:
+    """An MXTensor like x of another size; of one axis a plain tensor, which an MXTensor cannot be."""
+    dtype = _logical_dtype(x, dtype)
+    options = {"device": device or x.device, "pin_memory": bool(pin_memory)}
+    size = list(size)
+    if len(size) < 2:
+        return make(size, dtype=dtype, **options)
+    block = x.format.block_size
+    if len(size) != x.dim() or size[x.packed_axis] % block:
+        raise ValueError(
+            f"a new tensor like {x} of shape {tuple(size)}: it has {x.dim()} axes, axis {x.packed_axis} of "
+            f"them packed in blocks of {block}: choose such a shape, or call .dequantize() first"
+        )
+    fields = {}
+    for name, span in (("qdata", x.format.elems_per_byte), ("scale", block)):
+        shape = list(size)
+        shape[x.packed_axis] //= span
+        data = getattr(x, name)
+        if x.packed_axis == -2:
+            shape[-2:] = shape[:-3:-1]
+        new = make(shape, dtype=torch.uint8, **options).view(data.dtype)
+        fields[name] = new.mT if x.packed_axis == -2 else new
+    if _per_expert(x):
+        fields["per_tensor_scale"] = make((size[0], 1, 1), dtype=torch.float32, **options)
+    elif x.per_tensor_scale is not None:
+        # A rank's shard may have no rows to take the weight's from.
+        fields["per_tensor_scale"] = x.per_tensor_scale.to(options["device"], copy=True)
+    return x.replace(**fields, orig_dtype=dtype)
+
+
+@_implements(aten.new_zeros.default)
+def _new_zeros(x, size, *, dtype=None, layout=None, device=None, pin_memory=None):
+    if _packed(x) == 0:
+        raise _refuse("new_zeros", x, "axis 0 is packed, along which FSDP2, that asks, would cut")
+    out = _new(x, size, torch.zeros, dtype, device, pin_memory)
+    out.is_padded_shard = True  # for padded_shard in _fsdp.py
+    return out
+
+
+@_implements(aten.new_empty.default)
+def _new_empty(x, size, *, dtype=None, layout=None, device=None, pin_memory=None):
+    return _new(x, size, torch.empty, dtype, device, pin_memory)
+
+
+@_implements(aten.as_strided.default)
+def _as_strided(x, size, stride, storage_offset=None):
+    """x itself, or its first rows: what cuts FSDP2's padding off."""
+    size, stride = list(size), tuple(stride)
+    if (size, stride, storage_offset or 0) == (list(x.shape), x.stride(), x.storage_offset()):
+        return _alias(x)
+    dense = _is_dense(x) and not storage_offset and stride == make_contiguous_strides_for(size)
+    if dense and size[1:] == list(x.shape[1:]) and _packed(x) != 0:
+        return _slice(x, 0, 0, size[0])
+    raise _refuse(
+        f"as_strided to {tuple(size)}, strides {stride}", x, "it gives the first rows, dense"
+    )
+
+
+@_implements(aten.constant_pad_nd.default)
+def _constant_pad_nd(x, pad, value=0):
+    """Rows of zeros behind the last: what DTensor pads uneven shards with."""
+    rows = pad[-1] if len(pad) == 2 * x.dim() else 0
+    if value or rows < 0 or sum(map(abs, pad)) != rows or (rows and _packed(x) == 0):
+        why = "it takes rows of zeros, behind the last"
+        raise _refuse(f"pad by {list(pad)} with {value}", x, why)
+    if not rows:
+        return x.clone()
+    out = _new(x, [x.shape[0] + rows, *x.shape[1:]], torch.zeros, None, None, None)
+    out[: x.shape[0]].copy_(x)
+    return out
+
+
+# --- collectives ----------------------------------------------------------------------------------
+
+_functional = torch.ops._c10d_functional
+
+
+# Newer versions of torch have an operator that makes the result one to wait for when it is first used.
+_WRAP = getattr(_functional, "_wrap_tensor_autograd", None)
+
+
+@_implements(_functional.wait_tensor.default, *([_WRAP.default] if _WRAP else []))
+def _wait_tensor(x):
+    return _map_all(x, _functional.wait_tensor.default)
+
+
+@_implements(_functional.all_gather_into_tensor.default)
+def _all_gather_into_tensor(x, group_size, group_name):
+    """Rows of all ranks behind one another."""
+    if _packed(x) == 0:
+        raise _refuse("all_gather", x, "axis 0 is packed")
+
+    def gather(t: torch.Tensor) -> torch.Tensor:
+        t = t.contiguous()
+        out = _functional.all_gather_into_tensor.default(t, group_size, group_name)
+        # Two of gloo's under way at once corrupt the heap now and then, of plain tensors too (torch 2.13).
+        return _functional.wait_tensor.default(out) if t.device.type == "cpu" else out
+
+    def gather_bytes(span, b):
+        return gather(b) if x.packed_axis == -1 else gather(b.mT).mT
+
+    fields = _map_bytes(gather_bytes, x)
+    pts = x.per_tensor_scale
+    if _per_expert(x):
+        fields["per_tensor_scale"] = gather(pts)
+    elif pts is not None:
+        # The first rank has rows, and with them the weight's scale; a rank without may have none.
+        fields["per_tensor_scale"] = gather(pts.view(1))[0]
+    return x.replace(**fields)
+
+
+def _dense_bytes(x: MXTensor) -> list[torch.Tensor]:
+    """The tensors of x as collectives take them."""
+    transposed = x.packed_axis == -2
+    data = [(t.mT if transposed else t).view(torch.uint8) for t in (x.qdata, x.scale)]
+    return data if x.per_tensor_scale is None else [*data, x.per_tensor_scale]
+
+
+def _waited(func: Any, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """The work of a collective, after its end.
+
+    NCCL, asked to wait itself, returns none: an object that must not be touched. (Gloo is left as it is: its
+    threads, if not waited for at once, free tensors of Python's, which crashed now and then.)
+    """
+    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    if device.type == "cuda":
+        given["async_op"] = True
+    _, work = func(**given)
+    work.wait()
+    return work
+
+
+@MXTensor.implements(torch.ops.c10d.broadcast_.default)
+def _broadcast_(func, types, args, kwargs):
+    (x,), *others = args
+    for t in _dense_bytes(x):
+        work = _waited(func, x.device, ([t], *others), kwargs)
+    return [x], work
+
+
+@MXTensor.implements(torch.ops.c10d.scatter_.default)
+def _scatter_(func, types, args, kwargs):
+    (out,), inputs, *others = args
+    parts = [[_dense_bytes(x.contiguous()) for x in row] for row in inputs]
+    for i, t in enumerate(_dense_bytes(out)):
+        given = [t], [[part[i] for part in row] for row in parts], *others
+        work = _waited(func, out.device, given, kwargs)
+    return [out], work
