@@ -8,7 +8,7 @@ from _grids import assert_same_bytes, assert_same_values
 
 from torchao_mx import reference
 
-MODULE = importlib.import_module("torchao_mx.ops.quantize_both")
+MODULE = importlib.import_module("torchao_mx.ops.quantization.quantize_both")
 FORMS = MODULE.FORMS
 poisoned = pytest.mark.usefixtures("poisoned")
 quiet = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")

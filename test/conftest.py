@@ -74,7 +74,7 @@ def pytest_addoption(parser):
     group.addoption("--fuzz-all", action="store_true", help="report every case of a kind, not one")
     parser.addoption(
         "--kills", type=int, default=2, metavar="N",
-        help="how often test_hf_kill.py kills each of its saves; many: at every file operation",
+        help="how often test_kill.py kills each of its saves; many: at every file operation",
     )  # fmt: skip
 
 

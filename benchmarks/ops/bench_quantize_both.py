@@ -25,7 +25,7 @@ import harness
 from torchao_mx import MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
 
 # Not `import torchao_mx.ops.quantize_both`: the package binds the verb over the module's name.
-MODULE = importlib.import_module("torchao_mx.ops.quantize_both")
+MODULE = importlib.import_module("torchao_mx.ops.quantization.quantize_both")
 FP4, FP8 = QuantizeSpec(NVFP4), QuantizeSpec(MXFP8_E4M3)
 TARGET = 0.70
 TILES = ((32, 64), (32, 128), (64, 64), (64, 128), (128, 64))

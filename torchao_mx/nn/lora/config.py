@@ -39,7 +39,8 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         grad_compute_dtype: the same choice for the product that gives x's gradient, with a
             ``compute_dtype`` only: None or ``torch.bfloat16`` for x's dtype, or ``torch.float8_e4m3fn`` or
             ``torch.float8_e5m2``.
-        strategy: how products are computed on a GPU; see :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
+        strategy: how products are computed on a GPU; see
+            :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
         adapter_dtype: bfloat16, float16 or float32; None for the weight's. Adapters in float32 under
             bfloat16 activations keep updates that bfloat16 would round away.
         max_scratch_bytes: how much decoded weight a product may hold at a time; None for 256 MiB or
