@@ -28,7 +28,6 @@ from _fp8_operands import (
 from _grids import assert_same_bytes, generator, refusals, relative_error
 from expecttest import assert_expected_inline
 
-from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4
 from torchao_mx.ops.packed_mm.fp8 import product as _fp8
 from torchao_mx.reference import fp8 as definition
 
@@ -254,14 +253,10 @@ def test_refusals():
     a = operands(True, dtype=torch.bfloat16)
     odd = {**a, "qdata": a["qdata"][:, :72], "scale": a["scale"][:, :72]}
 
-    def product(args, *kind, fmt=MXFP4):
-        return call(_fp8.fp8_product, args, True, *kind, packed=True, fmt=fmt)
+    def product(args):
+        return call(_fp8.fp8_product, args, True, packed=True)
 
     calls = [
-        lambda: product(a, fmt=MXFP8_E4M3),
-        lambda: product(a, fmt=NVFP4),
-        lambda: product(a, "float8_e5m2"),
-        lambda: product(a, "int8"),
         lambda: product({**a, "x": a["x"].float()}),
         lambda: product(odd),
     ]
@@ -269,10 +264,6 @@ def test_refusals():
     assert_expected_inline(
         refusals(calls, errors),
         """\
-NotImplementedError: the weight is mxfp8_e4m3; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'
-NotImplementedError: the weight is nvfp4; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'
-NotImplementedError: kind='float8_e5m2' with experts: torch._scaled_grouped_mm takes e4m3 rows alone; use kind='float8_e4m3fn', whose scale a row covers the range of gradients too
-ValueError: kind='int8' is no fp8 dtype for rows; use one of ['float8_e4m3fn', 'float8_e5m2']
 TypeError: x has dtype torch.float32; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave compute_dtype out
 ValueError: the weight has N=72 rows, not a multiple of 16, which the 8-bit GEMMs want of every axis: pad the weight, or leave compute_dtype out""",
     )

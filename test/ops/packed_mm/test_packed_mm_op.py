@@ -420,6 +420,7 @@ def test_refusals_of_adapters():
                 lambda: f(grad_compute_dtype=torch.bfloat16),
                 lambda: f(grad_compute_dtype=e5m2),
                 lambda: f(compute_dtype=eight),
+                lambda: ops.lora_matmul(x, *ops.quantize(randn(N, K), NVFP4), NVFP4, a, b, S, compute_dtype=eight),
                 lambda: f(strategy="unpack8"),
                 lambda: f(strategy="fused", compute_dtype=eight),
                 lambda: g(a, b),
@@ -445,15 +446,16 @@ TypeError: scaling is a Tensor; it is a Python number: use .item() once, outside
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: x has shape (6, 63); the weight reduces over 64 elements, which x's last axis must have
 ValueError: compute_dtype=torch.bfloat16; it is None (x's dtype) or torch.float8_e4m3fn
-ValueError: grad_compute_dtype=torch.float16; it is None (x's dtype), torch.bfloat16, torch.float8_e4m3fn or torch.float8_e5m2
+ValueError: grad_compute_dtype=torch.float16; it is None or torch.bfloat16 (x's dtype), torch.float8_e4m3fn or torch.float8_e5m2
 ValueError: grad_compute_dtype=torch.bfloat16 and x has dtype torch.float32; gradients have x's dtype: convert x, or leave grad_compute_dtype out
 ValueError: grad_compute_dtype=torch.float8_e5m2 without a compute_dtype; give compute_dtype=torch.float8_e4m3fn too
 TypeError: x has dtype torch.float32; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave compute_dtype out
+ValueError: compute_dtype=torch.float8_e4m3fn with a weight in nvfp4; it takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, or use MXFP4
 ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: lora_a has shape (5, 64) and lora_b (44, 5); a weight [4, 44, 64] takes lora_a [4, r, 64] and lora_b [4, 44, r]
 ValueError: lora_a has shape (3, 5, 64) and lora_b (3, 44, 5); a weight [4, 44, 64] takes lora_a [4, r, 64] and lora_b [4, 44, r]
-NotImplementedError: grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 alone: use torch.float8_e4m3fn, or leave grad_compute_dtype out
+ValueError: grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 alone: use torch.float8_e4m3fn, or leave grad_compute_dtype out
 ValueError: the weight has shape (4, 44, 32) (packed); lora_matmul takes W [N, K]: for experts use lora_grouped_mm
 ValueError: x has shape (6, 64), the weight (44, 32) (packed) and offs (4,); a grouped product takes x [R, K], a weight [E, N, K] and offs [E]""",
     )  # fmt: skip

@@ -9,10 +9,8 @@ import torch
 from torchao.core.config import AOBaseConfig
 
 from torchao_mx.errors import HIGH_PRECISION_DTYPES
-from torchao_mx.formats import MXFP4, BlockFormat, QuantizeSpec, ScaleCalculationMode
-from torchao_mx.ops.packed_mm.strategy import check_strategy
-
-_GRAD_COMPUTE_DTYPES = (None, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
+from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
+from torchao_mx.ops.packed_mm.strategy import check_strategy, compute_names
 
 
 @dataclass(frozen=True)
@@ -36,9 +34,9 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
         compute_dtype: None to multiply in x's dtype, or ``torch.float8_e4m3fn`` to round x by rows and
             multiply MXFP4 weights on 8-bit tensor cores; the adapters' product stays in x's dtype.
-        grad_compute_dtype: the same choice for the product that gives x's gradient, with a
-            ``compute_dtype`` only: None or ``torch.bfloat16`` for x's dtype, or ``torch.float8_e4m3fn`` or
-            ``torch.float8_e5m2``.
+        grad_compute_dtype: the same choice for the product that gives x's gradient: None or
+            ``torch.bfloat16`` for x's dtype or, with a ``compute_dtype``, ``torch.float8_e4m3fn`` or
+            ``torch.float8_e5m2`` (the latter for linear layers alone).
         strategy: how products are computed on a GPU; see
             :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
         adapter_dtype: bfloat16, float16 or float32; None for the weight's. Adapters in float32 under
@@ -75,7 +73,7 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
 
     def __post_init__(self) -> None:
         self._check_numbers()
-        self._check_compute(self.weight_spec.format)
+        self._check_compute()
         if self.adapter_dtype not in (None, *HIGH_PRECISION_DTYPES):
             raise ValueError(
                 f"adapter_dtype={self.adapter_dtype}; it is None (the weight's), torch.bfloat16, "
@@ -105,31 +103,15 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
                 f"lora_dropout={self.lora_dropout}; it is a probability from 0 up to, not with, 1"
             )
 
-    def _check_compute(self, fmt: BlockFormat) -> None:
-        compute, grad = self.compute_dtype, self.grad_compute_dtype
-        if compute not in (None, torch.float8_e4m3fn):
-            raise ValueError(
-                f"compute_dtype={compute}; it is None (x's dtype) or torch.float8_e4m3fn"
-            )
-        if grad not in _GRAD_COMPUTE_DTYPES:
-            raise ValueError(
-                f"grad_compute_dtype={grad}; it is None (x's dtype), torch.bfloat16, "
-                f"torch.float8_e4m3fn or torch.float8_e5m2"
-            )
-        if grad is not None and compute is None:
-            raise ValueError(
-                f"grad_compute_dtype={grad} without a compute_dtype; give "
-                f"compute_dtype=torch.float8_e4m3fn too"
-            )
-        check_strategy(
-            self.strategy, self.max_scratch_bytes, "" if compute is None else "float8_e4m3fn"
+    def _check_compute(self) -> None:
+        compute, _ = compute_names(
+            self.compute_dtype, self.grad_compute_dtype, self.weight_spec.format, grouped=False
         )
-        if compute is not None:
-            check_compute_format(fmt, "dtype and block_size make it")
-        if compute is not None and self.lora_dropout:
+        check_strategy(self.strategy, self.max_scratch_bytes, compute)
+        if compute and self.lora_dropout:
             raise ValueError(
-                f"lora_dropout={self.lora_dropout} with compute_dtype={compute}; dropout leaves the fused "
-                f"product, the only one in 8 bits: set one of them to its default"
+                f"lora_dropout={self.lora_dropout} with compute_dtype={self.compute_dtype}; dropout leaves "
+                f"the fused product, the only one in 8 bits: set one of them to its default"
             )
 
     @property
@@ -156,12 +138,3 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
             if getattr(self, name) is not None:
                 fields.append(f"{name}={getattr(self, name)}")
         return ", ".join(fields)
-
-
-def check_compute_format(fmt: BlockFormat, what: str) -> None:
-    """Refuse a weight that 8-bit tensor cores cannot take exactly."""
-    if fmt != MXFP4:
-        raise ValueError(
-            f"{what} {fmt} and compute_dtype=torch.float8_e4m3fn takes MXFP4 weights only: leave "
-            f"compute_dtype out, or use MXFP4"
-        )

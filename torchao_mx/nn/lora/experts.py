@@ -25,8 +25,9 @@ from torchao_mx.nn.experts.module import (
     placed_like,
 )
 from torchao_mx.nn.experts.pipeline import AdaptedWeight
-from torchao_mx.nn.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
+from torchao_mx.nn.lora.config import MXWeightOnlyLoRAConfig
 from torchao_mx.nn.modules import check_not_in_training
+from torchao_mx.ops.packed_mm.strategy import compute_names
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
 
@@ -151,11 +152,6 @@ def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> Non
             f"{name}: lora_dropout={config.lora_dropout}; experts have none, as their adapters' input is "
             f"gathered in the product: set it to 0"
         )
-    if config.grad_compute_dtype == torch.float8_e5m2:
-        raise ValueError(
-            f"{name}: grad_compute_dtype=torch.float8_e5m2; gradients of experts are computed in "
-            f"torch.float8_e4m3fn or, by default, in x's dtype"
-        )
     layout = layout_of(module)
     for weight_name in layout.weights:
         weight = local_of(module._parameters[weight_name]).detach()
@@ -166,14 +162,15 @@ def _check_weight(
     name: str, weight: torch.Tensor, layout: Any, config: MXWeightOnlyLoRAConfig
 ) -> None:
     stored = weight.mT if layout.transposed else weight
-    if isinstance(weight, MXTensor):
-        try:
+    packed = isinstance(weight, MXTensor)
+    fmt = weight.format if packed else config.weight_spec.format
+    try:
+        if packed:
             check_base(stored)
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
-        if config.compute_dtype is not None:
-            check_compute_format(weight.format, f"{name} is")
-    else:
+        compute_names(config.compute_dtype, config.grad_compute_dtype, fmt, grouped=True)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+    if not packed:
         check_high_precision(weight.dtype, name)
         check_blocks(stored.shape, config.weight_spec.format, -1, name)
     if config.r > min(stored.shape[-2:]):

@@ -22,8 +22,9 @@ from torch import nn
 from torchao_mx import ops
 from torchao_mx.nn.experts.module import local_of
 from torchao_mx.nn.linear_checks import check_linear, is_linear
-from torchao_mx.nn.lora.config import MXWeightOnlyLoRAConfig, check_compute_format
+from torchao_mx.nn.lora.config import MXWeightOnlyLoRAConfig
 from torchao_mx.nn.modules import check_not_in_training, twin_of
+from torchao_mx.ops.packed_mm.strategy import compute_names
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
 from torchao_mx.tensor.matmul import check_frozen
@@ -221,7 +222,8 @@ def _check_packed_weight(module: nn.Linear, config: MXWeightOnlyLoRAConfig) -> N
     name = f"{type(module).__name__}(in_features={module.in_features}, out_features={module.out_features})"
     try:
         check_base(module.weight)
-        if config.compute_dtype is not None:
-            check_compute_format(module.weight.format, "it is")
+        compute_names(
+            config.compute_dtype, config.grad_compute_dtype, module.weight.format, grouped=False
+        )
     except ValueError as error:
         raise ValueError(f"{name}: its weight: {error}") from None

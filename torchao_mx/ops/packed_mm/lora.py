@@ -24,15 +24,7 @@ from torchao_mx.ops.core.arguments import (
     product_sizes,
 )
 from torchao_mx.ops.packed_mm.op import mm_op
-from torchao_mx.ops.packed_mm.strategy import check_strategy
-
-_COMPUTE = {None: "", torch.float8_e4m3fn: "float8_e4m3fn"}
-_GRAD_COMPUTE = {
-    None: "",
-    torch.bfloat16: "",
-    torch.float8_e4m3fn: "float8_e4m3fn",
-    torch.float8_e5m2: "float8_e5m2",
-}
+from torchao_mx.ops.packed_mm.strategy import check_strategy, compute_names
 
 
 def lora_matmul(
@@ -83,9 +75,9 @@ def lora_matmul(
     Raises:
         TypeError: dtypes; a ``scaling`` that is no number.
         ValueError: shapes or devices that do not belong together; a rank of 0 or above min(N, K); a
-            ``strategy`` or compute dtype that there is not.
-        NotImplementedError: a second derivative, unless the adapters are frozen; a ``compute_dtype`` with a
-            weight that is not MXFP4, or on a GPU without 8-bit tensor cores.
+            ``strategy`` or compute dtype that there is not, or not for this weight.
+        NotImplementedError: a second derivative, unless the adapters are frozen; a ``compute_dtype`` on a GPU
+            without 8-bit tensor cores.
 
     Example:
         >>> import torch
@@ -105,7 +97,7 @@ def lora_matmul(
             f"experts use lora_grouped_mm"
         )
     down, up = adapters_of(x, qdata, fmt, lora_a, lora_b, scaling, transpose_weight)
-    compute = _compute_strings(x, compute_dtype, grad_compute_dtype, grouped=False)
+    compute = compute_names(compute_dtype, grad_compute_dtype, fmt, grouped=False, dtype=x.dtype)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
         as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), down,
@@ -176,45 +168,10 @@ def lora_grouped_mm(
     check_product(x, qdata, reduced, None)
     offs, order = check_groups(x, qdata, offs, order, bias, columns)
     down, up = adapters_of(x, qdata, fmt, lora_a, lora_b, scaling, transpose_weight)
-    compute = _compute_strings(x, compute_dtype, grad_compute_dtype, grouped=True)
+    compute = compute_names(compute_dtype, grad_compute_dtype, fmt, grouped=True, dtype=x.dtype)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
         x, qdata, scale, per_tensor_scale, bias, down, up, offs, order, scaling, fmt.name,
         transpose_weight, strategy, *compute, max_scratch_bytes or 0,
     )  # fmt: skip
     return y
-
-
-def _compute_strings(
-    x: torch.Tensor,
-    compute_dtype: torch.dtype | None,
-    grad_compute_dtype: torch.dtype | None,
-    *,
-    grouped: bool,
-) -> tuple[str, str]:
-    """The two dtypes as the op's schema carries them; empty for x's own."""
-    if compute_dtype not in _COMPUTE:
-        raise ValueError(
-            f"compute_dtype={compute_dtype}; it is None (x's dtype) or torch.float8_e4m3fn"
-        )
-    if grad_compute_dtype not in _GRAD_COMPUTE:
-        raise ValueError(
-            f"grad_compute_dtype={grad_compute_dtype}; it is None (x's dtype), torch.bfloat16, "
-            f"torch.float8_e4m3fn or torch.float8_e5m2"
-        )
-    if grad_compute_dtype == torch.bfloat16 != x.dtype:
-        raise ValueError(
-            f"grad_compute_dtype=torch.bfloat16 and x has dtype {x.dtype}; gradients have x's dtype: "
-            f"convert x, or leave grad_compute_dtype out"
-        )
-    if compute_dtype is None and _GRAD_COMPUTE[grad_compute_dtype]:
-        raise ValueError(
-            f"grad_compute_dtype={grad_compute_dtype} without a compute_dtype; give "
-            f"compute_dtype=torch.float8_e4m3fn too"
-        )
-    if grouped and grad_compute_dtype == torch.float8_e5m2:
-        raise NotImplementedError(
-            "grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 "
-            "alone: use torch.float8_e4m3fn, or leave grad_compute_dtype out"
-        )
-    return _COMPUTE[compute_dtype], _GRAD_COMPUTE[grad_compute_dtype]

@@ -6,12 +6,10 @@ from typing import NamedTuple
 
 import torch
 
+from torchao_mx.formats import MXFP4, BlockFormat
+
 STRATEGIES = ("auto", "fused", "unpack", "fused8", "unpack8")
-
-
 STRATEGIES_OF_8_BITS = ("fused8", "unpack8")
-
-
 DEFAULT_SCRATCH = 256 * 2**20  # bytes; or as many as the rows of x and y take, where that is more
 
 
@@ -31,11 +29,7 @@ class Crossover(NamedTuple):
 # Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py). Where experts do not fit in the
 # scratch, slices cost a copy of y; a dense weight's decode is soon repaid.
 HOPPER_CROSSOVER = Crossover(1536, 1024, 512)
-
-
 HOPPER_FP8_CROSSOVER = Crossover(4096, 1536, 512)
-
-
 PORTABLE_CROSSOVER = Crossover(512, 512, 256)
 
 
@@ -78,6 +72,68 @@ def choose_strategy(
         return strategy
     crossover = HOPPER_CROSSOVER if hopper else PORTABLE_CROSSOVER
     return "fused" if crossover.fuses(n_rows, n_groups, transpose_weight) else "unpack"
+
+
+_COMPUTE = {None: "", torch.float8_e4m3fn: "float8_e4m3fn"}
+_GRAD_COMPUTE = {
+    None: "",
+    torch.bfloat16: "",
+    torch.float8_e4m3fn: "float8_e4m3fn",
+    torch.float8_e5m2: "float8_e5m2",
+}
+
+
+def compute_names(
+    compute_dtype: torch.dtype | None,
+    grad_compute_dtype: torch.dtype | None,
+    fmt: BlockFormat,
+    *,
+    grouped: bool,
+    dtype: torch.dtype = torch.bfloat16,
+) -> tuple[str, str]:
+    """The two dtypes as the op's schema carries them, empty for x's own.
+
+    Args:
+        compute_dtype: of the forward product with a weight in ``fmt``: None, or ``torch.float8_e4m3fn``.
+        grad_compute_dtype: of the product that gives x's gradient: None or ``torch.bfloat16`` for x's, or one
+            of 8 bits.
+        fmt: the weight's.
+        grouped: whether the weight is of experts.
+        dtype: x's, once there is an x.
+
+    Raises:
+        ValueError: what no product computes in.
+    """
+    if compute_dtype not in _COMPUTE:
+        raise ValueError(
+            f"compute_dtype={compute_dtype}; it is None (x's dtype) or torch.float8_e4m3fn"
+        )
+    if grad_compute_dtype not in _GRAD_COMPUTE:
+        raise ValueError(
+            f"grad_compute_dtype={grad_compute_dtype}; it is None or torch.bfloat16 (x's dtype), "
+            f"torch.float8_e4m3fn or torch.float8_e5m2"
+        )
+    if grad_compute_dtype == torch.bfloat16 != dtype:
+        raise ValueError(
+            f"grad_compute_dtype=torch.bfloat16 and x has dtype {dtype}; gradients have x's dtype: convert x, "
+            f"or leave grad_compute_dtype out"
+        )
+    if compute_dtype is None and _GRAD_COMPUTE[grad_compute_dtype]:
+        raise ValueError(
+            f"grad_compute_dtype={grad_compute_dtype} without a compute_dtype; give "
+            f"compute_dtype=torch.float8_e4m3fn too"
+        )
+    if grouped and grad_compute_dtype == torch.float8_e5m2:
+        raise ValueError(
+            "grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 alone: "
+            "use torch.float8_e4m3fn, or leave grad_compute_dtype out"
+        )
+    if compute_dtype is not None and fmt != MXFP4:
+        raise ValueError(
+            f"compute_dtype={compute_dtype} with a weight in {fmt.name}; it takes MXFP4 weights, the only ones "
+            f"that are e4m3 without loss: leave compute_dtype out, or use MXFP4"
+        )
+    return _COMPUTE[compute_dtype], _GRAD_COMPUTE[grad_compute_dtype]
 
 
 def check_strategy(strategy: str, max_scratch_bytes: int | None, compute: str = "") -> None:

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
-from torchao_mx.formats import MXFP4, BlockFormat
+from torchao_mx.formats import MXFP4
 from torchao_mx.ops.core.launch import capability, cdiv
 from torchao_mx.ops.core.operands import Packed
 from torchao_mx.ops.moe.gather import with_unit_rows
@@ -91,7 +91,7 @@ def fp8_product(
         TypeError: x's dtype.
         ValueError: an unknown kind; N not a multiple of 16.
     """
-    _check(x, w, kind, rows.offs is not None)
+    _check(x, w, rows.offs is not None)
     dtype = KINDS[kind]
     if not x.is_cuda:
         return definition.fp8_product(
@@ -204,23 +204,7 @@ def _scaled_product(
     )
 
 
-def _check_format(fmt: BlockFormat) -> None:
-    if fmt != MXFP4:
-        raise NotImplementedError(
-            f"the weight is {fmt.name}; compute_dtype=torch.float8_e4m3fn takes MXFP4 weights, the only ones "
-            f"that are e4m3 without loss: leave compute_dtype out, with strategy='unpack' or 'fused'"
-        )
-
-
-def _check(x: torch.Tensor, w: Packed, kind: str, grouped: bool) -> None:
-    _check_format(w.fmt)
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r} is no fp8 dtype for rows; use one of {sorted(KINDS)}")
-    if grouped and kind != "float8_e4m3fn":
-        raise NotImplementedError(
-            f"kind={kind!r} with experts: torch._scaled_grouped_mm takes e4m3 rows alone; use "
-            f"kind='float8_e4m3fn', whose scale a row covers the range of gradients too"
-        )
+def _check(x: torch.Tensor, w: Packed, grouped: bool) -> None:
     if x.dtype != torch.bfloat16:
         raise TypeError(
             f"x has dtype {x.dtype}; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave "
