@@ -8,8 +8,11 @@ import sys
 
 import pytest
 import torch
-from _grids import FORMATS, MODES, name_of, refusals
+from _grids import FORMATS, MODES, assert_same_bytes, name_of, refusals
 from expecttest import assert_expected_inline
+from torchao.prototype.mx_formats.mx_tensor import to_mx
+from torchao.quantization import quantize_
+from torchao.quantization.qat import QATConfig
 
 import torchao_mx
 from torchao_mx import (
@@ -17,10 +20,16 @@ from torchao_mx import (
     MXFP8_E4M3,
     NVFP4,
     BlockFormat,
+    MXWeightOnlyConfig,
+    MXWeightOnlyLoRAConfig,
     QuantizeSpec,
     ScaleCalculationMode,
+    formats,
+    ops,
 )
 from torchao_mx.formats import check_scaling_mode, format_by_name
+from torchao_mx.ops.core.register import implementations
+from torchao_mx.ops.quantization.quantize import quantize_op
 
 each_format = pytest.mark.parametrize("fmt", FORMATS, ids=name_of)
 
@@ -137,3 +146,27 @@ TypeError: scaling_mode=None is not a ScaleCalculationMode; use one of ScaleCalc
 
 def test_scaling_modes_are_torchaos_four():
     assert [m.name for m in ScaleCalculationMode] == ["FLOOR", "RCEIL", "CEIL", "EVEN"]
+
+
+def test_a_format_is_one_line(monkeypatch):
+    """With 64 elements per block: torchao's bytes, QAT = PTQ, LoRA, and the kernels, with nothing else changed."""
+    fmt = BlockFormat("wide", torch.float4_e2m1fn_x2, 2, 1, 6.0, 64, torch.float8_e8m0fnu)
+    monkeypatch.setitem(formats._FORMATS, fmt.name, fmt)
+    x, config = torch.randn(5, 128), MXWeightOnlyConfig(block_size=64)
+    wanted = to_mx(x, fmt.elem_dtype, 64, ScaleCalculationMode.RCEIL)
+    found = [ops.quantize(x, fmt)]
+    if not torch.cuda.is_available():  # the interpreter's
+        found.append(implementations[quantize_op, "cuda"](x, fmt.name, "rceil", -1, None))
+    for qdata, scale in found:
+        assert_same_bytes(scale, wanted[0])
+        assert_same_bytes(qdata, wanted[1])
+
+    model = torch.nn.Sequential(torch.nn.Linear(128, 48))
+    quantize_(model, QATConfig(config, step="prepare"))
+    y = model(x)
+    y.sum().backward()
+    quantize_(model, QATConfig(config, step="convert"))
+    assert torch.equal(model(x), y)
+    quantize_(model, MXWeightOnlyLoRAConfig(r=4, block_size=64))
+    model(x).sum().backward()
+    assert model[0].weight.format == fmt and model[0].lora_B.grad.any()
