@@ -213,9 +213,12 @@ def cases(label, dtype=torch.bfloat16, **sizes):
         rows = sizes["T"] * sizes["TOP_K"]
         ends = [*[0] * (sizes["E"] - 1), rows - 1]
         sizes |= {"R": rows, "ENDS": ends, "ORDER": list(range(rows))}
-    eight_bits = _operands.EIGHT_BITS if dtype == torch.bfloat16 else ()
-    ways = (("auto", 0), *_operands.WAYS_OF_THE_GPU)
-    with mock.patch.multiple(_operands, **sizes):
+    ways, eight_bits = (("auto", 0), *_operands.WAYS_OF_THE_GPU), _operands.EIGHT_BITS
+    if sizes:  # a small scratch would take thousands of slices
+        ways, eight_bits = ([w for w in found if w[1] == 0] for found in (ways, eight_bits))
+    if dtype != torch.bfloat16:
+        eight_bits = ()
+    with mock.patch.dict(vars(_operands), sizes):
         found = _operands.cases(dtype, ways, eight_bits)
     return {f"{name} ({label})": case for name, case in found.items()}
 
@@ -247,7 +250,19 @@ def strided(dtype):
 # Average rows per expert on both sides of every limit in the tables of tiles.
 GPT_OSS = dict(E=32, N=2880, K=2880, TOP_K=4)
 QWEN3 = dict(E=128, N=768, K=2048, TOP_K=8)
-TOKENS = {1: 16, 6: 8, 16: 32, 32: 64, 80: 128, 128: 256, 256: 16, 512: 32, 1024: 4, 4096: 64, 16384: 16}
+TOKENS = {
+    1: 16,
+    6: 8,
+    16: 32,
+    32: 64,
+    80: 128,
+    128: 256,
+    256: 16,
+    512: 32,
+    1024: 4,
+    4096: 64,
+    16384: 16,
+}
 SMALL = dense("small")
 SIZED = [
     *(dense(f"gpt-oss, {t} tokens", T=t, RANK=rank, **GPT_OSS) for t, rank in TOKENS.items()),
@@ -299,14 +314,14 @@ def compile_variant(variant):
     start, log = _seconds(), io.StringIO()
     kernel, gpu = variant.kernel, variant.gpu
     try:
-        source = kernel.ASTSource(
-            kernel, variant.signature, variant.constants, variant.attributes
-        )
+        source = kernel.ASTSource(kernel, variant.signature, variant.constants, variant.attributes)
         with contextlib.redirect_stdout(log), triton.knobs.nvidia.scope():
             triton.knobs.nvidia.dump_ptxas_log = True
             compiled = triton.compile(source, target=gpu.target, options=variant.options).metadata
     except Exception as error:
-        return Result("".join(traceback.format_exception_only(error)).strip(), seconds=_seconds() - start)
+        return Result(
+            "".join(traceback.format_exception_only(error)).strip(), seconds=_seconds() - start
+        )
     [registers] = map(int, re.findall(r"Used (\d+) registers", log.getvalue()))
     [spilled] = map(int, re.findall(r"(\d+) bytes spill stores", log.getvalue()))
     all_registers = registers * 32 * compiled.num_warps
