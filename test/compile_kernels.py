@@ -70,6 +70,7 @@ GPUS = [
     GPU(120, 170, 99),  # GeForce RTX 5090
 ]
 REGISTERS = 2**16  # of a multiprocessor
+MINOR = int(triton.__version__.split(".")[1])
 TENSOR_MEMORY = 512  # columns, of a multiprocessor of sm_100
 
 
@@ -288,21 +289,20 @@ def all_tables(gpu):
 
 
 def some_tables(gpu):
-    """Three: small, few rows and many rows, the sizes of the last two others on each GPU."""
-    turn = GPUS.index(gpu)
-    return [SMALL, SIZED[turn], SIZED[-1 - turn]]
+    """The small one and a sized one, which no other GPU has, nor Triton's next minor release."""
+    return [SMALL, SIZED[2 * GPUS.index(gpu) + MINOR % 2]]
 
 
 def spread(variants):
-    """Three of each kernel and a twentieth of the rest, from all GPUs; Triton's next minor release takes others."""
+    """Of each kernel one, and one more of every 40, from all GPUs; Triton's next minor release takes others."""
     by_kernel = collections.defaultdict(list)
     for variant in variants:
-        by_kernel[name_of(variant.kernel)].append(variant)
-    shift = int(triton.__version__.split(".")[1]) % 2 / 2
+        by_kernel[variant.kernel].append(variant)
     chosen = []
-    for found in by_kernel.values():
-        n = min(len(found), 3 + len(found) // 20)
-        chosen += [found[int((i + shift) * len(found) / n)] for i in range(n)]
+    for turn, found in enumerate(by_kernel.values()):
+        n = 1 + len(found) // 40
+        start = (turn * 0.618 + MINOR / 2) % 1  # of the golden ratio, which fills the circle evenly
+        chosen += [found[int((i + start) * len(found) / n)] for i in range(n)]
     return chosen
 
 
