@@ -1,6 +1,6 @@
 """Compiles every kernel for every GPU that the library supports, on a machine without one.
 
-    python test/compile_kernels.py             # every variant
+    python test/compile_kernels.py             # every variant, some 8,000
     python test/compile_kernels.py --spread    # some of each kernel, as CI does
     python test/compile_kernels.py --arch 90 --kernel _fused
 
