@@ -38,23 +38,22 @@ from typing import Any
 
 import harness
 import torch
+import train_loop
 from quality_model import QualitySettings, build, is_quantized
 from quality_report import BF16, NAMES, Comparison, plot, rows_of, table
 from torch import nn
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 from train_common import Deadline, save_results
+from train_loop import Interrupted, MasterAdam, Phase, reproducible, train_phase
 
-from torchao_mx.demo import checkpoint
 from torchao_mx.demo.data import Corpus, load_adaptation_corpus
-from torchao_mx.demo.device import reproducible
 from torchao_mx.demo.model import heldout_losses
 from torchao_mx.demo.quant import FORMATS
-from torchao_mx.demo.train import Interrupted, MasterAdam, Phase, train_phase
 
 HEADERS = pathlib.Path(torch.__file__).parent / "include" / "torch"
 DENSE = QualitySettings(
-    layers=8, dim=1024, heads=16, seq=1024, batch=16, dtype="bf16", device="cuda", threads=1,
+    layers=8, dim=1024, heads=16, seq=1024, batch=16, device="cuda", threads=1,
     data=str(HEADERS), eval_windows=512, pretrain_steps=800, steps=250, pretrain_lr=6e-4, lr=3e-4,
     eval_every=1 << 20,  # at the ends of a phase alone
 )  # fmt: skip
@@ -114,8 +113,8 @@ class Unit:
                 f"{path} is of other settings or text; remove it, or take another --state"
             )
 
-    def _load(self, path: pathlib.Path, *names: str) -> dict[str, Any]:
-        record = checkpoint.load(path, "a state", frozenset({"key", *names}))
+    def _load(self, path: pathlib.Path) -> dict[str, Any]:
+        record = train_loop.load(path)
         self._check(path, record["key"])
         return record
 
@@ -142,13 +141,13 @@ class Unit:
         """The model that all arms start from."""
         s, model = self.settings, build(self.settings)
         if self.pretrained.exists():
-            model.load_state_dict(self._load(self.pretrained, "model")["model"])
+            model.load_state_dict(self._load(self.pretrained)["model"])
             return model
         what, lr = f"{self.name}, pretraining", s.pretrain_lr
         phase = Phase(PRETRAIN, what, PRETRAIN, s.pretrain_steps, lr, lr / 10)
 
         def keep() -> dict[str, Any]:
-            checkpoint.save(self.pretrained, {"key": self.key, "model": model.state_dict()})
+            train_loop.save(self.pretrained, {"key": self.key, "model": model.state_dict()})
             return {"parameters": sum(p.numel() for p in model.parameters())}
 
         self._train(phase, model, keep)
@@ -159,7 +158,7 @@ class Unit:
         what = f"{self.name}, {'bf16' if name == BF16 else 'QAT for ' + NAMES[name]}"
         phase = Phase(name, what, "finetune", self.settings.steps, self.settings.lr, 0.0)
         if name != BF16:
-            config = QATConfig(FORMATS[name].config(), step="prepare")
+            config = QATConfig(FORMATS[name], step="prepare")
             quantize_(model, config, filter_fn=is_quantized)
             self._converted(name, model, self.windows[: self.settings.batch])  # fails early
 
@@ -176,14 +175,14 @@ class Unit:
         losses = {BF16: self._measure(model)}
         for fmt in NAMES:
             quantized = copy.deepcopy(model)
-            quantize_(quantized, FORMATS[fmt].config(), filter_fn=is_quantized)
+            quantize_(quantized, FORMATS[fmt], filter_fn=is_quantized)
             losses[fmt] = self._measure(quantized)
         return losses
 
     def _converted(self, name: str, model: nn.Module, windows: torch.Tensor) -> nn.Module:
         """The trained model converted, its logits on ``windows`` being the same."""
         converted = copy.deepcopy(model)
-        config = QATConfig(FORMATS[name].config(), step="convert")
+        config = QATConfig(FORMATS[name], step="convert")
         quantize_(converted, config, filter_fn=is_quantized)
         same = has_same_logits(model, converted, windows, self.settings.batch)
         harness.gate(f"{self.name}, {NAMES[name]} converted", same)
@@ -199,7 +198,7 @@ class Unit:
         path = self.json.with_name(f"{self.name}-{phase.name}-unfinished.pt")
         optimizer, batches = MasterAdam(model), HashedCorpus(self.corpus)
         if path.exists():
-            saved = self._load(path, "phase", "batches", "optimizer")
+            saved = self._load(path)
             phase.step, phase.seconds = saved["phase"]["step"], saved["phase"]["seconds"]
             phase.history, batches.digest = saved["phase"]["history"], saved["batches"]
             optimizer.load_state_dict(saved["optimizer"])  # and the weights, which it has in fp32
@@ -209,11 +208,11 @@ class Unit:
             if phase.step < phase.steps:
                 record = {"phase": phase.state_dict(), "batches": batches.digest}
                 state = {"key": self.key, "optimizer": optimizer.state_dict()}
-                checkpoint.save(path, record | state)
+                train_loop.save(path, record | state)
                 return
             record = keep() | {"batches": batches.digest} | phase.state_dict()
             self.phases[phase.name] = record
-            checkpoint.save_json(self.json, {"key": self.key, "phases": self.phases})
+            train_loop.save_json(self.json, {"key": self.key, "phases": self.phases})
             path.unlink(missing_ok=True)
 
         def stop_in_time(name: str, steps: int) -> None:

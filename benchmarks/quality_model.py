@@ -94,8 +94,8 @@ class _AddLoss(torch.autograd.Function):
 def build(settings: QualitySettings) -> nn.Module:
     """A freshly initialised model, a function of the settings alone."""
     if not settings.experts:
-        return build_model(settings)
-    model = build_model(replace(settings, device="cpu", dtype="fp32"))
+        return build_model(settings).bfloat16()
+    model = build_model(replace(settings, device="cpu"))
     generator = torch.Generator().manual_seed(settings.seed)
     for block in model.blocks:
         block.mlp = MoE(settings)
@@ -106,7 +106,7 @@ def build(settings: QualitySettings) -> nn.Module:
                 if name.endswith("down_proj"):
                     std *= (settings.top_k / (2 * settings.layers)) ** 0.5
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-    return model.to(device=settings.device, dtype=settings.torch_dtype)
+    return model.to(device=settings.device, dtype=torch.bfloat16)
 
 
 def is_quantized(module: nn.Module, name: str) -> bool:

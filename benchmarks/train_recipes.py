@@ -33,6 +33,7 @@ from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 from train_common import Deadline, save_results
+from train_loop import MasterAdam, learning_rate
 
 from torchao_mx import (
     MXFP8_E4M3,
@@ -45,10 +46,9 @@ from torchao_mx.demo.data import Corpus, load_corpus
 from torchao_mx.demo.model import build_model, heldout_losses, token_losses
 from torchao_mx.demo.quant import is_quantized_linear
 from torchao_mx.demo.settings import Settings
-from torchao_mx.demo.train import MasterAdam, learning_rate
 
 FULL = Settings(
-    layers=10, dim=1024, heads=16, seq=1024, batch=32, dtype="bf16", device="cuda",
+    layers=10, dim=1024, heads=16, seq=1024, batch=32, device="cuda",
     data=sysconfig.get_path("purelib"), eval_windows=128, eval_every=100, lr=6e-4, steps=3500,
 )  # fmt: skip
 TINY = replace(
@@ -120,7 +120,7 @@ def train(
 ) -> dict[str, Any]:
     """The results of an arm, trained to its end; from its checkpoint if there is one."""
     arm, checkpoint = ARMS[name], state / f"{name}.pt"
-    model = build_model(settings)
+    model = build_model(settings).bfloat16()
     if arm.config is not None:
         quantize_(model, arm.config, filter_fn=is_quantized_linear)
     optimizer = MasterAdam(model)

@@ -1,36 +1,34 @@
-"""One phase of training: a loop that can stop after any step and go on as if it had not."""
+"""A phase of training that can stop after any step and go on to the same bits, and what its files are.
+
+The model is the demo's in bf16, with fp32 masters in :class:`MasterAdam`.
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import signal
-import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from torchao_mx.demo.data import Corpus
 from torchao_mx.demo.model import heldout_losses, token_losses
-from torchao_mx.demo.settings import CommonSettings
+from torchao_mx.demo.settings import Settings
 
 #: Called after every step with the phase's name and the steps done.
 OnStep = Callable[[str, int], None]
 
-_LOG_EVERY = 10  # steps between two readings of the loss, each of which waits for the device
-
 
 class Interrupted(Exception):
     """Training stopped between two steps, and its checkpoint is saved."""
-
-
-class Diverged(RuntimeError):
-    """The held-out loss is not a finite number; the exit code is 1."""
 
 
 class MasterAdam:
@@ -116,7 +114,7 @@ def train_phase(
     optimizer: MasterAdam,
     corpus: Corpus,
     heldout: torch.Tensor,
-    settings: CommonSettings,
+    settings: Settings,
     save: Callable[[], None],
     on_step: OnStep | None = None,
 ) -> None:
@@ -124,105 +122,89 @@ def train_phase(
 
     Raises:
         Interrupted: Ctrl-C came; the step under way was finished and ``save`` called.
-        Diverged: the held-out loss is not finite.
+        RuntimeError: the held-out loss is not finite.
     """
-    from tqdm import tqdm
+    s, start = settings, perf_counter() - phase.seconds
 
-    def evaluate(progress: str) -> None:
-        loss = heldout_losses(model, heldout, settings.batch).mean().item()
+    def evaluate() -> None:
+        loss = heldout_losses(model, heldout, s.batch).mean().item()
         if not math.isfinite(loss):
-            raise Diverged(
-                f"{phase.label}: held-out loss {loss} at step {phase.step}; start again with a lower "
-                f"--lr or --pretrain-lr than {phase.peak_lr:g}"
-            )
+            raise RuntimeError(f"{phase.label}: held-out loss {loss} at step {phase.step}")
         phase.history.append([phase.step, loss])
-        bar.set_postfix_str(f"held-out {loss:.4f}")
-        if bar.disable:
-            print(f"  step {phase.step}/{phase.steps}: held-out {loss:.4f}{progress}", flush=True)
+        tqdm.write(f"  step {phase.step}/{phase.steps}: held-out {loss:.4f}")
 
     model.train()
-    bar = tqdm(
-        total=phase.steps,
-        initial=phase.step,
-        unit="step",
-        disable=None,  # quiet unless standard error is a terminal
-        file=sys.stderr,
-        dynamic_ncols=True,
-    )
-    meter = _Meter(phase.seconds)
-    with bar, _interrupt_flag() as interrupted:
+    bar = tqdm(total=phase.steps, initial=phase.step, unit="step", disable=None, leave=False)
+    with bar, _ctrl_c_between_steps() as signals:
         if not phase.history:
-            evaluate("")
+            evaluate()
         while phase.step < phase.steps:
-            tokens = corpus.batch(
-                phase.data, phase.step, settings.seed, settings.batch, settings.seq
-            ).to(settings.device)
-            loss = token_losses(model, tokens).mean()
-            loss.backward()
-            lr = learning_rate(phase.step, phase.steps, phase.peak_lr, phase.final_lr)
-            optimizer.step(lr)
+            tokens = corpus.batch(phase.data, phase.step, s.seed, s.batch, s.seq).to(s.device)
+            token_losses(model, tokens).mean().backward()
+            optimizer.step(learning_rate(phase.step, phase.steps, phase.peak_lr, phase.final_lr))
             phase.step += 1
-            meter.count(settings.batch * settings.seq)
             bar.update()
-            due = phase.step % settings.eval_every == 0 or phase.step == phase.steps
-            if due or phase.step % _LOG_EVERY == 0:
-                progress = f"loss {loss.item():.3f}, {meter.rate()}"
-                bar.set_description(f"  {progress}", refresh=False)
+            due = phase.step % s.eval_every == 0 or phase.step == phase.steps
             if due:
-                with meter.paused():
-                    evaluate(f", {progress}")
-            phase.seconds = meter.seconds()
+                evaluate()
+            phase.seconds = perf_counter() - start
             try:
                 if on_step is not None:
                     on_step(phase.name, phase.step)
             except KeyboardInterrupt:
-                interrupted.set()
-            if due or interrupted.is_set():
+                signals.append(signal.SIGINT)
+            if due or signals:
                 save()
-            if interrupted.is_set():
+            if signals:
                 raise Interrupted(f"{phase.label}, step {phase.step} of {phase.steps}")
 
 
-class _Meter:
-    """Seconds spent, those before a resume included, and the rate of the tokens counted here."""
-
-    def __init__(self, seconds_before: float) -> None:
-        self.before, self.start, self.tokens, self.pause = seconds_before, perf_counter(), 0, 0.0
-
-    def count(self, tokens: int) -> None:
-        self.tokens += tokens
-
-    def seconds(self) -> float:
-        return self.before + perf_counter() - self.start
-
-    def rate(self) -> str:
-        rate = self.tokens / (perf_counter() - self.start - self.pause)
-        return f"{rate / 1e3:.1f}k tokens/s"
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what runs in here out of the rate."""
-        start = perf_counter()
-        yield
-        self.pause += perf_counter() - start
-
-
 @contextmanager
-def _interrupt_flag() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets, so that no step is cut in half; a second one stops."""
-    flag = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield flag  # only the main thread may handle signals
-        return
+def _ctrl_c_between_steps() -> Iterator[list[int]]:
+    """A list that the first Ctrl-C appends to, so that no step is cut in half; a second one stops."""
+    signals: list[int] = []
 
     def handle(signum: int, frame: object) -> None:
-        if flag.is_set():
+        if signals:
             raise KeyboardInterrupt
-        flag.set()
-        print("\nstopping after this step", file=sys.stderr)
+        signals.append(signum)
 
     before = signal.signal(signal.SIGINT, handle)
     try:
-        yield flag
+        yield signals
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def reproducible(settings: Settings) -> Iterator[None]:
+    """Compute the same bits in every process: the run's threads, and CUDA's deterministic kernels."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(settings.threads)
+    if settings.device.startswith("cuda"):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def save(path: Path, record: dict[str, Any]) -> None:
+    """Write ``record`` (tensors and plain values) so that ``path`` is never half written."""
+    temporary = path.with_name(f".{path.name}.new")
+    torch.save(record, temporary)
+    temporary.replace(path)
+
+
+def save_json(path: Path, record: dict[str, Any]) -> None:
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    temporary.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """What :func:`save` wrote, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
