@@ -31,6 +31,7 @@ TIMEOUT = 180  # seconds for all ranks together
 PRELOADED = [
     "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "fsspec", "pytest", "hypothesis",
     "torch._dynamo.testing", "torch._inductor.lowering", "torchao_mx.distributed",
+    "transformers.models.gpt_oss.modeling_gpt_oss", "peft",  # where there are such
 ]  # fmt: skip
 PATIENCE = 2  # seconds in which ranks that failed with the first are heard
 each_backend = pytest.mark.parametrize(

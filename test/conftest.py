@@ -129,6 +129,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
+    # Tests on several ranks come first: one of xdist's workers gets them all, and only it starts ranks.
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "run_ranks"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")
