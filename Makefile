@@ -39,7 +39,7 @@ demo: $(installed) $(if $(wants_hf),$(hf_installed))
 
 # torchao_mx/hf needs transformers, which .ci/run installs in two versions.
 test: $(installed)
-	$(py) -m pytest -n $(JOBS) -m 'not gpu' --doctest-modules \
+	$(py) -m pytest -n $(JOBS) --dist worksteal -m 'not gpu' --doctest-modules \
 		--doctest-glob=README.md --doctest-glob=CONTRIBUTING.md \
 		--ignore=torchao_mx/hf test torchao_mx README.md CONTRIBUTING.md $(ARGS)
 	@if $(py) -c '$(has_gpu)'; then set -x; $(py) -m pytest -m gpu test $(ARGS) || test $$? = 5; fi
