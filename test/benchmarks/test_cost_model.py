@@ -1,4 +1,4 @@
-"""benchmarks/cost_model.py: what it counts, against tensors, torch's counter and transformers; and its page."""
+"""benchmarks/models/cost_model.py: what it counts, against tensors, torch's counter and transformers; and its page."""
 
 import json
 import pathlib
@@ -20,8 +20,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 @pytest.fixture
 def counts(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import cost_counts
+    from benchmarks.models import cost_counts
 
     monkeypatch.setattr(cost_counts.lora_common, "DEVICE", "cpu")
     return cost_counts
@@ -29,7 +28,7 @@ def counts(monkeypatch):
 
 @pytest.fixture
 def cost(counts):
-    import cost_model
+    from benchmarks.models import cost_model
 
     return cost_model
 

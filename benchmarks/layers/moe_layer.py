@@ -1,7 +1,7 @@
 """One mixture-of-experts layer of gpt-oss-20b, LoRA on both projections, against the same in bf16.
 
     pip install '.[hf,bench]'
-    python benchmarks/bench_moe_layer.py [--tokens M ...] [--no-peft]
+    python -m benchmarks.layers.moe_layer [--tokens M ...] [--no-peft]
 
 The layer is transformers' ``GptOssExperts`` (32 experts, H = I = 2880, 4 a token), whose routing is given:
 Gaussian logits and a bias of std 0.5 an expert. Variants, of which all train the same adapters of rank 16:
@@ -23,11 +23,11 @@ import pathlib
 import tempfile
 from collections.abc import Callable
 
-import harness
 import torch
 from torch import nn
 from torchao.quantization import quantize_
 
+from benchmarks.shared import harness
 from torchao_mx import MXLoRAExperts, MXWeightOnlyConfig, MXWeightOnlyLoRAConfig, is_experts
 
 EXPERTS, HIDDEN, INNER, TOP_K, RANK, ALPHA = 32, 2880, 2880, 4, 16, 32

@@ -1,7 +1,7 @@
 """The tables of README.md and benchmarks/README.md, from the JSON in results/; no GPU is needed.
 
-    python benchmarks/report.py            rewrites them
-    python benchmarks/report.py --check    exits with 1 if a document says anything else
+    python -m benchmarks.shared.report            rewrites them
+    python -m benchmarks.shared.report --check    exits with 1 if a document says anything else
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its function is in ``TABLES``.
 """
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -459,7 +459,9 @@ def main() -> None:
         text = path.read_text()
         fresh = rendered(text)
         if args.check and fresh != text:
-            raise SystemExit(f"{path.name} is not what results/ says: run benchmarks/report.py")
+            raise SystemExit(
+                f"{path.name} is not what results/ says: run python -m benchmarks.shared.report"
+            )
         if fresh != text:
             path.write_text(fresh)
 

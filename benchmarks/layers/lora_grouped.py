@@ -1,6 +1,6 @@
 """LoRA on frozen MXFP4 experts: one projection with its gather, against the same experts in bf16.
 
-    python benchmarks/bench_lora_grouped.py [--quick] [--shapes A B deepseek]
+    python -m benchmarks.layers.lora_grouped [--quick] [--shapes A B deepseek]
         [--routings balanced dense sparse] [--rows M ...] [--first-step]
 
 The baseline is what a careful user writes in torch: ``rows = x[order // k]``, ``torch._grouped_mm`` for W,
@@ -9,7 +9,7 @@ Ours is ``ops.lora_grouped_mm`` on the packed weights, with the same x, A and B.
 behind ``ops.dequantize`` in every step.
 
 Routings: balanced, Gaussian logits and a bias of std 0.5 an expert, so roughly balanced but skewed; dense,
-every expert has the same number of rows; sparse, 10 experts have all of them. ``lora_common.py`` tells what
+every expert has the same number of rows; sparse, 10 experts have all of them. ``lora.py`` tells what
 is measured and in which order. A run of a part writes ``lora_grouped_part-<gpu>``, and ``--first-step`` takes
 no other times and writes ``lora_grouped_first_step-<gpu>``.
 """
@@ -22,13 +22,13 @@ import pathlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import harness
-import lora_common as common
-import lora_report as report
-import peers
 import torch
-from lora_common import Case, Variant, Wanted
 
+from benchmarks.layers import lora as common
+from benchmarks.layers import lora_report as report
+from benchmarks.layers import peers
+from benchmarks.layers.lora import Case, Variant, Wanted
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, ops
 
 
@@ -180,7 +180,7 @@ class Problem:
         )
 
     def variant(self, name: str, x: torch.Tensor, r: Routing, kind: str) -> Variant:
-        """Ours, one of ``lora_common.COMPUTE``."""
+        """Ours, one of ``lora.COMPUTE``."""
         leaves, options = (x, self.a, self.b), common.COMPUTE[name]
         compute = functools.partial(ops.lora_grouped_mm, order=r.order, **options)
 
@@ -322,7 +322,7 @@ def main() -> None:
     results = report.Results()
     if args.first_step is not None:
         points = args.first_step or FIRST_STEPS
-        results.first_steps("lora_grouped_first_step", __file__, points)
+        results.first_steps("lora_grouped_first_step", "benchmarks.layers.lora_grouped", points)
         raise SystemExit(bool(results.failures))
     if args.quick:
         args.shapes = [name for name in args.shapes if name != "deepseek"]

@@ -1,6 +1,6 @@
 """What a step of LoRA on MXFP4 experts costs, by counting bytes and operations; no GPU is needed.
 
-    python benchmarks/cost_model.py
+    python -m benchmarks.models.cost_model
 
 A step is a list of kernels. Each counts the bytes that it moves, from L2 or beyond, its operations, tiles
 that are not full counted as full, and the weights that it decodes; those of a product are the kernels of
@@ -28,10 +28,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
-import bench_lora_grouped as grouped
-import harness
-from bench_gpt_oss import OURS
-from cost_counts import (
+from benchmarks.layers import lora_grouped as grouped
+from benchmarks.models.cost_counts import (
     BF16,
     TOKENS,
     TOP_K,
@@ -42,6 +40,8 @@ from cost_counts import (
     gpt_oss,
     rows_of,
 )
+from benchmarks.models.gpt_oss import OURS
+from benchmarks.shared import harness
 
 CLOSE = 0.2  # an error up to which a prediction counts as right
 POINT_COLUMNS = dict(

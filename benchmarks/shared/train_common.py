@@ -6,7 +6,7 @@ import json
 import pathlib
 import time
 
-import harness
+from benchmarks.shared import harness
 
 
 class Deadline:

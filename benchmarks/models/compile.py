@@ -1,8 +1,8 @@
 """Transformer blocks in training, eager and under torch.compile: milliseconds, and what compiling takes.
 
     pip install '.[hf,bench]'
-    python benchmarks/bench_compile.py [--case NAME ...] [--tokens 4096]
-    python benchmarks/bench_compile.py --tiny --device cpu      # gates alone; no time
+    python -m benchmarks.models.compile [--case NAME ...] [--tokens 4096]
+    python -m benchmarks.models.compile --tiny --device cpu      # gates alone; no time
 
 Blocks of transformers' models, bf16 and with random weights: Llama-3-8B's (dense, SDPA) and gpt-oss-20b's (32
 experts, eager attention). A step is forward and backward of ``LAYERS`` of them; a time is that of one block.
@@ -26,13 +26,13 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
+from benchmarks.shared import harness
 from torchao_mx import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,

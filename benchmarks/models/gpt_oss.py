@@ -1,7 +1,7 @@
 """LoRA on a whole model of gpt-oss's shape, one card: tokens a second, and what fits.
 
     pip install '.[hf,bench]'
-    python benchmarks/bench_gpt_oss.py [--models 20b 120b] [--variants NAME ...] [--sequence 4096]
+    python -m benchmarks.models.gpt_oss [--models 20b 120b] [--variants NAME ...] [--sequence 4096]
         [--attention eager] [--loss chunks]
 
 transformers' GptOssForCausalLM with random weights made on the card: 24 layers of 32 experts (20b) or 36 of
@@ -28,13 +28,13 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchao.quantization import quantize_
 
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, MXTensor, MXWeightOnlyLoRAConfig, is_experts
 
 DEVICE = "cuda"

@@ -1,6 +1,6 @@
 """quantize, dequantize, fake_quantize and quantize_with_values: share of the card's copy bandwidth.
 
-    python benchmarks/ops/bench_quantize.py [--rows 8192 --columns 8192] [--no-torchao]
+    python -m benchmarks.kernels.quantize [--rows 8192 --columns 8192] [--no-torchao]
 
 Bytes are counted once per input and output. Each op is first compared, whole and bit for bit, with torchao's
 quantizer and dequantizer on the same data.
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +17,7 @@ import torch
 from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import harness
-
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, BlockFormat, ScaleCalculationMode, ops
 
 FORMATS = (MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4)

@@ -1,7 +1,7 @@
 """Pretraining from scratch under each recipe: the same model, seed and batches, curves and final losses.
 
-    python benchmarks/train_recipes.py [--minutes 9] [--steps N] [--arm NAME ...] [--data FOLDER]
-    python benchmarks/train_recipes.py --tiny        on a CPU, in a minute; shows that it runs, no result
+    python -m benchmarks.quality.train_recipes [--minutes 9] [--steps N] [--arm NAME ...] [--data FOLDER]
+    python -m benchmarks.quality.train_recipes --tiny    # on a CPU, in a minute; no result
 
 The demo's transformer at 127 M parameters, bf16 weights with fp32 masters, on the text of the installed
 Python packages. Embedding and head stay in bf16. On a GPU a step's forward and backward are CUDA graphs, so
@@ -25,15 +25,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import harness
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
-from train_common import Deadline, save_results
 
+from benchmarks.shared import harness
+from benchmarks.shared.train_common import Deadline, save_results
 from torchao_mx import (
     MXFP8_E4M3,
     MXDynamicActivationMXWeightConfig,

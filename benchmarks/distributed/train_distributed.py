@@ -1,16 +1,17 @@
 """LoRA on a model of gpt-oss's shape over several ranks: tokens a second, memory, bytes gathered.
 
     pip install '.[hf,bench]'
-    torchrun --nproc-per-node 8 benchmarks/train_distributed.py --model 120b [--ep 4] [--compile]
-    torchrun --nproc-per-node 8 benchmarks/train_distributed.py --model 20b --method bf16-lora
-    torchrun --nproc-per-node 2 benchmarks/train_distributed.py --model tiny --device cpu --steps 3
-    python benchmarks/train_distributed.py --model tiny --device cpu       # one process, not sharded
+    script=benchmarks.distributed.train_distributed
+    torchrun --nproc-per-node 8 -m $script --model 120b [--ep 4] [--compile]
+    torchrun --nproc-per-node 8 -m $script --model 20b --method bf16-lora
+    torchrun --nproc-per-node 2 -m $script --model tiny --device cpu --steps 3
+    python -m $script --model tiny --device cpu       # one process, not sharded
 
 transformers' GptOssForCausalLM with random frozen weights, made on the card and sharded one block at a time,
 so that no rank ever holds the model. Adapters of rank 16 on both projections of all experts:
 
     lora         experts in MXFP4, MXLoRAExperts; all-gathered packed
-    bf16-lora    bf16 experts with adapters in PyTorch, as bench_moe_layer.py has them: what is done today
+    bf16-lora    bf16 experts with adapters in PyTorch, as moe_layer.py has them: what is done today
 
 FSDP2 over all ranks, a block at a time; with ``--ep P`` experts are split over P ranks, which exchange rows,
 and FSDP2 shards a rank's experts over the rest. Activation checkpointing, AdamW on the adapters, the loss
@@ -34,12 +35,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-import bench_gpt_oss
-import harness
 import torch
 import torch.distributed as dist
-from bench_gpt_oss import ALPHA, LEARNING_RATE, LOSS_TOKENS, MODELS, RANK, chunk_loss
-from bench_moe_layer import WEIGHTS, BaselineExperts
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -49,6 +46,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torchao.quantization import quantize_
 
+from benchmarks.layers.moe_layer import WEIGHTS, BaselineExperts
+from benchmarks.models import gpt_oss
+from benchmarks.models.gpt_oss import ALPHA, LEARNING_RATE, LOSS_TOKENS, MODELS, RANK, chunk_loss
+from benchmarks.shared import harness
 from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
 from torchao_mx.distributed import ExpertParallel
 from torchao_mx.nn.experts.module import local_of
@@ -104,7 +105,7 @@ def materialize(module: nn.Module, packed: bool) -> None:
         for name, p in owner._parameters.items():
             if p is not None and p.is_meta:
                 is_packed = packed and is_experts(owner) and p.dim() == 3
-                value = bench_gpt_oss.random_parameter(f"{prefix}.{name}", p, is_packed)
+                value = gpt_oss.random_parameter(f"{prefix}.{name}", p, is_packed)
                 owner._parameters[name] = value
 
 
@@ -136,7 +137,7 @@ def parallelize(layer: nn.Module, mesh: DeviceMesh, whole: DeviceMesh) -> None:
 
 
 def build(args: argparse.Namespace, ranks: int) -> Task:
-    bench_gpt_oss.DEVICE = args.device  # where its random_parameter makes them
+    gpt_oss.DEVICE = args.device  # where its random_parameter makes them
     task = skeleton(args.model, args.device)
     mesh = whole = None
     if dist.is_initialized():

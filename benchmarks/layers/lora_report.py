@@ -23,9 +23,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import harness
 import torch
-from lora_common import BASELINE, PEAK_ALLOWANCE_MB, Case, Timed, Variant, first_line, measure
+
+from benchmarks.layers.lora import (
+    BASELINE,
+    PEAK_ALLOWANCE_MB,
+    Case,
+    Timed,
+    Variant,
+    first_line,
+    measure,
+)
+from benchmarks.shared import harness
 
 COLUMNS = {
     "variant": "variant",
@@ -281,7 +290,7 @@ def print_first_step(step: Callable[[int], None], baseline_step: Callable[[int],
 
 def _fresh_process(script: str, point: str, cache: str) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, script, "--first-step-of", point],
+        [sys.executable, "-m", script, "--first-step-of", point],
         env={**os.environ, "TRITON_CACHE_DIR": cache},
         stdout=subprocess.PIPE,
         text=True,

@@ -1,7 +1,7 @@
 """Does QAT pay? PTQ and QAT from one pretrained model, over the same batches, against a fine-tune in bf16.
 
-    python benchmarks/quality.py [--minutes 9] [--model dense|moe] [--format NAME] [--seeds N] ...
-    python benchmarks/quality.py --tiny        on a CPU, in two minutes; shows that it runs, no result
+    python -m benchmarks.quality.quality [--minutes 9] [--model dense|moe] [--format NAME] [--seeds N] ...
+    python -m benchmarks.quality.quality --tiny    # on a CPU, in two minutes; shows that it runs, no result
 
 Language models over bytes, of 102 M parameters (dense) and 170 M (8 experts a block, 2 of them a token), bf16
 weights with fp32 masters. From each seed, which sets first weights and the order of the data, a model is
@@ -36,15 +36,15 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-import harness
 import torch
-from quality_model import QualitySettings, build, is_quantized
-from quality_report import BF16, NAMES, Comparison, plot, rows_of, table
 from torch import nn
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
-from train_common import Deadline, save_results
 
+from benchmarks.quality.comparison import BF16, NAMES, Comparison, plot, rows_of, table
+from benchmarks.quality.model import QualitySettings, build, is_quantized
+from benchmarks.shared import harness
+from benchmarks.shared.train_common import Deadline, save_results
 from torchao_mx.demo import checkpoint
 from torchao_mx.demo.data import Corpus, load_adaptation_corpus
 from torchao_mx.demo.device import reproducible

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import bench_lora_grouped as grouped
-import lora_common
 import torch
-from bench_gpt_oss import LOSS_TOKENS, MODELS, RANK
 
+from benchmarks.layers import lora as lora_common
+from benchmarks.layers import lora_grouped as grouped
+from benchmarks.models.gpt_oss import LOSS_TOKENS, MODELS, RANK
 from torchao_mx import MXFP4
 from torchao_mx.ops.packed_mm.hopper import product
 from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, HOPPER_CROSSOVER

@@ -1,6 +1,6 @@
 """swiglu and its backward: share of the card's copy bandwidth.
 
-    python benchmarks/ops/bench_swiglu.py [--rows 16384 65536] [--columns 2880] [--no-torch]
+    python -m benchmarks.kernels.swiglu [--rows 16384 65536] [--columns 2880] [--no-torch]
 
 Bytes are counted once per input and output: forward reads x ``[R, 2 C]`` and writes y ``[R, C]``, backward
 reads x and dy and writes dx. gpt-oss's form has a bias for each of 32 experts. Both directions are first
@@ -11,15 +11,12 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import harness
-
+from benchmarks.shared import harness
 from torchao_mx import ops
 
 EXPERTS = 32

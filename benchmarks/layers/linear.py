@@ -8,11 +8,12 @@ import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
-import harness
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
+
+from benchmarks.shared import harness
 
 SHAPES = ((8192, 4096, 4096), (1024, 4096, 4096), (8192, 4096, 14336))  # M, K, N
 BASELINE = "bf16"

@@ -1,6 +1,6 @@
 """QAT of one linear layer, forward + backward, against bf16 and torchao.
 
-    python benchmarks/bench_qat_linear.py [--shape M K N ...] [--no-torchao]
+    python -m benchmarks.layers.qat_linear [--shape M K N ...] [--no-torchao]
 
 Before any time: the fake-quantized forward must equal the converted layer's bit for bit, and the gradients
 of x, weight and bias must agree with an fp32 product of the dequantized operands.
@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import harness
-import layer_common as layer
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
@@ -21,6 +19,8 @@ from torchao.prototype.qat import MXFakeQuantizedLinear as TorchaoFakeQuantizedL
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
+from benchmarks.layers import linear as layer
+from benchmarks.shared import harness
 from torchao_mx import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, ops
 
 E2M1, E4M3 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn

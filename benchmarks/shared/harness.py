@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import triton
 
-RESULTS = pathlib.Path(__file__).parent / "results"
+RESULTS = pathlib.Path(__file__).parents[1] / "results"
 Row = dict[str, Any]
 
 

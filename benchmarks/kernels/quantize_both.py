@@ -1,6 +1,6 @@
 """quantize_both: share of the card's copy bandwidth, one read and all forms counted; and separate ops.
 
-    python benchmarks/ops/bench_quantize_both.py [--rows 8192 --columns 4096] [--sweep]
+    python -m benchmarks.kernels.quantize_both [--rows 8192 --columns 4096] [--sweep]
 
 The cases are what a linear layer under the recipe asks of an operand. Each is first compared, whole and bit
 for bit, with the reference. ``--sweep`` measures every tile instead, to choose the op's constants.
@@ -12,16 +12,13 @@ import argparse
 import importlib
 import itertools
 import pathlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import harness
-
+from benchmarks.shared import harness
 from torchao_mx import MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
 
 # Not `import torchao_mx.ops.quantize_both`: the package binds the verb over the module's name.

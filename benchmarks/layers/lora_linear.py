@@ -1,11 +1,11 @@
 """LoRA on a frozen MXFP4 linear layer, against bf16 nn.Linear + LoRA; from one row to many.
 
-    python benchmarks/bench_lora_linear.py [--quick] [--shape K N ...] [--rows M ...] [--first-step]
+    python -m benchmarks.layers.lora_linear [--quick] [--shape K N ...] [--rows M ...] [--first-step]
 
 The baseline is a frozen bf16 ``nn.Linear`` plus ``F.linear(F.linear(x, A), B) * s``. Ours is
 ``ops.lora_matmul`` on the packed weight, and the layer that ``MXWeightOnlyLoRAConfig`` makes of the
 ``nn.Linear`` ("bf16, module"). "decode all" is the baseline behind ``ops.dequantize`` in every step.
-``lora_common.py`` tells what is measured and in which order. A run of a part writes
+``lora.py`` tells what is measured and in which order. A run of a part writes
 ``lora_linear_part-<gpu>``, and ``--first-step`` takes no other times and writes
 ``lora_linear_first_step-<gpu>``.
 
@@ -21,16 +21,16 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import harness
-import lora_common as common
-import lora_report as report
 import torch
 import torch.nn.functional as F
-from lora_common import Case, Variant
 from torch import nn
 from torchao.quantization import quantize_
 
 import torchao_mx
+from benchmarks.layers import lora as common
+from benchmarks.layers import lora_report as report
+from benchmarks.layers.lora import Case, Variant
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, ops
 
 SHAPE = (4096, 14336)
@@ -59,7 +59,7 @@ class Adapted(NamedTuple):
 
 
 class Problem:
-    """A layer's weight sets and adapters. Without ``dequantized`` no decoder runs: see bench_lora_grouped."""
+    """A layer's weight sets and adapters. Without ``dequantized`` no decoder runs: see lora_grouped."""
 
     def __init__(self, k: int, n: int, dequantized: bool = True) -> None:
         self.k, self.n = k, n
@@ -105,7 +105,7 @@ class Problem:
         return Variant(common.BASELINE, forward, lambda i: leaves)
 
     def variant(self, name: str, x: torch.Tensor) -> Variant:
-        """Ours, one of ``lora_common.COMPUTE``."""
+        """Ours, one of ``lora.COMPUTE``."""
         leaves, options = (x, self.a, self.b), common.COMPUTE[name]
         compute = functools.partial(ops.lora_matmul, **options)
 
@@ -232,7 +232,11 @@ def main() -> None:
         return
     results = report.Results()
     if args.first_step is not None:
-        results.first_steps("lora_linear_first_step", __file__, args.first_step or FIRST_STEPS)
+        results.first_steps(
+            "lora_linear_first_step",
+            "benchmarks.layers.lora_linear",
+            args.first_step or FIRST_STEPS,
+        )
         raise SystemExit(bool(results.failures))
     whole = args.add or vars(args) == vars(parser.parse_args([]))
     rows = args.rows or ((1, 16, 64, 4096, 16384) if args.quick else ROWS)

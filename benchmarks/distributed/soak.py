@@ -1,8 +1,8 @@
 """Thousands of LoRA steps on MXFP4 experts, each of another size: do memory, synchronisation and losses hold?
 
     pip install '.[hf,bench]'
-    python benchmarks/soak.py [--steps 2000] [--layers 2]
-    python benchmarks/soak.py --tiny --device cpu      # a minute; what needs a GPU is left out, and said
+    python -m benchmarks.distributed.soak [--steps 2000] [--layers 2]
+    python -m benchmarks.distributed.soak --tiny --device cpu    # a minute; what needs a GPU is left out
 
 Layers of gpt-oss-20b's experts, packed as they are made, behind frozen routers. Every step draws its tokens
 anew, 1 to 8,192 (as many steps below 90 as above), and the experts that it may route to, so that others are
@@ -36,13 +36,13 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import bench_gpt_oss
-import harness
 import torch
 import torch.nn.functional as F
-from bench_gpt_oss import ALPHA, MODELS, RANK
 from torch import nn
 
+from benchmarks.models import gpt_oss
+from benchmarks.models.gpt_oss import ALPHA, MODELS, RANK
+from benchmarks.shared import harness
 from torchao_mx import MXLoRAExperts, MXWeightOnlyLoRAConfig
 from torchao_mx.ops.core import replay
 
@@ -100,7 +100,7 @@ class Layer(nn.Module):
         with torch.device("meta"):
             experts = GptOssExperts(config).bfloat16()
         for name, p in experts.named_parameters():
-            experts._parameters[name] = bench_gpt_oss.random_parameter(name, p, p.dim() == 3)
+            experts._parameters[name] = gpt_oss.random_parameter(name, p, p.dim() == 3)
         self.experts = MXLoRAExperts.from_experts(
             experts, MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA, adapter_dtype=torch.float32)
         )
@@ -127,7 +127,7 @@ class Run:
     """Layers in training, always the same at first."""
 
     def __init__(self, layers: int, data: Data) -> None:
-        bench_gpt_oss.DEVICE = data.device  # where its random_parameter makes them
+        gpt_oss.DEVICE = data.device  # where its random_parameter makes them
         torch.manual_seed(0)
         self.data = data
         self.layers = nn.ModuleList(Layer(data.config, data.device) for _ in range(layers))

@@ -19,7 +19,7 @@ from torchao_mx.reference import Added, Rows, fp8
 
 ROWS, K, N = 1024, 2048, 512
 DISTRIBUTIONS = ("Gaussian", "Student t3", "Gaussian x lognormal channels")
-RESULT = pathlib.Path(__file__).parent / "results" / "fp8_accuracy.json"
+RESULT = pathlib.Path(__file__).parents[1] / "results" / "fp8_accuracy.json"
 
 
 def operand(distribution: str, columns: int) -> torch.Tensor:

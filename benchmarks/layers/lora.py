@@ -23,9 +23,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import harness
 import torch
 
+from benchmarks.shared import harness
 from torchao_mx import MXFP4
 
 DEVICE = "cuda"
