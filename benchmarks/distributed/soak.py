@@ -15,7 +15,7 @@ Gates, before any figure:
                  forward and backward never wait for the GPU
     memory       allocated: the same behind every step from WARMUP on; reserved: of the second half at most
                  1 % over the first's; of the process: at most 64 MiB more in the second half
-    recordings   of ``ops/_replay.py``: no more than MAX_RECORDINGS an op
+    recordings   of ``ops/core/replay.py``: no more than MAX_RECORDINGS an op
     losses       are finite and fall; a second run's are the same, bit for bit, and so are those of a run
                  that goes on from a checkpoint in its middle, and of one without the poisoned steps;
                  and their adapters
@@ -23,7 +23,6 @@ Gates, before any figure:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import math
@@ -100,7 +99,7 @@ class Layer(nn.Module):
         with torch.device("meta"):
             experts = GptOssExperts(config).bfloat16()
         for name, p in experts.named_parameters():
-            experts._parameters[name] = gpt_oss.random_parameter(name, p, p.dim() == 3)
+            experts._parameters[name] = gpt_oss.random_parameter(name, p, p.dim() == 3, device)
         self.experts = MXLoRAExperts.from_experts(
             experts, MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA, adapter_dtype=torch.float32)
         )
@@ -127,7 +126,6 @@ class Run:
     """Layers in training, always the same at first."""
 
     def __init__(self, layers: int, data: Data) -> None:
-        gpt_oss.DEVICE = data.device  # where its random_parameter makes them
         torch.manual_seed(0)
         self.data = data
         self.layers = nn.ModuleList(Layer(data.config, data.device) for _ in range(layers))
@@ -312,9 +310,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--steps", type=int, help="default 2000, with --tiny 60")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="4 experts of 64 x 64, up to 64 tokens")

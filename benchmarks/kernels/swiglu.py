@@ -9,7 +9,6 @@ compared, whole, with torch's autograd of the formula in fp32.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -95,8 +94,7 @@ def bench_case(
         rows.append(
             dict(
                 rows=len(xs[0]), kind=case.kind, layout=case.layout, direction=direction, ms=ms,
-                eager_ms=eager, gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
-                first_check_s=first_s,
+                eager_ms=eager, **harness.moved(nbytes, ms, copy_gbs), first_check_s=first_s,
             )
         )  # fmt: skip
         print(
@@ -122,8 +120,7 @@ def bench_torch(
             ms = harness.step_ms(fn)
             rows.append(
                 dict(rows=len(x), kind=f"torch, {how}", layout=case.layout, direction=direction, ms=ms,
-                     eager_ms=ms, gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
-                     first_check_s=first_s)
+                     eager_ms=ms, **harness.moved(nbytes, ms, copy_gbs), first_check_s=first_s,)
             )  # fmt: skip
             print(
                 f"torch, {how:9s} {case.layout:7s} {direction:9s} {ms:.4f} ms {rows[-1]['share']:6.1%}"
@@ -151,9 +148,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--columns", type=int, default=2880, help="of y; x has twice as many")
     parser.add_argument("--no-torch", action="store_true", help="skip torch's own operations")
@@ -174,10 +169,8 @@ def main() -> None:
     meta = dict(columns=args.columns, experts=EXPERTS, dtype="bfloat16", copy_gbs=copies)
     png = harness.save("swiglu", meta, rows)
     plot(rows, png, f"{torch.cuda.get_device_name()}, C = {args.columns}, bf16")
-    for row in rows:
-        row["share_text"] = f"{row['share']:.1%}"
     columns = dict(rows="rows", kind="form", layout="layout", direction="direction", ms="ms (graph)",
-                   eager_ms="ms (eager)", gbs="GB/s", share_text="of copy")  # fmt: skip
+                   eager_ms="ms (eager)", gbs="GB/s", share="of copy")  # fmt: skip
     print(harness.markdown(rows, columns))
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -27,8 +27,7 @@ from torch import nn
 from torchao.quantization import quantize_
 
 import torchao_mx
-from benchmarks.layers import lora as common
-from benchmarks.layers import lora_report as report
+from benchmarks.layers import lora
 from benchmarks.layers.lora import Case, Variant
 from benchmarks.shared import harness
 from torchao_mx import MXFP4, ops
@@ -63,11 +62,11 @@ class Problem:
 
     def __init__(self, k: int, n: int, dequantized: bool = True) -> None:
         self.k, self.n = k, n
-        self.a, self.b = common.random_adapters((), n, k)
+        self.a, self.b = lora.random_adapters((), n, k)
         self.sets, self.modules = [], []
         self.no_modules: str | None = None
-        for _ in range(common.weight_sets(n * k)):
-            w_NK = torch.randn(n, k, device=common.DEVICE, dtype=torch.bfloat16) * k**-0.5
+        for _ in range(lora.weight_sets(n * k)):
+            w_NK = torch.randn(n, k, device=lora.DEVICE, dtype=torch.bfloat16) * k**-0.5
             if self.no_modules is None:
                 self._add_module(w_NK)
             qdata, scale = ops.quantize(w_NK, MXFP4)
@@ -81,7 +80,7 @@ class Problem:
             self.no_modules = "this torchao_mx has no MXWeightOnlyLoRAConfig"
             return
         model = nn.Sequential(_linear(w_NK.clone()))
-        quantize_(model, config(r=common.RANK, lora_alpha=common.RANK * common.SCALING))
+        quantize_(model, config(r=lora.RANK, lora_alpha=lora.RANK * lora.SCALING))
         found = []
         for mine in (self.a, self.b):
             adapters = (p for p in model.parameters() if p.requires_grad and p.shape == mine.shape)
@@ -100,24 +99,24 @@ class Problem:
 
         def forward(i: int) -> torch.Tensor:
             low_rank = F.linear(F.linear(x, self.a), self.b)
-            return self.sets[i].linear(x) + low_rank * common.SCALING
+            return self.sets[i].linear(x) + low_rank * lora.SCALING
 
-        return Variant(common.BASELINE, forward, lambda i: leaves)
+        return Variant(lora.BASELINE, forward, lambda i: leaves)
 
     def variant(self, name: str, x: torch.Tensor) -> Variant:
         """Ours, one of ``lora.COMPUTE``."""
-        leaves, options = (x, self.a, self.b), common.COMPUTE[name]
+        leaves, options = (x, self.a, self.b), lora.COMPUTE[name]
         compute = functools.partial(ops.lora_matmul, **options)
 
         def forward(i: int) -> torch.Tensor:
             w = self.sets[i]
-            return compute(x, w.qdata, w.scale, MXFP4, self.a, self.b, common.SCALING)
+            return compute(x, w.qdata, w.scale, MXFP4, self.a, self.b, lora.SCALING)
 
         return Variant(
             name,
             forward,
             lambda i: leaves,
-            common.FP8_TOLERANCE if "compute_dtype" in options else common.BF16_TOLERANCE,
+            lora.FP8_TOLERANCE if "compute_dtype" in options else lora.BF16_TOLERANCE,
             bounded_peak=True,
             targets=_targets(x.shape[0]) if name == "bf16" else {},
         )
@@ -128,7 +127,7 @@ class Problem:
         def decode_all(i: int) -> torch.Tensor:
             w_NK = ops.dequantize(self.sets[i].qdata, self.sets[i].scale, MXFP4)
             low_rank = F.linear(F.linear(x, self.a), self.b)
-            return F.linear(x, w_NK) + low_rank * common.SCALING
+            return F.linear(x, w_NK) + low_rank * lora.SCALING
 
         leaves = (x, self.a, self.b)
         return [*self.module(x), Variant("decode all, then bf16", decode_all, lambda i: leaves)]
@@ -149,14 +148,14 @@ class Problem:
     def operands(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x ``[M, K]`` and dY ``[M, N]``."""
         x, dy = (
-            torch.randn(rows, columns, device=common.DEVICE, dtype=torch.bfloat16)
+            torch.randn(rows, columns, device=lora.DEVICE, dtype=torch.bfloat16)
             for columns in (self.k, self.n)
         )
         return x.requires_grad_(), dy
 
-    def case(self, x: torch.Tensor, dy: torch.Tensor, card: common.Card) -> Case:
+    def case(self, x: torch.Tensor, dy: torch.Tensor, card: lora.Card) -> Case:
         bound_ms = card.bound_ms(self.n * self.k, x.shape[0], self.n, self.k)
-        want = common.wanted_of_rows(x, self.sets[0].linear.weight, self.a, self.b, dy)
+        want = lora.wanted_of_rows(x, self.sets[0].linear.weight, self.a, self.b, dy)
         head = dict(shape=f"{self.k} x {self.n}", rows=x.shape[0])
         return Case(head, dy, len(self.sets), want, bound_ms)
 
@@ -173,7 +172,7 @@ def _targets(rows: int) -> dict[str, float]:
 
 
 def bench_shape(
-    k: int, n: int, rows: Sequence[int], quick: bool, card: common.Card, results: report.Results
+    k: int, n: int, rows: Sequence[int], quick: bool, card: lora.Card, results: lora.Results
 ) -> None:
     problem = Problem(k, n)
     if problem.no_modules is not None:
@@ -181,17 +180,17 @@ def bench_shape(
     for m in rows:
         x, dy = problem.operands(m)
         case = problem.case(x, dy, card)
-        names = common.QUICK if quick else common.COMPUTE
+        names = lora.QUICK if quick else lora.COMPUTE
         variants = [problem.baseline(x)] + [problem.variant(name, x) for name in names]
         results.add(case, variants + (problem.module(x) if quick else problem.others(x)))
 
 
-def first_step_of(point: str) -> None:
-    """In a process of its own: K:N:M:variant."""
+def first_step_of(point: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """A step of ours and of the baseline, of K:N:M:variant."""
     k, n, rows, name = point.split(":")
     problem = Problem(int(k), int(n), dequantized=False)
     x, dy = problem.operands(int(rows))
-    report.print_first_step(problem.variant(name, x).step(dy), problem.baseline(x).step(dy))
+    return problem.variant(name, x).step(dy), problem.baseline(x).step(dy)
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
@@ -201,56 +200,27 @@ def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
         "forward_ratio": "forward in a CUDA graph",
     }
     panels = [
-        report.Panel(f"{shape}: {text}", [r for r in rows if r["shape"] == shape], "rows", column)
+        lora.Panel(f"{shape}: {text}", [r for r in rows if r["shape"] == shape], "rows", column)
         for shape in dict.fromkeys(r["shape"] for r in rows)
         for column, text in metrics.items()
     ]
-    title = f"{torch.cuda.get_device_name()}, LoRA r={common.RANK} on an MXFP4 linear layer (K x N)"
-    report.plot_ratios(panels, path, title)
+    title = f"{torch.cuda.get_device_name()}, LoRA r={lora.RANK} on an MXFP4 linear layer (K x N)"
+    lora.plot_ratios(panels, path, title)
+
+
+def bench(args: argparse.Namespace, card: lora.Card, results: lora.Results) -> None:
+    rows = args.rows or ((1, 16, 64, 4096, 16384) if args.quick else ROWS)
+    for k, n in args.shape or [SHAPE]:
+        bench_shape(k, n, rows, args.quick, card, results)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--shape", type=int, nargs=2, action="append", metavar=("K", "N"))
-    parser.add_argument("--rows", type=int, nargs="+", help="these M only")
     parser.add_argument("--quick", action="store_true", help="no forced strategy, fewer M")
-    parser.add_argument(
-        "--first-step",
-        nargs="*",
-        metavar="POINT",
-        help="first steps alone, of the usual points or these",
+    lora.Benchmark("lora_linear", __file__, HEAD, FIRST_STEPS, first_step_of, bench, plot).main(
+        parser
     )
-    parser.add_argument("--add", action="store_true", help="to the file of a whole run")
-    parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    harness.require_gpu()
-    torch.manual_seed(0)
-    if args.first_step_of:
-        first_step_of(args.first_step_of)
-        return
-    results = report.Results()
-    if args.first_step is not None:
-        results.first_steps(
-            "lora_linear_first_step",
-            "benchmarks.layers.lora_linear",
-            args.first_step or FIRST_STEPS,
-        )
-        raise SystemExit(bool(results.failures))
-    whole = args.add or vars(args) == vars(parser.parse_args([]))
-    rows = args.rows or ((1, 16, 64, 4096, 16384) if args.quick else ROWS)
-    card = common.Card.measure()
-    print(f"copy {card.copy_gbs:.0f} GB/s, bf16 matmul {card.tflops:.0f} TFLOP/s", flush=True)
-    try:
-        for k, n in args.shape or [SHAPE]:
-            bench_shape(k, n, rows, args.quick, card, results)
-    finally:
-        meta = dict(dtype="bfloat16", rank=common.RANK, scaling=common.SCALING, format=MXFP4.name)
-        meta |= dict(copy_gbs=card.copy_gbs, bf16_tflops=card.tflops)
-        name = "lora_linear" if whole else "lora_linear_part"
-        results.report(name, meta, HEAD, plot=plot, add=args.add)
-    raise SystemExit(bool(results.failures))
 
 
 if __name__ == "__main__":

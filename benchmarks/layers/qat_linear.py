@@ -47,9 +47,9 @@ def check(linear: nn.Linear, config: Any, x: torch.Tensor, dy: torch.Tensor, nam
     xq = x.detach().float()
     if config.activation_spec is not None:
         xq = ops.fake_quantize(x, config.activation_spec.format).detach().float()
-    harness.gate(f"{name} dX", layer.relative_error(x.grad, dy.float() @ wq) < 5e-3)
-    harness.gate(f"{name} dW", layer.relative_error(weight.grad, dy.float().t() @ xq) < 5e-3)
-    harness.gate(f"{name} dbias", layer.relative_error(bias.grad, dy.float().sum(0)) < 5e-3)
+    harness.gate(f"{name} dX", harness.relative_error(x.grad, dy.float() @ wq) < 5e-3)
+    harness.gate(f"{name} dW", harness.relative_error(weight.grad, dy.float().t() @ xq) < 5e-3)
+    harness.gate(f"{name} dbias", harness.relative_error(bias.grad, dy.float().sum(0)) < 5e-3)
     quantize_(model, QATConfig(config, step="convert"))
     harness.gate(f"{name} converted", torch.equal(y, model(x)))
 

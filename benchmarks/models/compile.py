@@ -20,7 +20,6 @@ whose last bits differ: within ``TIMES`` as much, or within ``BOUND``.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import pathlib
 from dataclasses import dataclass
@@ -165,7 +164,7 @@ class Step:
 
 
 def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {key: ((got[key] - want[key]).norm() / want[key].norm()).item() for key in want}
+    return {key: harness.relative_error(got[key], want[key]) for key in want}
 
 
 def check(name: str, found: dict[str, float], nearby: dict[str, float]) -> None:
@@ -238,9 +237,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     names = [str(case) for case in CASES]
     parser.add_argument("--case", choices=names, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=4096)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.layers import lora as lora_common
 from benchmarks.layers import lora_grouped as grouped
 from benchmarks.models.gpt_oss import LOSS_TOKENS, MODELS, RANK
 from torchao_mx import MXFP4
@@ -150,9 +149,10 @@ class Product:
 @functools.cache
 def rows_of(routing: str, experts: int, top_k: int, tokens: int) -> tuple[int, ...]:
     """Rows of each expert, as the benchmarks draw them."""
-    lora_common.DEVICE = "cpu"  # where route draws
     torch.manual_seed(0)
-    return tuple(grouped.route(routing, grouped.Shape(experts, 0, 0, top_k, ()), tokens).sizes)
+    return tuple(
+        grouped.route(routing, grouped.Shape(experts, 0, 0, top_k, ()), tokens, "cpu").sizes
+    )
 
 
 @dataclass(frozen=True)

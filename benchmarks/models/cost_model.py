@@ -22,7 +22,6 @@ markdown, and ``results/cost_model.json`` say how well. Last, what the same step
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -41,7 +40,7 @@ from benchmarks.models.cost_counts import (
     rows_of,
 )
 from benchmarks.models.gpt_oss import OURS
-from benchmarks.shared import harness
+from benchmarks.shared import harness, results
 
 CLOSE = 0.2  # an error up to which a prediction counts as right
 POINT_COLUMNS = dict(
@@ -81,15 +80,9 @@ class Point(NamedTuple):
         return max(gpu, self.products * c.host_calls * self.host_us / 1e3)
 
 
-def measurements(name: str) -> tuple[harness.Row, list[harness.Row]]:
-    """meta and rows of ``results/<name>-h200.json``."""
-    saved = json.loads((harness.RESULTS / f"{name}-h200.json").read_text())
-    return saved["meta"], saved["rows"]
-
-
 def points() -> list[Point]:
     found = []
-    meta, rows = measurements("lora_grouped")
+    meta, rows = results.read("lora_grouped").values()
     for row in rows:
         strategy = {"bf16": "auto", "bf16, unpack": "unpack"}.get(row["variant"])
         fitted = row["shape"] == "A" and row["routing"] == "dense"
@@ -105,14 +98,14 @@ def points() -> list[Point]:
         if strategy == "auto":
             host = fitted and row["tokens"] == 256
             found.append(Point(name, "step, eager", both, row["ms"], host, meta["host_us"], 1))
-    meta, rows = measurements("moe_layer")
+    meta, rows = results.read("moe_layer").values()
     for row in rows:
         if row["variant"] == OURS:
             p = Model(1, rows_of("balanced", 32, TOP_K, row["tokens"]), row["tokens"]).experts()
             kernels, name = p.forward + p.backward, f"MoE layer, {row['tokens']} tokens"
             found.append(Point(name, "step, eager", kernels, row["ms"], False, meta["host_us"], 2))
     for file in ("gpt_oss", "gpt_oss_flex_attention"):
-        meta, rows = measurements(file)
+        meta, rows = results.read(file).values()
         for row in rows:
             if row["variant"] == OURS:
                 step = gpt_oss(row["model"], meta["attention"] == "eager").step()
@@ -139,7 +132,7 @@ def fitted(c: Constants, names: Sequence[str], to: Sequence[Point]) -> Constants
 
 
 def calibrated(found: Sequence[Point]) -> Constants:
-    meta, _ = measurements("lora_grouped")
+    meta = results.read("lora_grouped")["meta"]
     c = Constants(meta["copy_gbs"], meta["bf16_tflops"])
     base = [point for point in found if point.fitted]
     c = fitted(c, SHARES, [point for point in base if point.column.endswith("graph")])
@@ -297,8 +290,7 @@ def main() -> None:
     meta = dict(
         constants=asdict(c), cluster=asdict(cluster), tokens=TOKENS, close=close, predicted=count
     )
-    saved = dict(meta=meta, rows=rows, work=works, scaling=scales)
-    (harness.RESULTS / "cost_model.json").write_text(json.dumps(saved, indent=1) + "\n")
+    results.write(results.path_of("cost_model"), meta, rows, work=works, scaling=scales)
 
 
 if __name__ == "__main__":

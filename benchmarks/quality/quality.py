@@ -44,7 +44,6 @@ from torchao.quantization.qat import QATConfig
 from benchmarks.quality.comparison import BF16, NAMES, Comparison, plot, rows_of, table
 from benchmarks.quality.model import QualitySettings, build, is_quantized
 from benchmarks.shared import harness
-from benchmarks.shared.train_common import Deadline, save_results
 from torchao_mx.demo import checkpoint
 from torchao_mx.demo.data import Corpus, load_adaptation_corpus
 from torchao_mx.demo.device import reproducible
@@ -92,7 +91,7 @@ class Unit:
         settings: QualitySettings,
         corpus: Corpus,
         state: pathlib.Path,
-        deadline: Deadline,
+        deadline: harness.Deadline,
     ) -> None:
         self.name, self.settings, self.corpus = f"{name}-seed{settings.seed}", settings, corpus
         self.deadline = deadline
@@ -249,9 +248,7 @@ def compare(units: dict[str, list[Unit]], formats: list[str]) -> list[Comparison
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, action="append", help="default: both")
     parser.add_argument("--format", choices=NAMES, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
@@ -287,7 +284,7 @@ def main() -> None:
     if not args.tiny:
         harness.require_gpu()
     models, formats = args.model or list(MODELS), args.format or list(NAMES)
-    state, deadline = pathlib.Path(args.state), Deadline(args.minutes)
+    state, deadline = pathlib.Path(args.state), harness.Deadline(args.minutes)
     state.mkdir(parents=True, exist_ok=True)
     first = settings_of(args, models[0], 0)
     corpus = load_adaptation_corpus(first.data, first.seq)
@@ -318,7 +315,7 @@ def main() -> None:
         verdicts=verdicts,
     )
     on_gpu = first.device == "cuda"
-    png = save_results("quality", rows, meta, None if on_gpu else state)
+    png = harness.save("quality", meta, rows, None if on_gpu else state)
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     plot(comparisons, png, f"PTQ and QAT against bf16, {device}")
 

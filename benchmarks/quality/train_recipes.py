@@ -33,7 +33,6 @@ from torchao.quantization.qat import QATConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
 
 from benchmarks.shared import harness
-from benchmarks.shared.train_common import Deadline, save_results
 from torchao_mx import (
     MXFP8_E4M3,
     MXDynamicActivationMXWeightConfig,
@@ -116,7 +115,7 @@ def in_nvfp4(model: nn.Module, arm: Arm) -> nn.Module:
 
 
 def train(
-    name: str, settings: Settings, corpus: Corpus, state: pathlib.Path, deadline: Deadline
+    name: str, settings: Settings, corpus: Corpus, state: pathlib.Path, deadline: harness.Deadline
 ) -> dict[str, Any]:
     """The results of an arm, trained to its end; from its checkpoint if there is one."""
     arm, checkpoint = ARMS[name], state / f"{name}.pt"
@@ -185,7 +184,7 @@ def _steps(
     record: dict[str, Any],
     measure: Callable[[nn.Module], torch.Tensor],
     save: Callable[[], None],
-    deadline: Deadline,
+    deadline: harness.Deadline,
 ) -> None:
     losses: list[torch.Tensor] = []
     start, saved = time.monotonic(), time.monotonic()
@@ -273,9 +272,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument(
         "--arm", choices=ARMS, action="append", help="train these alone; default: all"
     )
@@ -298,7 +295,7 @@ def main() -> None:
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     state = pathlib.Path(args.state)
     state.mkdir(parents=True, exist_ok=True)
-    corpus, deadline = load_corpus(settings.data, settings.seq), Deadline(args.minutes)
+    corpus, deadline = load_corpus(settings.data, settings.seq), harness.Deadline(args.minutes)
     n_parameters = sum(p.numel() for p in build_model(settings).parameters())
     # Not corpus.describe(), which names a folder of this machine.
     megabytes = (corpus.pretrain.numel() + corpus.heldout.numel()) / 1e6
@@ -324,7 +321,7 @@ def main() -> None:
     portable = asdict(replace(settings, data=None))
     meta = dict(settings=portable, parameters=n_parameters, tokens=tokens, text=text)
     on_gpu = settings.device == "cuda"
-    png = save_results("train_recipes", rows, meta, None if on_gpu else state)
+    png = harness.save("train_recipes", meta, rows, None if on_gpu else state)
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     sizes = f"{n_parameters / 1e6:.0f} M parameters, {tokens / 1e6:.0f} M bytes of text"
     plot(rows, png, f"{device}: {sizes}")

@@ -13,27 +13,14 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from torchao.quantization import quantize_
 
+from benchmarks.models import cost_counts as counts
+from benchmarks.models import cost_model as cost
 from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
 
 BENCHMARKS = pathlib.Path(__file__).parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def counts(monkeypatch):
-    from benchmarks.models import cost_counts
-
-    monkeypatch.setattr(cost_counts.lora_common, "DEVICE", "cpu")
-    return cost_counts
-
-
-@pytest.fixture
-def cost(counts):
-    from benchmarks.models import cost_model
-
-    return cost_model
-
-
-def test_bytes_of_experts_are_those_of_the_tensors(counts):
+def test_bytes_of_experts_are_those_of_the_tensors():
     module = torch.nn.ModuleDict({"experts": GptOss().bfloat16()})
     quantize_(module, MXWeightOnlyLoRAConfig(r=counts.RANK), filter_fn=is_experts)
     model = counts.Model(1, (3,) * EXPERTS, hidden=HIDDEN, inner=INNER)
@@ -50,7 +37,7 @@ def test_bytes_of_experts_are_those_of_the_tensors(counts):
 
 @pytest.mark.parametrize("strategy", ["auto", "unpack"])
 @pytest.mark.parametrize("sizes", [(3, 0, 5), (2000, 1500, 1700)])  # fused, and unpacked anyway
-def test_flops_of_a_product_are_those_of_its_matmuls(counts, sizes, strategy):
+def test_flops_of_a_product_are_those_of_its_matmuls(sizes, strategy):
     n, k = 96, 64
     with FlopCounterMode(display=False) as forward, torch.device("meta"):
         ys = []
@@ -65,7 +52,7 @@ def test_flops_of_a_product_are_those_of_its_matmuls(counts, sizes, strategy):
     assert sum(kernel.flops for kernel in passes.backward) == backward.get_total_flops()
 
 
-def test_a_fused_product_by_hand(counts):
+def test_a_fused_product_by_hand():
     product = counts.Product("", (17, 0, 40, 3), n=128, k=64, tokens=30)
     _, kernel = product.fused(forward=True)  # 15 rows an expert: tiles of 32 rows
     assert kernel.decoded == (1 + 0 + 2 + 1) * 128 * 64
@@ -79,7 +66,7 @@ def test_a_fused_product_by_hand(counts):
     assert few.ms(c) == pytest.approx(3.007)
 
 
-def test_a_model_by_hand(counts):
+def test_a_model_by_hand():
     measured = json.loads((BENCHMARKS / "results/gpt_oss-h200.json").read_text())["rows"][0]
     model = counts.gpt_oss("20b")
     optimizer = model.step()[-1]
@@ -126,7 +113,7 @@ def gpt_oss():
     return module
 
 
-def test_bytes_of_a_layer_beside_its_experts(counts, gpt_oss):
+def test_bytes_of_a_layer_beside_its_experts(gpt_oss):
     config = gpt_oss.GptOssConfig()  # 120b's
     with torch.device("meta"):
         layer = gpt_oss.GptOssDecoderLayer(config, 0).bfloat16()
@@ -137,7 +124,7 @@ def test_bytes_of_a_layer_beside_its_experts(counts, gpt_oss):
     assert model.dense_bytes == frozen + adapters
 
 
-def test_bytes_of_torchs_operations_are_those_it_dispatches(counts, gpt_oss):
+def test_bytes_of_torchs_operations_are_those_it_dispatches(gpt_oss):
     s, heads, kv_heads, dim = 4096, 64, 8, 64
 
     def empty(*shape):
@@ -167,10 +154,10 @@ def test_bytes_of_torchs_operations_are_those_it_dispatches(counts, gpt_oss):
     assert [found[0], found[1] + 1] == pytest.approx(counts.EAGER_PASSES, rel=0.02)
 
 
-def test_the_page_and_how_well_it_predicts(cost, monkeypatch, tmp_path, capsys):
+def test_the_page_and_how_well_it_predicts(monkeypatch, tmp_path, capsys):
     for file in (BENCHMARKS / "results").glob("*-h200.json"):
         shutil.copy(file, tmp_path)
-    monkeypatch.setattr(cost.harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(cost.results, "RESULTS", tmp_path)
     cost.main()
     page = capsys.readouterr().out
     assert "| 120b | MoE: gate_up |" in page and "## On many GPUs" in page

@@ -1,7 +1,6 @@
 """benchmarks/quality/quality.py in small, on the CPU: its gates, its verdicts, and that it stops and goes on."""
 
 import copy
-import importlib
 import json
 import os
 import signal
@@ -19,7 +18,8 @@ ARGS = ("--tiny", "--model", "moe", "--format", "mxfp4", "--pretrain-steps", "3"
 @pytest.fixture
 def quality(monkeypatch):
     """The module, reading its text once."""
-    module = importlib.import_module("benchmarks.quality.quality")
+    from benchmarks.quality import quality as module
+
     texts, load = {}, module.load_adaptation_corpus
 
     def load_once(*key):

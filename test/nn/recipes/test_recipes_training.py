@@ -1,6 +1,5 @@
 """benchmarks/quality/train_recipes.py in small, on the CPU: it runs to its end, stops and goes on as if it had not."""
 
-import importlib
 import json
 import sys
 
@@ -12,7 +11,7 @@ ARMS = ("--arm", "bf16", "--arm", "recipe-stochastic")
 @pytest.fixture
 def script(monkeypatch):
     """``main`` with arguments."""
-    module = importlib.import_module("benchmarks.quality.train_recipes")
+    from benchmarks.quality import train_recipes as module
 
     def main(state, *args):
         command = [
