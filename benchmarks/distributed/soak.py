@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.models import gpt_oss
+from benchmarks.models.ablation import recordings
 from benchmarks.models.gpt_oss import ALPHA, MODELS, RANK
 from benchmarks.shared import harness
 from torchao_mx import MXLoRAExperts, MXWeightOnlyLoRAConfig
@@ -203,11 +204,6 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def resident_mb() -> float:
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def recordings() -> int:
-    gc.collect()
-    return sum(type(found) is replay._Recording for found in gc.get_objects())
 
 
 def check_repeats(layers: int, data: Data, steps: int) -> None:

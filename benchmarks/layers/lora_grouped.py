@@ -157,8 +157,8 @@ def wanted(
 class Problem:
     """A shape with its weight sets and adapters; ``routed`` makes cases of it."""
 
-    def __init__(self, name: str, dequantized: bool = True) -> None:
-        self.name, self.shape = name, SHAPES[name]
+    def __init__(self, name: str, dequantized: bool = True, shape: Shape | None = None) -> None:
+        self.name, self.shape = name, shape or SHAPES[name]
         n_sets = lora.weight_sets(self.shape.elements)
         self.sets = [random_experts(self.shape, dequantized) for _ in range(n_sets)]
         self.a, self.b = lora.random_adapters((self.shape.experts,), self.shape.n, self.shape.k)

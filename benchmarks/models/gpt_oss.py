@@ -59,25 +59,36 @@ STD = 0.02
 
 
 def random_parameter(
-    name: str, p: torch.Tensor, packed: bool, device: str = "cuda"
+    name: str, p: torch.Tensor, packed: bool, device: str = "cuda", transposed: bool = True
 ) -> nn.Parameter:
-    """Of p's shape and dtype; experts' weights ``[E, in, out]``, if packed, in blocks along ``in``."""
+    """Of p's shape and dtype; experts' weights, if packed, in blocks along ``in``.
+
+    These are ``[E, in, out]``, or ``[E, out, in]`` unless ``transposed``.
+    """
     if name.endswith("norm.weight"):
         value = torch.ones(p.shape, dtype=p.dtype, device=device)
     elif packed:
-        e, k, n = p.shape
-        stored = torch.empty(e, n, k, dtype=p.dtype, device=device).normal_(std=STD)
-        value = MXTensor.from_hp(stored, MXFP4).mT
+        shape = p.mT.shape if transposed else p.shape
+        value = MXTensor.from_hp(
+            torch.empty(shape, dtype=p.dtype, device=device).normal_(std=STD), MXFP4
+        )
+        value = value.mT if transposed else value
     else:
         value = torch.empty(p.shape, dtype=p.dtype, device=device).normal_(std=STD)
     return nn.Parameter(value, requires_grad=False)
 
 
 def build(size: str, packed: bool, attention: str, device: str = "cuda") -> nn.Module:
-    """The model with random frozen weights, made parameter by parameter on the card."""
-    from transformers import AutoModelForCausalLM, GptOssConfig
+    """The model of that size with random frozen weights."""
+    from transformers import GptOssConfig
 
-    config = GptOssConfig(**MODELS[size], use_cache=False)
+    return build_from(GptOssConfig(**MODELS[size], use_cache=False), packed, attention, device)
+
+
+def build_from(config: Any, packed: bool, attention: str, device: str) -> nn.Module:
+    """transformers' causal model of ``config``, frozen, made parameter by parameter on the card."""
+    from transformers import AutoModelForCausalLM
+
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -87,8 +98,9 @@ def build(size: str, packed: bool, attention: str, device: str = "cuda") -> nn.M
         for name, p in module._parameters.items():
             if p is not None:
                 is_packed = packed and is_experts(module) and p.dim() == 3
-                value = random_parameter(f"{prefix}.{name}", p, is_packed, device)
-                module._parameters[name] = value
+                module._parameters[name] = random_parameter(
+                    f"{prefix}.{name}", p, is_packed, device, getattr(module, "is_transposed", True)
+                )
     model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -175,6 +176,33 @@ def paired_ms(
     times = [(_median_ms(baseline, repeats), _median_ms(step, repeats)) for _ in range(rounds)]
     ms = statistics.median(t for _, t in times)
     return ms, statistics.median(t / b for b, t in times)
+
+
+def turns_ms(
+    steps: dict[str, Callable[[], Any]],
+    modes: dict[str, Callable[[], AbstractContextManager]],
+    rounds: int = 6,
+    warmup: int = 4,
+) -> dict[str, list[float]]:
+    """Of each step the median eager milliseconds in every round, in which all take their turn in their mode.
+
+    A turn takes some 20 ms and begins with ``warmup`` steps, as entering a mode may undo what was kept; the
+    first turn only tells how many steps that is.
+    """
+    first, times = {}, {name: [] for name in steps}
+    for turn in range(rounds + 1):
+        for name, step in steps.items():
+            is_long = first.get(name, 0) > 20
+            with modes[name]():
+                for _ in range(min(warmup, 2) if is_long else warmup):
+                    step()
+                repeats = max(2, min(50, int(20 / max(first[name], 0.1)))) if turn else 2
+                ms = _median_ms(step, repeats)
+            if turn:
+                times[name].append(ms)
+            else:
+                first[name] = ms
+    return times
 
 
 def peak_mb(step: Callable[[], Any]) -> float:

@@ -37,6 +37,16 @@ def test_soak():
     assert "| 32 | 3 |" in printed  # steps, skipped
 
 
+def test_ablation():
+    """Whole models and blocks in every mode; times need a GPU."""
+    printed = output_of("-m", "benchmarks.models.ablation", "--tiny", "--device", "cpu")
+    for name in ("gpt-oss-20b", "Qwen3-30B-A3B"):
+        assert (
+            f"{name}, 2 layers, MXLoRAExperts, 32 tokens: the same in today, no recorder" in printed
+        )
+    assert "Llama blocks, LoRA, 8 tokens: the same in today, unpack" in printed
+
+
 def test_train_distributed():
     """FSDP2 over both ranks, experts split between them."""
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
