@@ -1,8 +1,8 @@
 """Benchmarks: what the library's parts cost, each beside the way without it. README.md has the figures.
 
     kernels/        one op: quantize, quantize_both, swiglu
-    layers/         one linear layer or projection of experts: LoRA, QAT, the recipe; the ablations
-    models/         whole models: gpt-oss, compiled blocks, more and more layers, a cost model
+    layers/         one linear layer or layer of experts: LoRA, QAT, the recipe
+    models/         whole models: gpt-oss, compiled blocks, more and more layers, a cost model, ablations
     quality/        what training and rounding do to losses and to errors
     distributed/    many GPUs, and thousands of steps
     shared/         the harness (timing, gates, results) and the report that writes README's tables

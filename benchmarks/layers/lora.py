@@ -140,6 +140,19 @@ class Variant:
             self.forward(i)
 
 
+def ours(
+    name: str,
+    product: Callable[..., torch.Tensor],
+    leaves: Sequence[torch.Tensor],
+    targets: dict[str, float],
+) -> Variant:
+    """``product(i, **options)`` with the options of ``COMPUTE[name]``."""
+    options = COMPUTE[name]
+    tolerance = FP8_TOLERANCE if "compute_dtype" in options else BF16_TOLERANCE
+    forward = functools.partial(product, **options)
+    return Variant(name, forward, lambda i: leaves, tolerance, bounded_peak=True, targets=targets)
+
+
 @dataclass(frozen=True)
 class Case:
     """One problem; ``bound_ms`` is one product's, ``head`` the first columns of its rows."""

@@ -17,11 +17,10 @@ no other times and writes ``lora_grouped_first_step-<gpu>``.
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -180,21 +179,15 @@ class Problem:
 
     def variant(self, name: str, x: torch.Tensor, r: Routing, kind: str) -> Variant:
         """Ours, one of ``lora.COMPUTE``."""
-        leaves, options = (x, self.a, self.b), lora.COMPUTE[name]
-        compute = functools.partial(ops.lora_grouped_mm, order=r.order, **options)
 
-        def forward(i: int) -> torch.Tensor:
+        def product(i: int, **options: Any) -> torch.Tensor:
             w = self.sets[i]
-            return compute(x, w.qdata, w.scale, MXFP4, r.offs, self.a, self.b, lora.SCALING)
+            return ops.lora_grouped_mm(
+                x, w.qdata, w.scale, MXFP4, r.offs, self.a, self.b, lora.SCALING, order=r.order, **options
+            )  # fmt: skip
 
-        return Variant(
-            name,
-            forward,
-            lambda i: leaves,
-            lora.FP8_TOLERANCE if "compute_dtype" in options else lora.BF16_TOLERANCE,
-            bounded_peak=True,
-            targets=_targets(name, self.name, x.shape[0]) if kind == "balanced" else {},
-        )
+        targets = _targets(name, self.name, x.shape[0]) if kind == "balanced" else {}
+        return lora.ours(name, product, (x, self.a, self.b), targets)
 
     def others(self, x: torch.Tensor, r: Routing) -> list[Variant]:
         """The baseline on weights decoded in every step, our product alone, and what else is installed."""

@@ -16,21 +16,19 @@ its launches whatever it computes.
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchao.quantization import quantize_
 
-import torchao_mx
 from benchmarks.layers import lora
 from benchmarks.layers.lora import Case, Variant
 from benchmarks.shared import harness
-from torchao_mx import MXFP4, ops
+from torchao_mx import MXFP4, MXWeightOnlyLoRAConfig, ops
 
 SHAPE = (4096, 14336)
 ROWS = (1, 4, 16, 64, 256, 1024, 4096, 16384)
@@ -49,14 +47,6 @@ class Packed(NamedTuple):
     linear: nn.Linear
 
 
-class Adapted(NamedTuple):
-    """A converted layer and its adapters."""
-
-    layer: nn.Module
-    a: torch.Tensor
-    b: torch.Tensor
-
-
 class Problem:
     """A layer's weight sets and adapters. Without ``dequantized`` no decoder runs: see lora_grouped."""
 
@@ -64,35 +54,22 @@ class Problem:
         self.k, self.n = k, n
         self.a, self.b = lora.random_adapters((), n, k)
         self.sets, self.modules = [], []
-        self.no_modules: str | None = None
+        config = MXWeightOnlyLoRAConfig(r=lora.RANK, lora_alpha=lora.RANK * lora.SCALING)
         for _ in range(lora.weight_sets(n * k)):
             w_NK = torch.randn(n, k, device=lora.DEVICE, dtype=torch.bfloat16) * k**-0.5
-            if self.no_modules is None:
-                self._add_module(w_NK)
+            self.modules.append(self._module(w_NK, config))
             qdata, scale = ops.quantize(w_NK, MXFP4)
             w_NK = ops.dequantize(qdata, scale, MXFP4) if dequantized else w_NK
             self.sets.append(Packed(qdata, scale, _linear(w_NK)))
 
-    def _add_module(self, w_NK: torch.Tensor) -> None:
-        """The layer that the config makes, with these adapters; ``no_modules`` says why there is none."""
-        config = getattr(torchao_mx, "MXWeightOnlyLoRAConfig", None)
-        if config is None:
-            self.no_modules = "this torchao_mx has no MXWeightOnlyLoRAConfig"
-            return
+    def _module(self, w_NK: torch.Tensor, config: MXWeightOnlyLoRAConfig) -> nn.Module:
+        """The layer that the config makes, with these adapters."""
         model = nn.Sequential(_linear(w_NK.clone()))
-        quantize_(model, config(r=lora.RANK, lora_alpha=lora.RANK * lora.SCALING))
-        found = []
-        for mine in (self.a, self.b):
-            adapters = (p for p in model.parameters() if p.requires_grad and p.shape == mine.shape)
-            adapter = next(adapters, None)
-            if adapter is None:
-                shapes = [tuple(p.shape) for p in model.parameters() if p.requires_grad]
-                self.no_modules = f"no adapter of shape {tuple(mine.shape)} among {shapes}"
-                return
-            with torch.no_grad():
-                adapter.copy_(mine)
-            found.append(adapter)
-        self.modules.append(Adapted(model, *found))
+        quantize_(model, config)
+        with torch.no_grad():
+            model[0].lora_A.copy_(self.a)
+            model[0].lora_B.copy_(self.b)
+        return model[0]
 
     def baseline(self, x: torch.Tensor) -> Variant:
         leaves = (x, self.a, self.b)
@@ -105,24 +82,18 @@ class Problem:
 
     def variant(self, name: str, x: torch.Tensor) -> Variant:
         """Ours, one of ``lora.COMPUTE``."""
-        leaves, options = (x, self.a, self.b), lora.COMPUTE[name]
-        compute = functools.partial(ops.lora_matmul, **options)
 
-        def forward(i: int) -> torch.Tensor:
+        def product(i: int, **options: Any) -> torch.Tensor:
             w = self.sets[i]
-            return compute(x, w.qdata, w.scale, MXFP4, self.a, self.b, lora.SCALING)
+            return ops.lora_matmul(
+                x, w.qdata, w.scale, MXFP4, self.a, self.b, lora.SCALING, **options
+            )
 
-        return Variant(
-            name,
-            forward,
-            lambda i: leaves,
-            lora.FP8_TOLERANCE if "compute_dtype" in options else lora.BF16_TOLERANCE,
-            bounded_peak=True,
-            targets=_targets(x.shape[0]) if name == "bf16" else {},
-        )
+        targets = _targets(x.shape[0]) if name == "bf16" else {}
+        return lora.ours(name, product, (x, self.a, self.b), targets)
 
     def others(self, x: torch.Tensor) -> list[Variant]:
-        """The module, where there is one, and the baseline on weights decoded in every step."""
+        """The module, and the baseline on weights decoded in every step."""
 
         def decode_all(i: int) -> torch.Tensor:
             w_NK = ops.dequantize(self.sets[i].qdata, self.sets[i].scale, MXFP4)
@@ -130,20 +101,16 @@ class Problem:
             return F.linear(x, w_NK) + low_rank * lora.SCALING
 
         leaves = (x, self.a, self.b)
-        return [*self.module(x), Variant("decode all, then bf16", decode_all, lambda i: leaves)]
+        return [self.module(x), Variant("decode all, then bf16", decode_all, lambda i: leaves)]
 
-    def module(self, x: torch.Tensor) -> list[Variant]:
-        if self.no_modules is not None:
-            return []
-        return [
-            Variant(
-                "bf16, module",
-                lambda i: self.modules[i].layer(x),
-                lambda i: (x, self.modules[i].a, self.modules[i].b),
-                bounded_peak=True,
-                targets=_targets(x.shape[0]),
-            )
-        ]
+    def module(self, x: torch.Tensor) -> Variant:
+        return Variant(
+            "bf16, module",
+            lambda i: self.modules[i](x),
+            lambda i: (x, self.modules[i].lora_A, self.modules[i].lora_B),
+            bounded_peak=True,
+            targets=_targets(x.shape[0]),
+        )
 
     def operands(self, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
         """x ``[M, K]`` and dY ``[M, N]``."""
@@ -175,14 +142,12 @@ def bench_shape(
     k: int, n: int, rows: Sequence[int], quick: bool, card: lora.Card, results: lora.Results
 ) -> None:
     problem = Problem(k, n)
-    if problem.no_modules is not None:
-        print(f"bf16, module: left out: {problem.no_modules}")
     for m in rows:
         x, dy = problem.operands(m)
         case = problem.case(x, dy, card)
         names = lora.QUICK if quick else lora.COMPUTE
         variants = [problem.baseline(x)] + [problem.variant(name, x) for name in names]
-        results.add(case, variants + (problem.module(x) if quick else problem.others(x)))
+        results.add(case, variants + ([problem.module(x)] if quick else problem.others(x)))
 
 
 def first_step_of(point: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
