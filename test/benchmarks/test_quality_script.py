@@ -1,10 +1,8 @@
-"""benchmarks/quality.py in small, on the CPU: its gates, its verdicts, and that it stops and goes on."""
+"""benchmarks/quality/quality.py in small, on the CPU: its gates, its verdicts, and that it stops and goes on."""
 
 import copy
-import importlib
 import json
 import os
-import pathlib
 import signal
 import sys
 
@@ -20,8 +18,8 @@ ARGS = ("--tiny", "--model", "moe", "--format", "mxfp4", "--pretrain-steps", "3"
 @pytest.fixture
 def quality(monkeypatch):
     """The module, reading its text once."""
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-    module = importlib.import_module("quality")
+    from benchmarks.quality import quality as module
+
     texts, load = {}, module.load_adaptation_corpus
 
     def load_once(*key):
@@ -112,7 +110,7 @@ def test_tells_logits_apart(quality):
 
 
 def test_balance_loss_and_its_gradient(quality):
-    from quality_model import _AddLoss, balance_loss
+    from benchmarks.quality.model import _AddLoss, balance_loss
 
     even = torch.full((4, 2), 0.5)
     assert balance_loss(even, torch.tensor([[0], [1], [0], [1]])) == 1

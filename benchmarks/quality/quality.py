@@ -1,7 +1,7 @@
 """Does QAT pay? PTQ and QAT from one pretrained model, over the same batches, against a fine-tune in bf16.
 
-    python benchmarks/quality.py [--minutes 9] [--model dense|moe] [--format NAME] [--seeds N] ...
-    python benchmarks/quality.py --tiny        on a CPU, in two minutes; shows that it runs, no result
+    python -m benchmarks.quality.quality [--minutes 9] [--model dense|moe] [--format NAME] [--seeds N] ...
+    python -m benchmarks.quality.quality --tiny    # on a CPU, in two minutes; shows that it runs, no result
 
 Language models over bytes, of 102 M parameters (dense) and 170 M (8 experts a block, 2 of them a token), bf16
 weights with fp32 masters. From each seed, which sets first weights and the order of the data, a model is
@@ -36,17 +36,16 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
-import harness
 import torch
-import train_loop
-from quality_model import QualitySettings, build, is_quantized
-from quality_report import BF16, NAMES, Comparison, plot, rows_of, table
 from torch import nn
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
-from train_common import Deadline, save_results
-from train_loop import Interrupted, MasterAdam, Phase, reproducible, train_phase
 
+from benchmarks.quality import train_loop
+from benchmarks.quality.comparison import BF16, NAMES, Comparison, plot, rows_of, table
+from benchmarks.quality.model import QualitySettings, build, is_quantized
+from benchmarks.quality.train_loop import Interrupted, MasterAdam, Phase, reproducible, train_phase
+from benchmarks.shared import harness
 from torchao_mx.demo.data import Corpus, load_adaptation_corpus
 from torchao_mx.demo.model import heldout_losses
 from torchao_mx.demo.quant import FORMATS
@@ -91,7 +90,7 @@ class Unit:
         settings: QualitySettings,
         corpus: Corpus,
         state: pathlib.Path,
-        deadline: Deadline,
+        deadline: harness.Deadline,
     ) -> None:
         self.name, self.settings, self.corpus = f"{name}-seed{settings.seed}", settings, corpus
         self.deadline = deadline
@@ -248,9 +247,7 @@ def compare(units: dict[str, list[Unit]], formats: list[str]) -> list[Comparison
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, action="append", help="default: both")
     parser.add_argument("--format", choices=NAMES, action="append", help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0")
@@ -286,7 +283,7 @@ def main() -> None:
     if not args.tiny:
         harness.require_gpu()
     models, formats = args.model or list(MODELS), args.format or list(NAMES)
-    state, deadline = pathlib.Path(args.state), Deadline(args.minutes)
+    state, deadline = pathlib.Path(args.state), harness.Deadline(args.minutes)
     state.mkdir(parents=True, exist_ok=True)
     first = settings_of(args, models[0], 0)
     corpus = load_adaptation_corpus(first.data, first.seq)
@@ -317,7 +314,7 @@ def main() -> None:
         verdicts=verdicts,
     )
     on_gpu = first.device == "cuda"
-    png = save_results("quality", rows, meta, None if on_gpu else state)
+    png = harness.save("quality", meta, rows, None if on_gpu else state)
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     plot(comparisons, png, f"PTQ and QAT against bf16, {device}")
 

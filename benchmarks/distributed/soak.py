@@ -1,8 +1,8 @@
 """Thousands of LoRA steps on MXFP4 experts, each of another size: do memory, synchronisation and losses hold?
 
     pip install '.[hf,bench]'
-    python benchmarks/soak.py [--steps 2000] [--layers 2]
-    python benchmarks/soak.py --tiny --device cpu      # a minute; what needs a GPU is left out, and said
+    python -m benchmarks.distributed.soak [--steps 2000] [--layers 2]
+    python -m benchmarks.distributed.soak --tiny --device cpu    # a minute; what needs a GPU is left out
 
 Layers of gpt-oss-20b's experts, packed as they are made, behind frozen routers. Every step draws its tokens
 anew, 1 to 8,192 (as many steps below 90 as above), and the experts that it may route to, so that others are
@@ -15,7 +15,7 @@ Gates, before any figure:
                  forward and backward never wait for the GPU
     memory       allocated: the same behind every step from WARMUP on; reserved: of the second half at most
                  1 % over the first's; of the process: at most 64 MiB more in the second half
-    recordings   of ``ops/_replay.py``: no more than MAX_RECORDINGS an op
+    recordings   of ``ops/core/replay.py``: no more than MAX_RECORDINGS an op
     losses       are finite and fall; a second run's are the same, bit for bit, and so are those of a run
                  that goes on from a checkpoint in its middle, and of one without the poisoned steps;
                  and their adapters
@@ -23,7 +23,6 @@ Gates, before any figure:
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import gc
 import math
@@ -36,13 +35,14 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import bench_gpt_oss
-import harness
 import torch
 import torch.nn.functional as F
-from bench_gpt_oss import ALPHA, MODELS, RANK
 from torch import nn
 
+from benchmarks.models import gpt_oss
+from benchmarks.models.ablation import recordings
+from benchmarks.models.gpt_oss import ALPHA, MODELS, RANK
+from benchmarks.shared import harness
 from torchao_mx import MXLoRAExperts, MXWeightOnlyLoRAConfig
 from torchao_mx.ops.core import replay
 
@@ -100,7 +100,7 @@ class Layer(nn.Module):
         with torch.device("meta"):
             experts = GptOssExperts(config).bfloat16()
         for name, p in experts.named_parameters():
-            experts._parameters[name] = bench_gpt_oss.random_parameter(name, p, p.dim() == 3)
+            experts._parameters[name] = gpt_oss.random_parameter(name, p, p.dim() == 3, device)
         self.experts = MXLoRAExperts.from_experts(
             experts, MXWeightOnlyLoRAConfig(r=RANK, lora_alpha=ALPHA, adapter_dtype=torch.float32)
         )
@@ -127,7 +127,6 @@ class Run:
     """Layers in training, always the same at first."""
 
     def __init__(self, layers: int, data: Data) -> None:
-        bench_gpt_oss.DEVICE = data.device  # where its random_parameter makes them
         torch.manual_seed(0)
         self.data = data
         self.layers = nn.ModuleList(Layer(data.config, data.device) for _ in range(layers))
@@ -205,11 +204,6 @@ def same(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
 def resident_mb() -> float:
     pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
-def recordings() -> int:
-    gc.collect()
-    return sum(type(found) is replay._Recording for found in gc.get_objects())
 
 
 def check_repeats(layers: int, data: Data, steps: int) -> None:
@@ -312,9 +306,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--steps", type=int, help="default 2000, with --tiny 60")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="4 experts of 64 x 64, up to 64 tokens")

@@ -1,7 +1,7 @@
 """LoRA on a whole model of gpt-oss's shape, one card: tokens a second, and what fits.
 
     pip install '.[hf,bench]'
-    python benchmarks/bench_gpt_oss.py [--models 20b 120b] [--variants NAME ...] [--sequence 4096]
+    python -m benchmarks.models.gpt_oss [--models 20b 120b] [--variants NAME ...] [--sequence 4096]
         [--attention eager] [--loss chunks]
 
 transformers' GptOssForCausalLM with random weights made on the card: 24 layers of 32 experts (20b) or 36 of
@@ -28,16 +28,15 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-import harness
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchao.quantization import quantize_
 
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, MXTensor, MXWeightOnlyLoRAConfig, is_experts
 
-DEVICE = "cuda"
 MODELS = {
     "tiny": dict(
         num_hidden_layers=2, num_local_experts=4, hidden_size=64, intermediate_size=64,
@@ -59,24 +58,37 @@ MIN_TOKENS_PER_S, MAX_PEAK_GB = 1984, 24
 STD = 0.02
 
 
-def random_parameter(name: str, p: torch.Tensor, packed: bool) -> nn.Parameter:
-    """Of p's shape and dtype; experts' weights ``[E, in, out]``, if packed, in blocks along ``in``."""
+def random_parameter(
+    name: str, p: torch.Tensor, packed: bool, device: str = "cuda", transposed: bool = True
+) -> nn.Parameter:
+    """Of p's shape and dtype; experts' weights, if packed, in blocks along ``in``.
+
+    These are ``[E, in, out]``, or ``[E, out, in]`` unless ``transposed``.
+    """
     if name.endswith("norm.weight"):
-        value = torch.ones(p.shape, dtype=p.dtype, device=DEVICE)
+        value = torch.ones(p.shape, dtype=p.dtype, device=device)
     elif packed:
-        e, k, n = p.shape
-        stored = torch.empty(e, n, k, dtype=p.dtype, device=DEVICE).normal_(std=STD)
-        value = MXTensor.from_hp(stored, MXFP4).mT
+        shape = p.mT.shape if transposed else p.shape
+        value = MXTensor.from_hp(
+            torch.empty(shape, dtype=p.dtype, device=device).normal_(std=STD), MXFP4
+        )
+        value = value.mT if transposed else value
     else:
-        value = torch.empty(p.shape, dtype=p.dtype, device=DEVICE).normal_(std=STD)
+        value = torch.empty(p.shape, dtype=p.dtype, device=device).normal_(std=STD)
     return nn.Parameter(value, requires_grad=False)
 
 
-def build(size: str, packed: bool, attention: str) -> nn.Module:
-    """The model with random frozen weights, made parameter by parameter on the card."""
-    from transformers import AutoModelForCausalLM, GptOssConfig
+def build(size: str, packed: bool, attention: str, device: str = "cuda") -> nn.Module:
+    """The model of that size with random frozen weights."""
+    from transformers import GptOssConfig
 
-    config = GptOssConfig(**MODELS[size], use_cache=False)
+    return build_from(GptOssConfig(**MODELS[size], use_cache=False), packed, attention, device)
+
+
+def build_from(config: Any, packed: bool, attention: str, device: str) -> nn.Module:
+    """transformers' causal model of ``config``, frozen, made parameter by parameter on the card."""
+    from transformers import AutoModelForCausalLM
+
     config._experts_implementation = "grouped_mm"
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
@@ -86,9 +98,10 @@ def build(size: str, packed: bool, attention: str) -> nn.Module:
         for name, p in module._parameters.items():
             if p is not None:
                 is_packed = packed and is_experts(module) and p.dim() == 3
-                value = random_parameter(f"{prefix}.{name}", p, is_packed)
-                module._parameters[name] = value
-    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(DEVICE)
+                module._parameters[name] = random_parameter(
+                    f"{prefix}.{name}", p, is_packed, device, getattr(module, "is_transposed", True)
+                )
+    model.model.rotary_emb = type(model.model.rotary_emb)(config).to(device)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()
 
@@ -122,10 +135,8 @@ def chunk_loss(hidden: torch.Tensor, targets: torch.Tensor, head: nn.Module) -> 
     return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
 
 
-def loss_of(model: nn.Module, ids: torch.Tensor, whole: bool) -> torch.Tensor:
-    if whole:
-        return model(input_ids=ids, labels=ids).loss
-    causal = model.get_base_model()
+def loss_in_chunks(causal: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Of tokens ``[B, S]``, a few rows of logits at a time, again in backward."""
     hidden = causal.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
     targets = ids[:, 1:].flatten()
     parts = [
@@ -133,6 +144,12 @@ def loss_of(model: nn.Module, ids: torch.Tensor, whole: bool) -> torch.Tensor:
         for h, t in zip(hidden.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True)
     ]
     return torch.stack(parts).sum() / len(targets)
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor, whole: bool) -> torch.Tensor:
+    if whole:
+        return model(input_ids=ids, labels=ids).loss
+    return loss_in_chunks(model.get_base_model(), ids)
 
 
 def trainer(model: nn.Module, ids: torch.Tensor, whole: bool) -> Callable[[], torch.Tensor]:
@@ -176,7 +193,7 @@ def bench(size: str, variant: str, args: argparse.Namespace) -> harness.Row:
     model = with_adapters(build(size, variant != PEFT_BF16, args.attention), variant)
     weights_gb = torch.cuda.memory_allocated() / 1e9
     vocabulary = model.get_base_model().config.vocab_size
-    ids = torch.randint(vocabulary, (args.batch, args.sequence), device=DEVICE)
+    ids = torch.randint(vocabulary, (args.batch, args.sequence), device="cuda")
     step = trainer(model, ids, whole)
     first_s = harness.first_call_s(step)
     check(model, ids, whole, f"{size}, {variant}")
@@ -207,9 +224,7 @@ def verdicts(rows: list[harness.Row], args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["20b", "120b"])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     parser.add_argument("--batch", type=int, default=1)

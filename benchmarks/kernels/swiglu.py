@@ -1,6 +1,6 @@
 """swiglu and its backward: share of the card's copy bandwidth.
 
-    python benchmarks/ops/bench_swiglu.py [--rows 16384 65536] [--columns 2880] [--no-torch]
+    python -m benchmarks.kernels.swiglu [--rows 16384 65536] [--columns 2880] [--no-torch]
 
 Bytes are counted once per input and output: forward reads x ``[R, 2 C]`` and writes y ``[R, C]``, backward
 reads x and dy and writes dx. gpt-oss's form has a bias for each of 32 experts. Both directions are first
@@ -9,17 +9,13 @@ compared, whole, with torch's autograd of the formula in fp32.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import harness
-
+from benchmarks.shared import harness
 from torchao_mx import ops
 
 EXPERTS = 32
@@ -98,8 +94,7 @@ def bench_case(
         rows.append(
             dict(
                 rows=len(xs[0]), kind=case.kind, layout=case.layout, direction=direction, ms=ms,
-                eager_ms=eager, gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
-                first_check_s=first_s,
+                eager_ms=eager, **harness.moved(nbytes, ms, copy_gbs), first_check_s=first_s,
             )
         )  # fmt: skip
         print(
@@ -125,8 +120,7 @@ def bench_torch(
             ms = harness.step_ms(fn)
             rows.append(
                 dict(rows=len(x), kind=f"torch, {how}", layout=case.layout, direction=direction, ms=ms,
-                     eager_ms=ms, gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
-                     first_check_s=first_s)
+                     eager_ms=ms, **harness.moved(nbytes, ms, copy_gbs), first_check_s=first_s,)
             )  # fmt: skip
             print(
                 f"torch, {how:9s} {case.layout:7s} {direction:9s} {ms:.4f} ms {rows[-1]['share']:6.1%}"
@@ -154,9 +148,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--columns", type=int, default=2880, help="of y; x has twice as many")
     parser.add_argument("--no-torch", action="store_true", help="skip torch's own operations")
@@ -177,10 +169,8 @@ def main() -> None:
     meta = dict(columns=args.columns, experts=EXPERTS, dtype="bfloat16", copy_gbs=copies)
     png = harness.save("swiglu", meta, rows)
     plot(rows, png, f"{torch.cuda.get_device_name()}, C = {args.columns}, bf16")
-    for row in rows:
-        row["share_text"] = f"{row['share']:.1%}"
     columns = dict(rows="rows", kind="form", layout="layout", direction="direction", ms="ms (graph)",
-                   eager_ms="ms (eager)", gbs="GB/s", share_text="of copy")  # fmt: skip
+                   eager_ms="ms (eager)", gbs="GB/s", share="of copy")  # fmt: skip
     print(harness.markdown(rows, columns))
 
 

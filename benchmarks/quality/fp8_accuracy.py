@@ -9,17 +9,17 @@ table and writes ``results/fp8_accuracy.json``.
 
 from __future__ import annotations
 
-import json
-import pathlib
-
 import torch
 
+from benchmarks.shared import harness, results
 from torchao_mx import MXFP4, ops, reference
 from torchao_mx.reference import Added, Rows, fp8
 
 ROWS, K, N = 1024, 2048, 512
 DISTRIBUTIONS = ("Gaussian", "Student t3", "Gaussian x lognormal channels")
-RESULT = pathlib.Path(__file__).parent / "results" / "fp8_accuracy.json"
+COLUMNS = dict(
+    x="x", dtype="rounded to", product="product", relative_error="relative error", worst_row="worst row"
+)  # fmt: skip
 
 
 def operand(distribution: str, columns: int) -> torch.Tensor:
@@ -43,9 +43,6 @@ def main() -> None:
     qdata, scale = ops.quantize(torch.randn(N, K) / K**0.5, MXFP4)
     w = reference.dequantize(qdata, scale, MXFP4, torch.float32).double()
     rows = []
-    print(
-        "| x | rounded to | product | relative error | worst row |\n| --- | --- | --- | ---: | ---: |"
-    )
     for distribution in DISTRIBUTIONS:
         for dtype, forward in (
             (torch.float8_e4m3fn, True),
@@ -57,18 +54,15 @@ def main() -> None:
             y = fp8.fp8_product(x, qdata, scale, MXFP4, rows_of_x, forward, Added(), dtype)
             error, worst = relative_error(y, x.double() @ (w.T if forward else w))
             name, product = str(dtype).removeprefix("torch."), "x W^T" if forward else "x W"
-            print(f"| {distribution} | {name} | {product} | {error:.2%} | {worst:.2%} |")
             rows.append(
-                {
-                    "x": distribution,
-                    "dtype": name,
-                    "product": product,
-                    "relative_error": error,
-                    "worst_row": worst,
-                }
-            )
+                dict(
+                    x=distribution, dtype=name, product=product, relative_error=error, worst_row=worst
+                )
+            )  # fmt: skip
     meta = {"rows": ROWS, "k": K, "n": N, "device": "cpu", "torch": torch.__version__}
-    RESULT.write_text(json.dumps({"meta": meta, "rows": rows}, indent=1) + "\n")
+    results.write(results.path_of("fp8_accuracy"), meta, rows)
+    shown = [row | {k: f"{row[k]:.2%}" for k in ("relative_error", "worst_row")} for row in rows]
+    print(harness.markdown(shown, COLUMNS))
 
 
 if __name__ == "__main__":

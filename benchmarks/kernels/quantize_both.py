@@ -1,6 +1,6 @@
 """quantize_both: share of the card's copy bandwidth, one read and all forms counted; and separate ops.
 
-    python benchmarks/ops/bench_quantize_both.py [--rows 8192 --columns 4096] [--sweep]
+    python -m benchmarks.kernels.quantize_both [--rows 8192 --columns 4096] [--sweep]
 
 The cases are what a linear layer under the recipe asks of an operand. Each is first compared, whole and bit
 for bit, with the reference. ``--sweep`` measures every tile instead, to choose the op's constants.
@@ -8,20 +8,16 @@ for bit, with the reference. ``--sweep`` measures every tile instead, to choose 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import itertools
 import pathlib
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import harness
-
+from benchmarks.shared import harness
 from torchao_mx import MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
 
 # Not `import torchao_mx.ops.quantize_both`: the package binds the verb over the module's name.
@@ -98,8 +94,7 @@ def measured(case: Case, xs: list[torch.Tensor], copy_gbs: float) -> harness.Row
     kw = arguments(case, xs[0])
     written = sum(t.nbytes for t in tensors(ops.quantize_both(xs[0], **kw)))
     ms = harness.graph_ms(lambda i: ops.quantize_both(xs[i], **kw), len(xs))
-    gbs = (xs[0].nbytes + written) / ms / 1e6
-    return dict(case=case.what, ms=ms, gbs=gbs, share=gbs / copy_gbs)
+    return dict(case=case.what, ms=ms) | harness.moved(xs[0].nbytes + written, ms, copy_gbs)
 
 
 def bench(case: Case, xs: list[torch.Tensor], copy_gbs: float) -> harness.Row:
@@ -136,19 +131,17 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
     plt = harness.pyplot()
 
     figure, ax = plt.subplots(figsize=(10, 4))
-    bars = ax.barh([r["case"] for r in rows], [100 * r["share"] for r in rows], color="#4c72b0")
-    ax.bar_label(bars, fmt="%.0f", padding=3)
+    heading = "% of copy bandwidth, one read and all forms counted"
+    cases, shares = [r["case"] for r in rows], [100 * r["share"] for r in rows]
+    harness.bars(ax, cases, shares, heading, "%.0f")
     ax.axvline(100 * TARGET, color="black", lw=0.8, ls="--")
     ax.set_xlim(0, 108)
     ax.invert_yaxis()
-    ax.set_xlabel("% of copy bandwidth, one read and all forms counted")
     harness.save_figure(figure, path, title)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=4096)
     parser.add_argument("--sweep", action="store_true", help="measure every tile; writes nothing")
@@ -168,10 +161,8 @@ def main() -> None:
     meta = dict(shape=list(shape), dtype="bfloat16", copy_gbs=copy_gbs, target=TARGET)
     png = harness.save("quantize_both", meta, rows)
     plot(rows, png, f"{torch.cuda.get_device_name()}, {args.rows} x {args.columns} bf16")
-    for row in rows:
-        row["share_text"] = f"{row['share']:.1%}"
     columns = dict(case="operand and its forms", ms="ms (graph)", separate_ms="a launch each, ms",
-                   eager_ms="ms (eager)", gbs="GB/s", share_text="of copy")  # fmt: skip
+                   eager_ms="ms (eager)", gbs="GB/s", share="of copy")  # fmt: skip
     print(harness.markdown(rows, columns))
 
 

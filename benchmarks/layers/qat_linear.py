@@ -1,6 +1,6 @@
 """QAT of one linear layer, forward + backward, against bf16 and torchao.
 
-    python benchmarks/bench_qat_linear.py [--shape M K N ...] [--no-torchao]
+    python -m benchmarks.layers.qat_linear [--shape M K N ...] [--no-torchao]
 
 Before any time: the fake-quantized forward must equal the converted layer's bit for bit, and the gradients
 of x, weight and bias must agree with an fp32 product of the dequantized operands.
@@ -11,8 +11,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import harness
-import layer_common as layer
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
@@ -21,6 +19,8 @@ from torchao.prototype.qat import MXFakeQuantizedLinear as TorchaoFakeQuantizedL
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
+from benchmarks.layers import linear as layer
+from benchmarks.shared import harness
 from torchao_mx import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, ops
 
 E2M1, E4M3 = torch.float4_e2m1fn_x2, torch.float8_e4m3fn
@@ -47,9 +47,9 @@ def check(linear: nn.Linear, config: Any, x: torch.Tensor, dy: torch.Tensor, nam
     xq = x.detach().float()
     if config.activation_spec is not None:
         xq = ops.fake_quantize(x, config.activation_spec.format).detach().float()
-    harness.gate(f"{name} dX", layer.relative_error(x.grad, dy.float() @ wq) < 5e-3)
-    harness.gate(f"{name} dW", layer.relative_error(weight.grad, dy.float().t() @ xq) < 5e-3)
-    harness.gate(f"{name} dbias", layer.relative_error(bias.grad, dy.float().sum(0)) < 5e-3)
+    harness.gate(f"{name} dX", harness.relative_error(x.grad, dy.float() @ wq) < 5e-3)
+    harness.gate(f"{name} dW", harness.relative_error(weight.grad, dy.float().t() @ xq) < 5e-3)
+    harness.gate(f"{name} dbias", harness.relative_error(bias.grad, dy.float().sum(0)) < 5e-3)
     quantize_(model, QATConfig(config, step="convert"))
     harness.gate(f"{name} converted", torch.equal(y, model(x)))
 

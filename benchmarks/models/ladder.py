@@ -1,10 +1,10 @@
 """LoRA on packed experts from one layer to the whole model: the first step, a step, memory.
 
     pip install '.[hf,bench]'
-    python benchmarks/ladder.py [--rungs 20b:1 20b:24 120b:36 ...] [--sequence 1024]
-    python benchmarks/ladder.py --tiny --device cpu
+    python -m benchmarks.models.ladder [--rungs 20b:1 20b:24 120b:36 ...] [--sequence 1024]
+    python -m benchmarks.models.ladder --tiny --device cpu
 
-A rung is a gpt-oss shape and a number of its layers, trained as in bench_gpt_oss.py: MXLoRAExperts, PEFT's
+A rung is a gpt-oss shape and a number of its layers, trained as in gpt_oss.py: MXLoRAExperts, PEFT's
 adapters on attention, checkpointing, the loss in chunks, AdamW. Each is a process of its own, with the Triton
 cache that the processes before it left (warm); the first rung of a shape is run once before that, with an
 empty one (cold). CUDA's libraries are loaded before a first step. Adapters' gradients and a loss that falls
@@ -20,12 +20,11 @@ import statistics
 import subprocess
 import tempfile
 
-import bench_gpt_oss
-import harness
-import lora_report
 import torch
-from bench_gpt_oss import MODELS, OURS, WARMUP
-from train_distributed import Clock, peak_gb
+
+from benchmarks.models import gpt_oss
+from benchmarks.models.gpt_oss import MODELS, OURS, WARMUP
+from benchmarks.shared import harness
 
 RUNGS = ("20b:1", "20b:2", "20b:4", "20b:8", "20b:24", "120b:1", "120b:36")
 TINY_RUNGS = ("tiny:1", "tiny:2")
@@ -39,28 +38,27 @@ COLUMNS = dict(
 
 def climb(size: str, layers: int, sequence: int, device: str) -> harness.Row:
     """One rung, in this process."""
-    bench_gpt_oss.DEVICE = device
     MODELS["rung"] = MODELS[size] | dict(num_hidden_layers=layers)
     torch.manual_seed(0)
-    model = bench_gpt_oss.with_adapters(bench_gpt_oss.build("rung", True, "eager"), OURS)
+    model = gpt_oss.with_adapters(gpt_oss.build("rung", True, "eager", device), OURS)
     vocabulary = model.get_base_model().config.vocab_size
     ids = torch.randint(vocabulary, (1, sequence), device=device)
-    step = bench_gpt_oss.trainer(model, ids, whole=False)
+    step = gpt_oss.trainer(model, ids, whole=False)
     square = torch.ones(64, 64, device=device, dtype=torch.bfloat16)
     square @ square  # loads libraries
     weights_gb = torch.cuda.memory_allocated() / 1e9 if device == "cuda" else None
-    clock = Clock(device)
+    clock = harness.Clock(device)
     losses = [step()]
     first_s = clock.ms() / 1e3
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(WARMUP + STEPS):
-        clock = Clock(device)
+        clock = harness.Clock(device)
         losses.append(step())
         times.append(clock.ms())
-    peak = peak_gb(device)
-    bench_gpt_oss.check(model, ids, False, f"{size}, {layers} layers")
+    peak = harness.peak_gb(device)
+    gpt_oss.check(model, ids, False, f"{size}, {layers} layers")
     losses = [loss.item() for loss in losses]
     harness.gate(f"{size}, {layers} layers: losses {losses}", losses[-1] < losses[0])
     return dict(
@@ -84,8 +82,8 @@ def climb_all(rungs: list[str], sequence: int, device: str) -> list[harness.Row]
                 cold = None
                 if not cache.exists():
                     cache.mkdir()
-                    cold = lora_report._fresh_process(__file__, point, str(cache))["first_s"]
-                found = lora_report._fresh_process(__file__, point, str(cache))
+                    cold = harness.fresh_process(__file__, point, str(cache))["first_s"]
+                found = harness.fresh_process(__file__, point, str(cache))
             except subprocess.SubprocessError as error:
                 raise SystemExit(f"{rung}: {error}") from None
             row = dict(model=size, layers=int(layers), tokens=sequence, cold_s=cold)
@@ -119,9 +117,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--rungs", nargs="+", metavar="SHAPE:LAYERS", help=f"default {RUNGS}")
     parser.add_argument("--sequence", type=int, help="tokens of a step; default 1024, of tiny 64")
     parser.add_argument("--tiny", action="store_true", help=f"the rungs {TINY_RUNGS}")

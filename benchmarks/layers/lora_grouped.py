@@ -1,6 +1,6 @@
 """LoRA on frozen MXFP4 experts: one projection with its gather, against the same experts in bf16.
 
-    python benchmarks/bench_lora_grouped.py [--quick] [--shapes A B deepseek]
+    python -m benchmarks.layers.lora_grouped [--quick] [--shapes A B deepseek]
         [--routings balanced dense sparse] [--rows M ...] [--first-step]
 
 The baseline is what a careful user writes in torch: ``rows = x[order // k]``, ``torch._grouped_mm`` for W,
@@ -9,7 +9,7 @@ Ours is ``ops.lora_grouped_mm`` on the packed weights, with the same x, A and B.
 behind ``ops.dequantize`` in every step.
 
 Routings: balanced, Gaussian logits and a bias of std 0.5 an expert, so roughly balanced but skewed; dense,
-every expert has the same number of rows; sparse, 10 experts have all of them. ``lora_common.py`` tells what
+every expert has the same number of rows; sparse, 10 experts have all of them. ``lora.py`` tells what
 is measured and in which order. A run of a part writes ``lora_grouped_part-<gpu>``, and ``--first-step`` takes
 no other times and writes ``lora_grouped_first_step-<gpu>``.
 """
@@ -17,18 +17,16 @@ no other times and writes ``lora_grouped_first_step-<gpu>``.
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import harness
-import lora_common as common
-import lora_report as report
-import peers
 import torch
-from lora_common import Case, Variant, Wanted
 
+from benchmarks.layers import lora, peers
+from benchmarks.layers.lora import Case, Variant, Wanted
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, ops
 
 
@@ -91,7 +89,7 @@ def random_experts(shape: Shape, dequantized: bool = True) -> Packed:
 
     Without ``dequantized`` the bf16 experts are those from before quantization and no decoder runs.
     """
-    w_ENK = torch.empty(shape.experts, shape.n, shape.k, device=common.DEVICE, dtype=torch.bfloat16)
+    w_ENK = torch.empty(shape.experts, shape.n, shape.k, device=lora.DEVICE, dtype=torch.bfloat16)
     packed = []
     for w_NK in w_ENK:
         w_NK.normal_(std=shape.k**-0.5)
@@ -103,8 +101,8 @@ def random_experts(shape: Shape, dequantized: bool = True) -> Packed:
     return Packed(qdata, scale, w_ENK)
 
 
-def route(kind: str, shape: Shape, tokens: int) -> Routing:
-    device, experts, top_k = common.DEVICE, shape.experts, shape.top_k
+def route(kind: str, shape: Shape, tokens: int, device: str = lora.DEVICE) -> Routing:
+    experts, top_k = shape.experts, shape.top_k
     if kind == "dense":  # tokens share out one random permutation of all experts after the other
         turns = -(-tokens * top_k // experts)
         shuffled = torch.rand(turns, experts, device=device).argsort(1)
@@ -126,7 +124,7 @@ def torch_experts(
     rows = x[r.order_64 // top_k]
     y = torch._grouped_mm(rows, w_ENK.mT, offs=r.offs)
     h = torch._grouped_mm(rows, a.mT, offs=r.offs)
-    return y + common.SCALING * torch._grouped_mm(h, b.mT, offs=r.offs)
+    return y + lora.SCALING * torch._grouped_mm(h, b.mT, offs=r.offs)
 
 
 def wanted(
@@ -147,7 +145,7 @@ def wanted(
         if not size:
             continue
         rows = slice(first, first + size)
-        part = common.wanted_of_rows(x[tokens[rows]], w.w_ENK[e], a[e], b[e], dy[rows])
+        part = lora.wanted_of_rows(x[tokens[rows]], w.w_ENK[e], a[e], b[e], dy[rows])
         want.y[rows], want.base[rows] = part.y, part.base
         want.d_a[e], want.d_b[e] = part.d_a, part.d_b
         want.dx.index_add_(0, tokens[rows], part.dx)
@@ -158,44 +156,38 @@ def wanted(
 class Problem:
     """A shape with its weight sets and adapters; ``routed`` makes cases of it."""
 
-    def __init__(self, name: str, dequantized: bool = True) -> None:
-        self.name, self.shape = name, SHAPES[name]
-        n_sets = common.weight_sets(self.shape.elements)
+    def __init__(self, name: str, dequantized: bool = True, shape: Shape | None = None) -> None:
+        self.name, self.shape = name, shape or SHAPES[name]
+        n_sets = lora.weight_sets(self.shape.elements)
         self.sets = [random_experts(self.shape, dequantized) for _ in range(n_sets)]
-        self.a, self.b = common.random_adapters((self.shape.experts,), self.shape.n, self.shape.k)
+        self.a, self.b = lora.random_adapters((self.shape.experts,), self.shape.n, self.shape.k)
 
     def operands(self, kind: str, tokens: int) -> tuple[torch.Tensor, torch.Tensor, Routing]:
         """x ``[T, K]``, dY ``[R, N]`` and a routing."""
         shape = self.shape
-        x = torch.randn(tokens, shape.k, device=common.DEVICE, dtype=torch.bfloat16)
-        dy = torch.randn(tokens * shape.top_k, shape.n, device=common.DEVICE, dtype=torch.bfloat16)
+        x = torch.randn(tokens, shape.k, device=lora.DEVICE, dtype=torch.bfloat16)
+        dy = torch.randn(tokens * shape.top_k, shape.n, device=lora.DEVICE, dtype=torch.bfloat16)
         return x.requires_grad_(), dy, route(kind, shape, tokens)
 
     def baseline(self, x: torch.Tensor, r: Routing) -> Variant:
         leaves = (x, self.a, self.b)
         return Variant(
-            common.BASELINE,
+            lora.BASELINE,
             lambda i: torch_experts(x, self.sets[i].w_ENK, *leaves[1:], r, self.shape.top_k),
             lambda i: leaves,
         )
 
     def variant(self, name: str, x: torch.Tensor, r: Routing, kind: str) -> Variant:
-        """Ours, one of ``lora_common.COMPUTE``."""
-        leaves, options = (x, self.a, self.b), common.COMPUTE[name]
-        compute = functools.partial(ops.lora_grouped_mm, order=r.order, **options)
+        """Ours, one of ``lora.COMPUTE``."""
 
-        def forward(i: int) -> torch.Tensor:
+        def product(i: int, **options: Any) -> torch.Tensor:
             w = self.sets[i]
-            return compute(x, w.qdata, w.scale, MXFP4, r.offs, self.a, self.b, common.SCALING)
+            return ops.lora_grouped_mm(
+                x, w.qdata, w.scale, MXFP4, r.offs, self.a, self.b, lora.SCALING, order=r.order, **options
+            )  # fmt: skip
 
-        return Variant(
-            name,
-            forward,
-            lambda i: leaves,
-            common.FP8_TOLERANCE if "compute_dtype" in options else common.BF16_TOLERANCE,
-            bounded_peak=True,
-            targets=_targets(name, self.name, x.shape[0]) if kind == "balanced" else {},
-        )
+        targets = _targets(name, self.name, x.shape[0]) if kind == "balanced" else {}
+        return lora.ours(name, product, (x, self.a, self.b), targets)
 
     def others(self, x: torch.Tensor, r: Routing) -> list[Variant]:
         """The baseline on weights decoded in every step, our product alone, and what else is installed."""
@@ -228,7 +220,7 @@ class Problem:
         return [*variants, Variant(name, lambda i: products[i](x), lambda i: (), trains=False)]
 
     def case(
-        self, kind: str, x: torch.Tensor, dy: torch.Tensor, r: Routing, card: common.Card
+        self, kind: str, x: torch.Tensor, dy: torch.Tensor, r: Routing, card: lora.Card
     ) -> Case:
         shape = self.shape
         active = sum(size > 0 for size in r.sizes)
@@ -251,11 +243,11 @@ def _targets(variant: str, shape: str, tokens: int) -> dict[str, float]:
 
 
 def bench_shape(
-    name: str, args: argparse.Namespace, card: common.Card, results: report.Results
+    name: str, args: argparse.Namespace, card: lora.Card, results: lora.Results
 ) -> None:
     shape = SHAPES[name]
-    bf16_bytes = 2 * shape.elements * common.weight_sets(shape.elements)
-    if report.free_bytes() < 3 * bf16_bytes:
+    bf16_bytes = 2 * shape.elements * lora.weight_sets(shape.elements)
+    if harness.free_bytes() < 3 * bf16_bytes:
         print(f"{name}: left out: {bf16_bytes / 1e9:.0f} GB of bf16 weights need three times that")
         return
     problem = Problem(name)
@@ -267,19 +259,19 @@ def bench_shape(
                 continue
             x, dy, r = problem.operands(kind, tokens)
             case = problem.case(kind, x, dy, r, card)
-            names = common.QUICK if args.quick else common.COMPUTE
+            names = lora.QUICK if args.quick else lora.COMPUTE
             variants = [problem.baseline(x, r)]
             variants += [problem.variant(variant, x, r, kind) for variant in names]
             results.add(case, variants if args.quick else variants + problem.others(x, r))
 
 
-def first_step_of(point: str) -> None:
-    """In a process of its own: shape:routing:tokens:variant."""
+def first_step_of(point: str) -> tuple[Callable[[int], None], Callable[[int], None]]:
+    """A step of ours and of the baseline, of shape:routing:tokens:variant."""
     name, kind, tokens, variant = point.split(":")
     problem = Problem(name, dequantized=False)
     x, dy, r = problem.operands(kind, int(tokens))
     ours, baseline = problem.variant(variant, x, r, kind), problem.baseline(x, r)
-    report.print_first_step(ours.step(dy), baseline.step(dy))
+    return ours.step(dy), baseline.step(dy)
 
 
 def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
@@ -288,59 +280,33 @@ def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
         s = SHAPES[name]
         title = f"{name} (E={s.experts}, K={s.k}, N={s.n}, top {s.top_k}), {kind}"
         mine = [row for row in rows if (row["shape"], row["routing"]) == (name, kind)]
-        panels.append(report.Panel(title, mine, "tokens", "ratio"))
+        panels.append(lora.Panel(title, mine, "tokens", "ratio"))
     title = (
-        f"{torch.cuda.get_device_name()}, LoRA r={common.RANK} on MXFP4 experts, forward + backward"
+        f"{torch.cuda.get_device_name()}, LoRA r={lora.RANK} on MXFP4 experts, forward + backward"
     )
-    report.plot_ratios(panels, path, title)
+    lora.plot_ratios(panels, path, title)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--routings", nargs="+", default=["balanced", "dense", "sparse"])
-    parser.add_argument("--rows", type=int, nargs="+", help="these M only")
-    parser.add_argument(
-        "--quick", action="store_true", help="A and B, balanced, no forced strategy"
-    )
-    parser.add_argument(
-        "--first-step",
-        nargs="*",
-        metavar="POINT",
-        help="first steps alone, of the usual points or these",
-    )
-    parser.add_argument("--add", action="store_true", help="to the file of a whole run")
-    parser.add_argument("--first-step-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    harness.require_gpu()
-    torch.manual_seed(0)
-    if args.first_step_of:
-        first_step_of(args.first_step_of)
-        return
-    results = report.Results()
-    if args.first_step is not None:
-        points = args.first_step or FIRST_STEPS
-        results.first_steps("lora_grouped_first_step", __file__, points)
-        raise SystemExit(bool(results.failures))
+def bench(args: argparse.Namespace, card: lora.Card, results: lora.Results) -> None:
     if args.quick:
         args.shapes = [name for name in args.shapes if name != "deepseek"]
         args.routings = ["balanced"]
-    whole = args.add or vars(args) == vars(parser.parse_args([]))
-    card = common.Card.measure()
-    print(f"copy {card.copy_gbs:.0f} GB/s, bf16 matmul {card.tflops:.0f} TFLOP/s", flush=True)
-    if not args.quick and not peers.has_triton_kernels():
+    elif not peers.has_triton_kernels():
         print("triton_kernels: left out: not installed")
-    try:
-        for name in args.shapes:
-            bench_shape(name, args, card, results)
-    finally:
-        meta = dict(dtype="bfloat16", rank=common.RANK, scaling=common.SCALING, format=MXFP4.name)
-        meta |= dict(copy_gbs=card.copy_gbs, bf16_tflops=card.tflops)
-        name = "lora_grouped" if whole else "lora_grouped_part"
-        results.report(name, meta, HEAD, plot=plot, add=args.add)
-    raise SystemExit(bool(results.failures))
+    for name in args.shapes:
+        bench_shape(name, args, card, results)
+
+
+def main() -> None:
+    parser = harness.parser(__doc__)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--routings", nargs="+", default=["balanced", "dense", "sparse"])
+    parser.add_argument(
+        "--quick", action="store_true", help="A and B, balanced, no forced strategy"
+    )
+    lora.Benchmark("lora_grouped", __file__, HEAD, FIRST_STEPS, first_step_of, bench, plot).main(
+        parser
+    )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """quantize, dequantize, fake_quantize and quantize_with_values: share of the card's copy bandwidth.
 
-    python benchmarks/ops/bench_quantize.py [--rows 8192 --columns 8192] [--no-torchao]
+    python -m benchmarks.kernels.quantize [--rows 8192 --columns 8192] [--no-torchao]
 
 Bytes are counted once per input and output. Each op is first compared, whole and bit for bit, with torchao's
 quantizer and dequantizer on the same data.
@@ -8,9 +8,7 @@ quantizer and dequantizer on the same data.
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -18,9 +16,7 @@ import torch
 from torchao.prototype.mx_formats.mx_tensor import to_dtype, to_mx
 from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import harness
-
+from benchmarks.shared import harness
 from torchao_mx import MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4, BlockFormat, ScaleCalculationMode, ops
 
 FORMATS = (MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4)
@@ -96,8 +92,7 @@ def bench_format(xs: list[torch.Tensor], fmt: BlockFormat, copy_gbs: float) -> l
         rows.append(
             dict(
                 format=fmt.name, op=op, direction=direction, ms=ms, eager_ms=eager,
-                gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
-                first_check_s=first_s,
+                **harness.moved(nbytes, ms, copy_gbs), first_check_s=first_s,
             )
         )  # fmt: skip
         print(f"{fmt.name:11s} {op:21s} {direction:8s} {ms:.4f} ms {rows[-1]['share']:6.1%}")
@@ -119,8 +114,7 @@ def bench_torchao(xs: list[torch.Tensor], fmt: BlockFormat, copy_gbs: float) -> 
             ms = harness.step_ms(lambda call=call: call(xs[0]))
             rows.append(
                 dict(format=fmt.name, op=f"torchao {name}, {how}", direction="rows", ms=ms,
-                     eager_ms=ms, gbs=nbytes / ms / 1e6, share=nbytes / ms / 1e6 / copy_gbs,
-                     first_check_s=first_s)
+                     eager_ms=ms, **harness.moved(nbytes, ms, copy_gbs), first_check_s=first_s,)
             )  # fmt: skip
             print(f"{fmt.name:11s} {rows[-1]['op']:30s} {ms:.4f} ms {rows[-1]['share']:6.1%}")
     return rows
@@ -145,9 +139,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--rows", type=int, default=8192)
     parser.add_argument("--columns", type=int, default=8192)
     parser.add_argument("--no-torchao", action="store_true", help="skip torchao's own kernels")
@@ -165,10 +157,8 @@ def main() -> None:
     meta = dict(shape=list(shape), dtype="bfloat16", copy_gbs=copy_gbs)
     png = harness.save("quantize", meta, rows)
     plot(rows, png, f"{torch.cuda.get_device_name()}, {args.rows} x {args.columns} bf16")
-    for row in rows:
-        row["share_text"] = f"{row['share']:.1%}"
     columns = dict(format="format", op="op", direction="blocks along", ms="ms (graph)",
-                   eager_ms="ms (eager)", gbs="GB/s", share_text="of copy")  # fmt: skip
+                   eager_ms="ms (eager)", gbs="GB/s", share="of copy")  # fmt: skip
     print(harness.markdown(rows, columns))
 
 

@@ -8,11 +8,12 @@ import functools
 import pathlib
 from collections.abc import Callable, Sequence
 
-import harness
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
+
+from benchmarks.shared import harness
 
 SHAPES = ((8192, 4096, 4096), (1024, 4096, 4096), (8192, 4096, 14336))  # M, K, N
 BASELINE = "bf16"
@@ -30,9 +31,7 @@ COLUMNS = {
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(description)
     parser.add_argument(
         "--shape", type=int, nargs=3, action="append", metavar=("M", "K", "N"), default=None
     )
@@ -50,10 +49,6 @@ def prepared(linear: nn.Linear, config: AOBaseConfig) -> nn.Module:
     model = nn.Sequential(copy.deepcopy(linear))
     quantize_(model, config)
     return model
-
-
-def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.float() - want).norm() / want.norm()).item()
 
 
 def step_of(model: nn.Module, x: torch.Tensor, dy: torch.Tensor) -> Callable[[], None]:
@@ -110,16 +105,19 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str, target: float)
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, height), sharey=True)
     labels = [r["layer"] for r in rows]
     colors = [
-        "#888888" if n == BASELINE else "#c44e52" if "torchao" in n else "#4c72b0" for n in labels
+        harness.BASELINE_COLOR
+        if name == BASELINE
+        else harness.OTHER_COLOR
+        if "torchao" in name
+        else harness.OURS_COLOR
+        for name in labels
     ]
     for ax, key, heading in (
         (left, "ratio", "forward + backward, ratio to bf16"),
         (right, "peak_mb", "peak memory over the model, MB"),
     ):
-        bars = ax.barh(labels, [r[key] for r in rows], color=colors)
-        ax.bar_label(bars, fmt="%.2f" if key == "ratio" else "%.0f", padding=3)
-        ax.set_xlabel(heading)
-        ax.margins(x=0.12)
+        fmt = "%.2f" if key == "ratio" else "%.0f"
+        harness.bars(ax, labels, [r[key] for r in rows], heading, fmt, colors)
     left.axvline(target, color="black", lw=0.8, ls="--")
     left.invert_yaxis()
     harness.save_figure(figure, path, f"{title}, one linear layer {shape} (M x K x N)")

@@ -1,7 +1,7 @@
 """The tables of README.md and benchmarks/README.md, from the JSON in results/; no GPU is needed.
 
-    python benchmarks/report.py            rewrites them
-    python benchmarks/report.py --check    exits with 1 if a document says anything else
+    python -m benchmarks.shared.report            rewrites them
+    python -m benchmarks.shared.report --check    exits with 1 if a document says anything else
 
 A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its function is in ``TABLES``.
 """
@@ -9,14 +9,13 @@ A table stands between ``<!-- table: NAME -->`` and ``<!-- end -->``; its functi
 from __future__ import annotations
 
 import argparse
-import json
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-ROOT = pathlib.Path(__file__).parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+from benchmarks.shared import results
+from benchmarks.shared.results import ROOT, Row
+
 DOCUMENTS = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 MARKED = re.compile(r"(<!-- table: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 SHAPES = {
@@ -27,17 +26,10 @@ SHAPES = {
 WAYS = ("forward", "backward")
 COUNTS = {"kb": "KB", "mflop": "MFLOP", "decoded_k": "thousand weights decoded"}
 VARIANTS = ("bf16 weights (baseline)", "bf16", "fp8", "fp8, dX too")
-Row = dict[str, Any]
-
-
-def result(name: str, gpu: str = "h200") -> Row:
-    """``results/NAME-GPU.json``, or ``results/NAME.json`` of what needs no GPU."""
-    path = RESULTS / (f"{name}-{gpu}.json" if gpu else f"{name}.json")
-    return json.loads(path.read_text())
 
 
 def rows_of(name: str, gpu: str = "h200") -> list[Row]:
-    return result(name, gpu)["rows"]
+    return results.read(name, gpu)["rows"]
 
 
 def values(rows: Iterable[Row], key: str) -> list[Any]:
@@ -156,7 +148,7 @@ def train_recipes() -> str:
 
 
 def quality() -> str:
-    found = result("quality")
+    found = results.read("quality")
     formats = {"mxfp4-weight-only": "MXFP4 weights", "w4a8": "W4A8", "mxfp4": "W4A4"}
 
     def gap(row: Row) -> str:
@@ -219,7 +211,7 @@ def ladder() -> str:
 
 
 def soak() -> str:
-    m = result("soak")["meta"]
+    m = results.read("soak")["meta"]
     lines = [
         ["steps, of them poisoned and skipped", f"{m['steps']:,}, {m['skipped']}"],
         ["different numbers of tokens", f"{m['sizes']:,}"],
@@ -401,14 +393,14 @@ def cost_model() -> str:
 def cost_work() -> str:
     lines = [
         [r["model"], r["part"], *(number(r[f"{way}_{key}"]) for way in WAYS for key in COUNTS)]
-        for r in result("cost_model", gpu="")["work"]
+        for r in results.read("cost_model", gpu="")["work"]
     ]
     heads = [f"{way}: {what}" for way in WAYS for what in COUNTS.values()]
     return table(["gpt-oss", "part", *heads], lines, numbers_from=2)
 
 
 def cost_verdict() -> str:
-    found = result("cost_model", gpu="")
+    found = results.read("cost_model", gpu="")
     meta, predicted = found["meta"], [r for r in found["rows"] if r["use"] == "predicted"]
     worst = max(predicted, key=lambda r: abs(r["error"]))
     line = [f"{meta['close']} of {meta['predicted']}"]
@@ -422,7 +414,7 @@ def cost_scaling() -> str:
             r["model"], f"{r['gpus']:,}", r["plan"], number(r["weights_gb"], 1), number(r["ms"], 0),
             f"{r['tokens_per_s']:,.0f}", r["efficiency"],
         ]
-        for r in result("cost_model", gpu="")["scaling"]
+        for r in results.read("cost_model", gpu="")["scaling"]
         if r["gpus"] in (1, 8, 1000)
     ]  # fmt: skip
     heads = ["gpt-oss", "GPUs", "plan", "weights a GPU, GB", "ms a step", "tokens/s", "efficiency"]
@@ -459,7 +451,9 @@ def main() -> None:
         text = path.read_text()
         fresh = rendered(text)
         if args.check and fresh != text:
-            raise SystemExit(f"{path.name} is not what results/ says: run benchmarks/report.py")
+            raise SystemExit(
+                f"{path.name} is not what results/ says: run python -m benchmarks.shared.report"
+            )
         if fresh != text:
             path.write_text(fresh)
 

@@ -1,8 +1,8 @@
 """Transformer blocks in training, eager and under torch.compile: milliseconds, and what compiling takes.
 
     pip install '.[hf,bench]'
-    python benchmarks/bench_compile.py [--case NAME ...] [--tokens 4096]
-    python benchmarks/bench_compile.py --tiny --device cpu      # gates alone; no time
+    python -m benchmarks.models.compile [--case NAME ...] [--tokens 4096]
+    python -m benchmarks.models.compile --tiny --device cpu      # gates alone; no time
 
 Blocks of transformers' models, bf16 and with random weights: Llama-3-8B's (dense, SDPA) and gpt-oss-20b's (32
 experts, eager attention). A step is forward and backward of ``LAYERS`` of them; a time is that of one block.
@@ -20,19 +20,18 @@ whose last bits differ: within ``TIMES`` as much, or within ``BOUND``.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import pathlib
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 
+from benchmarks.shared import harness
 from torchao_mx import (
     MXDynamicActivationMXWeightConfig,
     MXWeightOnlyConfig,
@@ -165,7 +164,7 @@ class Step:
 
 
 def errors(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {key: ((got[key] - want[key]).norm() / want[key].norm()).item() for key in want}
+    return {key: harness.relative_error(got[key], want[key]) for key in want}
 
 
 def check(name: str, found: dict[str, float], nearby: dict[str, float]) -> None:
@@ -238,9 +237,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     names = [str(case) for case in CASES]
     parser.add_argument("--case", choices=names, action="append", help="default: all")
     parser.add_argument("--tokens", type=int, default=4096)

@@ -1,7 +1,7 @@
 """One mixture-of-experts layer of gpt-oss-20b, LoRA on both projections, against the same in bf16.
 
     pip install '.[hf,bench]'
-    python benchmarks/bench_moe_layer.py [--tokens M ...] [--no-peft]
+    python -m benchmarks.layers.moe_layer [--tokens M ...] [--no-peft]
 
 The layer is transformers' ``GptOssExperts`` (32 experts, H = I = 2880, 4 a token), whose routing is given:
 Gaussian logits and a bias of std 0.5 an expert. Variants, of which all train the same adapters of rank 16:
@@ -17,17 +17,16 @@ lays out in its own way). Peak memory is over what was allocated before.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import pathlib
 import tempfile
 from collections.abc import Callable
 
-import harness
 import torch
 from torch import nn
 from torchao.quantization import quantize_
 
+from benchmarks.shared import harness
 from torchao_mx import MXLoRAExperts, MXWeightOnlyConfig, MXWeightOnlyLoRAConfig, is_experts
 
 EXPERTS, HIDDEN, INNER, TOP_K, RANK, ALPHA = 32, 2880, 2880, 4, 16, 32
@@ -188,7 +187,7 @@ def bench(tokens: int, layers: dict[str, tuple[nn.Module, dict]]) -> list[harnes
     want = results(steps[BASELINE], hidden, weights, layers[BASELINE][1])
     for name, (_, adapters) in layers.items():
         for what, got in results(steps[name], hidden, weights, adapters).items():
-            error = ((got - want[what]).norm() / want[what].norm()).item()
+            error = harness.relative_error(got, want[what])
             harness.gate(
                 f"{tokens} tokens, {name} {what}: {error:.3g}", error <= TOLERANCE.get(name, 8e-2)
             )
@@ -223,11 +222,10 @@ def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
     )
     for ax, tokens in zip(axes[0], sizes, strict=True):
         mine = [row for row in rows if row["tokens"] == tokens]
-        colors = ["#4c72b0" if "MX" in row["variant"] else "#888888" for row in mine]
-        bars = ax.barh([row["variant"] for row in mine], [row["ms"] for row in mine], color=colors)
-        ax.bar_label(bars, fmt="%.1f", padding=3)
-        ax.set(xlabel="forward + backward, ms", title=f"{tokens} tokens")
-        ax.margins(x=0.12)
+        labels, ms = zip(*((row["variant"], row["ms"]) for row in mine), strict=True)
+        colors = [harness.OURS_COLOR if "MX" in n else harness.BASELINE_COLOR for n in labels]
+        harness.bars(ax, labels, ms, "forward + backward, ms", "%.1f", colors)
+        ax.set_title(f"{tokens} tokens")
     axes[0][0].invert_yaxis()
     harness.save_figure(
         figure,
@@ -237,9 +235,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--no-peft", action="store_true")
     args = parser.parse_args()

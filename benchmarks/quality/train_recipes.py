@@ -1,7 +1,7 @@
 """Pretraining from scratch under each recipe: the same model, seed and batches, curves and final losses.
 
-    python benchmarks/train_recipes.py [--minutes 9] [--steps N] [--arm NAME ...] [--data FOLDER]
-    python benchmarks/train_recipes.py --tiny        on a CPU, in a minute; shows that it runs, no result
+    python -m benchmarks.quality.train_recipes [--minutes 9] [--steps N] [--arm NAME ...] [--data FOLDER]
+    python -m benchmarks.quality.train_recipes --tiny    # on a CPU, in a minute; no result
 
 The demo's transformer at 127 M parameters, bf16 weights with fp32 masters, on the text of the installed
 Python packages. Embedding and head stay in bf16. On a GPU a step's forward and backward are CUDA graphs, so
@@ -25,16 +25,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import harness
 import torch
 from torch import nn
 from torchao.core.config import AOBaseConfig
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 from torchao.quantization.transform_module import register_quantize_module_handler
-from train_common import Deadline, save_results
-from train_loop import MasterAdam, learning_rate
 
+from benchmarks.quality.train_loop import MasterAdam, learning_rate
+from benchmarks.shared import harness
 from torchao_mx import (
     MXFP8_E4M3,
     MXDynamicActivationMXWeightConfig,
@@ -116,7 +115,7 @@ def in_nvfp4(model: nn.Module, arm: Arm) -> nn.Module:
 
 
 def train(
-    name: str, settings: Settings, corpus: Corpus, state: pathlib.Path, deadline: Deadline
+    name: str, settings: Settings, corpus: Corpus, state: pathlib.Path, deadline: harness.Deadline
 ) -> dict[str, Any]:
     """The results of an arm, trained to its end; from its checkpoint if there is one."""
     arm, checkpoint = ARMS[name], state / f"{name}.pt"
@@ -185,7 +184,7 @@ def _steps(
     record: dict[str, Any],
     measure: Callable[[nn.Module], torch.Tensor],
     save: Callable[[], None],
-    deadline: Deadline,
+    deadline: harness.Deadline,
 ) -> None:
     losses: list[torch.Tensor] = []
     start, saved = time.monotonic(), time.monotonic()
@@ -273,9 +272,7 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument(
         "--arm", choices=ARMS, action="append", help="train these alone; default: all"
     )
@@ -298,7 +295,7 @@ def main() -> None:
     settings = replace(settings, **{k: v for k, v in changes.items() if v is not None})
     state = pathlib.Path(args.state)
     state.mkdir(parents=True, exist_ok=True)
-    corpus, deadline = load_corpus(settings.data, settings.seq), Deadline(args.minutes)
+    corpus, deadline = load_corpus(settings.data, settings.seq), harness.Deadline(args.minutes)
     n_parameters = sum(p.numel() for p in build_model(settings).parameters())
     # Not corpus.describe(), which names a folder of this machine.
     megabytes = (corpus.pretrain.numel() + corpus.heldout.numel()) / 1e6
@@ -324,7 +321,7 @@ def main() -> None:
     portable = asdict(replace(settings, data=None))
     meta = dict(settings=portable, parameters=n_parameters, tokens=tokens, text=text)
     on_gpu = settings.device == "cuda"
-    png = save_results("train_recipes", rows, meta, None if on_gpu else state)
+    png = harness.save("train_recipes", meta, rows, None if on_gpu else state)
     device = torch.cuda.get_device_name() if on_gpu else "CPU"
     sizes = f"{n_parameters / 1e6:.0f} M parameters, {tokens / 1e6:.0f} M bytes of text"
     plot(rows, png, f"{device}: {sizes}")

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import harness
 import torch
 
+from benchmarks.shared import harness
 from torchao_mx.demo.report import BLUE, GREEN, RED, difference
 
 NAMES = {"mxfp4-weight-only": "MXFP4 weights", "w4a8": "W4A8", "mxfp4": "W4A4"}

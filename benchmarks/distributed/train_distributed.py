@@ -1,16 +1,17 @@
 """LoRA on a model of gpt-oss's shape over several ranks: tokens a second, memory, bytes gathered.
 
     pip install '.[hf,bench]'
-    torchrun --nproc-per-node 8 benchmarks/train_distributed.py --model 120b [--ep 4] [--compile]
-    torchrun --nproc-per-node 8 benchmarks/train_distributed.py --model 20b --method bf16-lora
-    torchrun --nproc-per-node 2 benchmarks/train_distributed.py --model tiny --device cpu --steps 3
-    python benchmarks/train_distributed.py --model tiny --device cpu       # one process, not sharded
+    script=benchmarks.distributed.train_distributed
+    torchrun --nproc-per-node 8 -m $script --model 120b [--ep 4] [--compile]
+    torchrun --nproc-per-node 8 -m $script --model 20b --method bf16-lora
+    torchrun --nproc-per-node 2 -m $script --model tiny --device cpu --steps 3
+    python -m $script --model tiny --device cpu       # one process, not sharded
 
 transformers' GptOssForCausalLM with random frozen weights, made on the card and sharded one block at a time,
 so that no rank ever holds the model. Adapters of rank 16 on both projections of all experts:
 
     lora         experts in MXFP4, MXLoRAExperts; all-gathered packed
-    bf16-lora    bf16 experts with adapters in PyTorch, as bench_moe_layer.py has them: what is done today
+    bf16-lora    bf16 experts with adapters in PyTorch, as moe_layer.py has them: what is done today
 
 FSDP2 over all ranks, a block at a time; with ``--ep P`` experts are split over P ranks, which exchange rows,
 and FSDP2 shards a rank's experts over the rest. Activation checkpointing, AdamW on the adapters, the loss
@@ -28,27 +29,24 @@ import json
 import math
 import os
 import pathlib
-import resource
 import statistics
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import bench_gpt_oss
-import harness
 import torch
 import torch.distributed as dist
-from bench_gpt_oss import ALPHA, LEARNING_RATE, LOSS_TOKENS, MODELS, RANK, chunk_loss
-from bench_moe_layer import WEIGHTS, BaselineExperts
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torchao.quantization import quantize_
 
+from benchmarks.layers.moe_layer import WEIGHTS, BaselineExperts
+from benchmarks.models import gpt_oss
+from benchmarks.models.gpt_oss import ALPHA, LEARNING_RATE, MODELS, RANK
+from benchmarks.shared import harness
 from torchao_mx import MXWeightOnlyLoRAConfig, is_experts
 from torchao_mx.distributed import ExpertParallel
 from torchao_mx.nn.experts.module import local_of
@@ -64,7 +62,7 @@ COLUMNS = dict(
 
 
 class Task(nn.Module):
-    """The loss of tokens ``[B, S]``, a few rows of logits at a time, again in backward."""
+    """``gpt_oss.loss_in_chunks`` as a module, for FSDP2."""
 
     def __init__(self, causal: nn.Module) -> None:
         super().__init__()
@@ -75,13 +73,7 @@ class Task(nn.Module):
         return self.causal.model.layers
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        hidden = self.causal.model(input_ids=ids).last_hidden_state[:, :-1].flatten(0, 1)
-        targets = ids[:, 1:].flatten()
-        parts = [
-            checkpoint(chunk_loss, h, t, self.causal.lm_head, use_reentrant=False)
-            for h, t in zip(hidden.split(LOSS_TOKENS), targets.split(LOSS_TOKENS), strict=True)
-        ]
-        return torch.stack(parts).sum() / len(targets)
+        return gpt_oss.loss_in_chunks(self.causal, ids)
 
 
 def skeleton(size: str, device: str) -> Task:
@@ -98,13 +90,13 @@ def skeleton(size: str, device: str) -> Task:
     return Task(causal.train())
 
 
-def materialize(module: nn.Module, packed: bool) -> None:
+def materialize(module: nn.Module, packed: bool, device: str) -> None:
     """Random frozen weights for what is on meta; experts' in MXFP4 if ``packed``."""
     for prefix, owner in module.named_modules():
         for name, p in owner._parameters.items():
             if p is not None and p.is_meta:
                 is_packed = packed and is_experts(owner) and p.dim() == 3
-                value = bench_gpt_oss.random_parameter(f"{prefix}.{name}", p, is_packed)
+                value = gpt_oss.random_parameter(f"{prefix}.{name}", p, is_packed, device)
                 owner._parameters[name] = value
 
 
@@ -136,7 +128,6 @@ def parallelize(layer: nn.Module, mesh: DeviceMesh, whole: DeviceMesh) -> None:
 
 
 def build(args: argparse.Namespace, ranks: int) -> Task:
-    bench_gpt_oss.DEVICE = args.device  # where its random_parameter makes them
     task = skeleton(args.model, args.device)
     mesh = whole = None
     if dist.is_initialized():
@@ -145,12 +136,12 @@ def build(args: argparse.Namespace, ranks: int) -> Task:
         whole = init_device_mesh(args.device, (ranks,))
     torch.manual_seed(0)  # the same weights on all ranks
     for layer in task.layers:
-        materialize(layer, args.method == LORA)
+        materialize(layer, args.method == LORA, args.device)
         add_adapters(layer, args.method)
         check_alike("adapters as made", adapters_of(layer))
         if mesh is not None:
             parallelize(layer, mesh, whole)
-    materialize(task, packed=False)  # embeddings, head and norm
+    materialize(task, False, args.device)  # embeddings, head and norm
     if whole is not None:
         fully_shard(task, mesh=whole)
     return task
@@ -215,29 +206,6 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Clock:
-    """Milliseconds since it was made, all queued work included."""
-
-    def __init__(self, device: str) -> None:
-        self.is_gpu = device == "cuda"
-        self.start = self._now()
-
-    def _now(self) -> float:
-        if self.is_gpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def ms(self) -> float:
-        return (self._now() - self.start) * 1e3
-
-
-def peak_gb(device: str) -> float:
-    """Of allocated memory on this rank's card; on the CPU what the process had resident."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
-
-
 def run(args: argparse.Namespace, rank: int, ranks: int) -> harness.Row:
     task = build(args, ranks)
     before = {n: local_of(p).detach().clone() for n, p in adapters_of(task).items()}
@@ -263,19 +231,19 @@ def run(args: argparse.Namespace, rank: int, ranks: int) -> harness.Row:
         torch.cuda.reset_peak_memory_stats()
     if args.compile:
         compile_layers(task, args.ep)
-    clock = Clock(args.device)
+    clock = harness.Clock(args.device)
     losses.append(step())
     first_s = clock.ms() / 1e3
     losses += [step() for _ in range(WARMUP)]
     times = []
     for _ in range(args.steps):
-        clock = Clock(args.device)
+        clock = harness.Clock(args.device)
         losses.append(step())
         times.append(clock.ms())
     of_ranks = gathered([loss.item() for loss in losses])
     losses = [statistics.mean(at_step) for at_step in zip(*of_ranks, strict=True)]
     check_trained(task, before, losses)
-    peaks = gathered(peak_gb(args.device))
+    peaks = gathered(harness.peak_gb(args.device))
     ms, tokens = statistics.median(times), ids.numel() * ranks
     return dict(
         model=args.model, method=args.method, attention=args.attention, compiled=args.compile, ranks=ranks,
@@ -303,15 +271,15 @@ def plot(rows: list[harness.Row], path: pathlib.Path, title: str) -> None:
         + f", experts over {r['ep']}" * (r["ep"] > 1)
         for r in rows
     ]
-    colors = ["#888888" if r["method"] == BF16_LORA else "#4c72b0" for r in rows]
+    colors = [
+        harness.BASELINE_COLOR if r["method"] == BF16_LORA else harness.OURS_COLOR for r in rows
+    ]
     figure, axes = plt.subplots(1, 2, figsize=(14, 1.2 + 0.35 * len(rows)), sharey=True)
     for ax, key, heading in zip(
         axes, ("tokens_per_s", "peak_gb"), ("tokens a second", "peak GB a GPU"), strict=True
     ):
-        bars = ax.barh(labels, [r[key] for r in rows], color=colors)
-        ax.bar_label(bars, fmt="{:,.0f}" if key == "tokens_per_s" else "{:.1f}", padding=3)
-        ax.set_xlabel(heading)
-        ax.margins(x=0.12)
+        fmt = "{:,.0f}" if key == "tokens_per_s" else "{:.1f}"
+        harness.bars(ax, labels, [r[key] for r in rows], heading, fmt, colors)
     axes[0].invert_yaxis()
     harness.save_figure(figure, path, title)
 
@@ -332,9 +300,7 @@ def ranks_of(device: str) -> Iterator[tuple[int, int]]:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = harness.parser(__doc__)
     parser.add_argument("--model", choices=MODELS, default="20b")
     parser.add_argument("--method", choices=[LORA, BF16_LORA], default=LORA)
     parser.add_argument("--steps", type=int, default=10, help="timed ones")

@@ -1,6 +1,6 @@
 """NVFP4 forward, MXFP8 backward: one linear layer, forward + backward, against bf16 and NVFP4 QAT.
 
-    python benchmarks/bench_recipe_linear.py [--shape M K N ...]
+    python -m benchmarks.layers.recipe_linear [--shape M K N ...]
 
 Before any time: Y, dX, dW and dbias must agree with fp32 products of the reference's operands, and the
 converted layer must compute the trained forward, bit for bit where products are emulated.
@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 
-import harness
-import layer_common as layer
 import torch
 from torch import nn
 from torchao.quantization import quantize_
 from torchao.quantization.qat import QATConfig
 from torchao.quantization.quantize_.common import KernelPreference
 
+from benchmarks.layers import linear as layer
+from benchmarks.shared import harness
 from torchao_mx import (
     MXDynamicActivationMXWeightConfig,
     NVFP4ForwardMXFP8BackwardConfig,
@@ -66,8 +66,8 @@ def check(
     want["y"] += bias.detach().float()
     got = {"y": y.detach(), "dx": x.grad, "dw": weight.grad}
     for what, actual in got.items():
-        harness.gate(f"{name} {what}", layer.relative_error(actual, want[what]) < BOUND)
-    harness.gate(f"{name} dbias", layer.relative_error(bias.grad, dy.float().sum(0)) < BOUND)
+        harness.gate(f"{name} {what}", harness.relative_error(actual, want[what]) < BOUND)
+    harness.gate(f"{name} dbias", harness.relative_error(bias.grad, dy.float().sum(0)) < BOUND)
     quantize_(model, NVFP4ForwardMXFP8BackwardConfig(step="convert"))
     if config == EMULATED or not has_block_scaled_gemms(x.device):
         harness.gate(f"{name} converted", torch.equal(y, model(x)))
