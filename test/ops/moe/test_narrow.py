@@ -392,7 +392,9 @@ def test_tiles_fill_a_gpu_of_any_generation(device):
                 )
                 used = stages * columns * (rows * x_bytes + ranks * down_bytes)
                 assert stages >= 2 and used <= narrow.SHARED_BYTES
-                rows, columns, stages = narrow._gram_tile(n_rows, max(1, n_groups), ranks, x_bytes)
+                rows, columns, _, stages = narrow._gram_tile(
+                    n_rows, max(1, n_groups), ranks, x_bytes
+                )
                 used = stages * rows * (columns + ranks) * x_bytes
                 assert stages >= 2 and used <= narrow.SHARED_BYTES
 

@@ -73,9 +73,22 @@ def _n_owned(offs_ptr, n_groups, n_rows, GROUPED: tl.constexpr):
 
 @launched
 @triton.jit
-def _sum_rows_kernel(y_ptr, inverse_ptr, weights_ptr, offs_ptr, out_ptr, n_rows, n_groups, C, stride_y,
-                     stride_out, WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TOP_K: tl.constexpr,
-                     COLUMNS: tl.constexpr):  # fmt: skip
+def _sum_rows_kernel(
+    y_ptr,
+    inverse_ptr,
+    weights_ptr,
+    offs_ptr,
+    out_ptr,
+    n_rows,
+    n_groups,
+    C,
+    stride_y,
+    stride_out,
+    WEIGHTED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """A tile of columns of one token."""
     n_owned = _n_owned(offs_ptr, n_groups, n_rows, GROUPED)
     column_tiles = tl.cdiv(C, COLUMNS)
@@ -117,19 +130,45 @@ def sum_rows(
         y, inv = with_unit_rows(y), inverse(order) if inv is None else inv
         with on_device_of(y):
             _sum_rows_kernel[(out.shape[0] * cdiv(columns, COLUMNS),)](
-                y, inv, weights, offs, out, n_rows, 0 if offs is None else offs.shape[0], columns, y.stride(0),
-                out.stride(0), WEIGHTED=weights is not None, GROUPED=offs is not None, TOP_K=top_k,
-                COLUMNS=COLUMNS, num_warps=WARPS,
-            )  # fmt: skip
+                y,
+                inv,
+                weights,
+                offs,
+                out,
+                n_rows,
+                0 if offs is None else offs.shape[0],
+                columns,
+                y.stride(0),
+                out.stride(0),
+                WEIGHTED=weights is not None,
+                GROUPED=offs is not None,
+                TOP_K=top_k,
+                COLUMNS=COLUMNS,
+                num_warps=WARPS,
+            )
     return out
 
 
 @launched
 @triton.jit
-def _combine_backward_kernel(dout_ptr, y_ptr, weights_ptr, inverse_ptr, offs_ptr, dy_ptr, dweights_ptr,
-                             n_rows, n_groups, C, stride_dout, stride_y, GROUPED: tl.constexpr,
-                             TOP_K: tl.constexpr, K_SPAN: tl.constexpr,
-                             COLUMNS: tl.constexpr):  # fmt: skip
+def _combine_backward_kernel(
+    dout_ptr,
+    y_ptr,
+    weights_ptr,
+    inverse_ptr,
+    offs_ptr,
+    dy_ptr,
+    dweights_ptr,
+    n_rows,
+    n_groups,
+    C,
+    stride_dout,
+    stride_y,
+    GROUPED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One token: its rows of dy and its dweights."""
     n_owned = _n_owned(offs_ptr, n_groups, n_rows, GROUPED)
     token = tl.program_id(0).to(tl.int64)
@@ -176,10 +215,24 @@ def combine_backward(
         inv = inverse(order) if inv is None else inv
         with on_device_of(y):
             _combine_backward_kernel[(n_tokens,)](
-                dout, y, weights, inv, offs, dy, dweights, n_rows, 0 if offs is None else offs.shape[0], columns,
-                dout.stride(0), y.stride(0), GROUPED=offs is not None, TOP_K=top_k,
-                K_SPAN=next_power_of_2(top_k), COLUMNS=COLUMNS, num_warps=WARPS,
-            )  # fmt: skip
+                dout,
+                y,
+                weights,
+                inv,
+                offs,
+                dy,
+                dweights,
+                n_rows,
+                0 if offs is None else offs.shape[0],
+                columns,
+                dout.stride(0),
+                y.stride(0),
+                GROUPED=offs is not None,
+                TOP_K=top_k,
+                K_SPAN=next_power_of_2(top_k),
+                COLUMNS=COLUMNS,
+                num_warps=WARPS,
+            )
     return dy, dweights
 
 

@@ -108,9 +108,22 @@ def lora_matmul(
     compute = _compute_strings(x, compute_dtype, grad_compute_dtype, grouped=False)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
-        as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), down,
-        up, None, None, scaling, fmt.name, transpose_weight, strategy, *compute, max_scratch_bytes or 0,
-    )  # fmt: skip
+        as_rows(x),
+        qdata,
+        scale,
+        per_tensor_scale,
+        dense_bias(bias, columns, x),
+        down,
+        up,
+        None,
+        None,
+        scaling,
+        fmt.name,
+        transpose_weight,
+        strategy,
+        *compute,
+        max_scratch_bytes or 0,
+    )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], columns)
 
 
@@ -179,9 +192,22 @@ def lora_grouped_mm(
     compute = _compute_strings(x, compute_dtype, grad_compute_dtype, grouped=True)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
-        x, qdata, scale, per_tensor_scale, bias, down, up, offs, order, scaling, fmt.name,
-        transpose_weight, strategy, *compute, max_scratch_bytes or 0,
-    )  # fmt: skip
+        x,
+        qdata,
+        scale,
+        per_tensor_scale,
+        bias,
+        down,
+        up,
+        offs,
+        order,
+        scaling,
+        fmt.name,
+        transpose_weight,
+        strategy,
+        *compute,
+        max_scratch_bytes or 0,
+    )
     return y
 
 

@@ -28,8 +28,9 @@ _MIN_SCALE = tl.constexpr(MIN_PER_TENSOR_SCALE)
 
 @launched
 @triton.jit
-def _amax_kernel(x_ptr, amax_ptr, offs_ptr, n, columns, n_groups, GROUPED: tl.constexpr,
-                 TILE: tl.constexpr):  # fmt: skip
+def _amax_kernel(
+    x_ptr, amax_ptr, offs_ptr, n, columns, n_groups, GROUPED: tl.constexpr, TILE: tl.constexpr
+):
     """``x [E, n]`` to the largest magnitudes ``[E, P]`` that P programs found: bits of fp32, NaN above all.
 
     GROUPED: of the rows, of ``columns`` elements, in front of the last of the end offsets.
@@ -79,11 +80,22 @@ def amax_scale(
         amax = torch.empty((experts, programs), dtype=torch.int32, device=x.device)
         scale = torch.empty(shape, dtype=torch.float32, device=x.device)
         _amax_kernel[(programs, experts)](
-            x, amax, offs, n, x.shape[-1] if x.dim() else 1, 0 if offs is None else offs.shape[0],
-            GROUPED=offs is not None, TILE=TILE, num_warps=WARPS,
-        )  # fmt: skip
+            x,
+            amax,
+            offs,
+            n,
+            x.shape[-1] if x.dim() else 1,
+            0 if offs is None else offs.shape[0],
+            GROUPED=offs is not None,
+            TILE=TILE,
+            num_warps=WARPS,
+        )
         _scale_kernel[(experts,)](
-            amax, scale, programs, 1 / (E4M3_MAX * fmt.elem_max), SPAN=next_power_of_2(programs),
+            amax,
+            scale,
+            programs,
+            1 / (E4M3_MAX * fmt.elem_max),
+            SPAN=next_power_of_2(programs),
             num_warps=4,
-        )  # fmt: skip
+        )
     return scale
