@@ -14,10 +14,7 @@ from torch.compiler import is_compiling
 
 from torchao_mx import reference
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
-
-# A thread has 16 bytes of each row in flight; to be measured.
-COLUMNS, WARPS = 1024, 4
-INVERSE_TILE = 1024
+from torchao_mx.ops.core.tiles import INVERSE, SUM_ROWS
 
 
 @launched
@@ -35,8 +32,8 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
     n_rows = order.shape[0]
     if n_rows:
         with on_device_of(order):
-            grid = (cdiv(n_rows, INVERSE_TILE),)
-            _inverse_kernel[grid](order, out, n_rows, TILE=INVERSE_TILE)
+            grid = (cdiv(n_rows, INVERSE.size),)
+            _inverse_kernel[grid](order, out, n_rows, TILE=INVERSE.size)
     return out
 
 
@@ -129,7 +126,7 @@ def sum_rows(
     if out.numel() != 0:
         y, inv = with_unit_rows(y), inverse(order) if inv is None else inv
         with on_device_of(y):
-            _sum_rows_kernel[(out.shape[0] * cdiv(columns, COLUMNS),)](
+            _sum_rows_kernel[(out.shape[0] * cdiv(columns, SUM_ROWS.size),)](
                 y,
                 inv,
                 weights,
@@ -143,8 +140,8 @@ def sum_rows(
                 WEIGHTED=weights is not None,
                 GROUPED=offs is not None,
                 TOP_K=top_k,
-                COLUMNS=COLUMNS,
-                num_warps=WARPS,
+                COLUMNS=SUM_ROWS.size,
+                num_warps=SUM_ROWS.warps,
             )
     return out
 
@@ -230,8 +227,8 @@ def combine_backward(
                 GROUPED=offs is not None,
                 TOP_K=top_k,
                 K_SPAN=next_power_of_2(top_k),
-                COLUMNS=COLUMNS,
-                num_warps=WARPS,
+                COLUMNS=SUM_ROWS.size,
+                num_warps=SUM_ROWS.warps,
             )
     return dy, dweights
 

@@ -13,8 +13,6 @@ launch; two where there would be few programs with long sums, which are cut into
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -24,9 +22,9 @@ from torchao_mx.ops.core.launch import (
     cdiv,
     launched,
     multiprocessors,
-    next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.tiles import ADD_SPLITS, GROUP_SUM, gram_tile, low_rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import combine_backward, inverse, sum_rows, with_unit_rows
 
@@ -42,29 +40,10 @@ __all__ = [
 ]
 
 
-class NarrowTile(NamedTuple):
-    """Rows, columns of the wide operand, ranks, and how many such tiles are in flight."""
-
-    rows: int
-    columns: int
-    ranks: int
-    stages: int
-
-
-# Chosen to have 50 KB and more in flight on each multiprocessor of an H200; to be measured.
-SHARED_BYTES = 96 * 1024  # of a program's pipeline: what every GPU since Ampere has
-MAX_STAGES = 4
-MAX_RANKS = 128  # a tile's; higher ranks take several programs, which share the wide operand in L2
-LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS = 128, 256
-# Up to so many rows an average group: rows, columns, stages. Small groups want many programs at once more than
-# deep pipelines: their output is as many bytes as their rows.
-GRAM_TILES = ((32, 32, 256, 2), (256, 64, 128, 2), (2**31, 64, 128, 4))
-SUM_ROWS, SUM_COLUMNS = 32, 128
 # Sums are cut into parts, up to so many, while there are fewer programs than this a multiprocessor: sums over
 # rows while the fp32 partial sums, written and read, are 3 % of the bytes (rank 16), sums over columns, which few
 # rows leave to few programs, down to what a pipeline has in flight.
 MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT, MIN_COLUMNS_PER_SPLIT = 32, 8, 2048, 512
-REDUCE_TILE = 1024
 
 
 @launched
@@ -153,7 +132,7 @@ def low_rank(
         return h
     x = with_unit_rows(x)
     n_groups = 0 if offs is None else offs.shape[0]
-    tile = _low_rank_tile(n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device))
+    tile = low_rank_tile(n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device))
     programs = groups.max_tiles(n_rows, n_groups, tile.rows) * cdiv(r, tile.ranks)
     splits = _splits(columns // MIN_COLUMNS_PER_SPLIT, programs, x.device)
     tile = tile._replace(stages=min(tile.stages, 1 + cdiv(columns, splits * tile.columns)))
@@ -180,26 +159,11 @@ def low_rank(
             GATHERED=order is not None,
             DOT_DTYPE=DOT_DTYPES[x.dtype],
             TILE=tile,
-            num_warps=8 if tile.rows * tile.ranks > 8192 else 4,
+            num_warps=tile.warps,
             num_stages=tile.stages,
         )
         add_splits(sums, h, splits)
     return h
-
-
-def _low_rank_tile(
-    n_rows: int, n_groups: int, r: int, x_bytes: int, down_bytes: int, sms: int
-) -> NarrowTile:
-    """Tall, as each tile of rows reads all of its expert's adapter, but no taller than two average groups, nor so
-    tall that multiprocessors go without.
-    """
-    ranks, rows, columns = _rank_tile(r), LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS
-    while rows > 16 and (rows * n_groups > 2 * n_rows or n_rows // rows + n_groups < sms):
-        rows //= 2
-    while columns > 32 and 3 * columns * (rows * x_bytes + ranks * down_bytes) > SHARED_BYTES:
-        columns //= 2
-    stages = SHARED_BYTES // (columns * (rows * x_bytes + ranks * down_bytes))
-    return NarrowTile(rows, columns, ranks, max(2, min(MAX_STAGES, stages)))
 
 
 @triton.jit
@@ -291,7 +255,7 @@ def gram(
     out = l.new_empty((n_groups, columns, r) if transposed else (n_groups, r, columns), dtype=dtype)
     if out.numel() != 0:
         l, m = with_unit_rows(l), with_unit_rows(m)  # noqa: E741
-        tile = _gram_tile(n_rows, n_groups, _rank_tile(r), m.itemsize)
+        tile = gram_tile(n_rows, n_groups, r, m.itemsize)
         programs = cdiv(columns, tile.columns) * cdiv(r, tile.ranks) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, l.device)
         sums = partial_sums(out, splits)
@@ -318,18 +282,10 @@ def gram(
                 DOT_DTYPE=DOT_DTYPES[m.dtype],
                 TILE=tile,
                 num_stages=tile.stages,
-                num_warps=8 if tile.columns * tile.ranks > 8192 else 4,
+                num_warps=tile.warps,
             )
             add_splits(sums, out, splits)
     return out[0] if offs is None else out
-
-
-def _gram_tile(n_rows: int, n_groups: int, ranks: int, m_bytes: int) -> NarrowTile:
-    """Of GRAM_TILES; fewer columns or stages where accumulators or shared memory would not fit."""
-    rows, columns, stages = next(tile for most, *tile in GRAM_TILES if n_rows <= most * n_groups)
-    columns = min(columns, 256 if ranks < 64 else 128) // (m_bytes // 2)
-    stages = min(stages, SHARED_BYTES // (rows * (columns + ranks) * m_bytes))
-    return NarrowTile(rows, columns, ranks, stages)
 
 
 @launched
@@ -372,7 +328,7 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
     out = dy.new_empty((n_groups, n), dtype=dtype)
     if out.numel() != 0:
         dy = with_unit_rows(dy)
-        programs = cdiv(n, SUM_COLUMNS) * n_groups
+        programs = cdiv(n, GROUP_SUM.k) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, dy.device)
         sums = partial_sums(out, splits)
         with on_device_of(dy):
@@ -387,9 +343,9 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
                 dy.stride(0),
                 E_SPAN=groups.span_of(offs),
                 GROUPED=offs is not None,
-                ROWS=SUM_ROWS,
-                COLUMNS=SUM_COLUMNS,
-                num_warps=4,
+                ROWS=GROUP_SUM.m,
+                COLUMNS=GROUP_SUM.k,
+                num_warps=GROUP_SUM.warps,
             )
             add_splits(sums, out, splits)
     return out[0] if offs is None else out
@@ -424,9 +380,5 @@ def partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
 def add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
     """Add what :func:`partial_sums` gave room for to ``out``, in out's dtype; first to last."""
     if splits > 1:
-        grid = (cdiv(out.numel(), REDUCE_TILE),)
-        _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=REDUCE_TILE)
-
-
-def _rank_tile(r: int) -> int:
-    return min(MAX_RANKS, max(16, next_power_of_2(r)))
+        grid = (cdiv(out.numel(), ADD_SPLITS.size),)
+        _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=ADD_SPLITS.size)

@@ -18,7 +18,7 @@ Alpha 1 without limit and offset is SwiGLU; gpt-oss has alpha 1.702, limit 7, of
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -30,23 +30,9 @@ from torchao_mx.ops.core.arguments import as_rows, operands
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import SWIGLU
 from torchao_mx.ops.moe import groups, narrow
 from torchao_mx.ops.moe.gather import with_unit_rows
-
-
-class SwigluTile(NamedTuple):
-    """A step of a program, and how many rows of them it has."""
-
-    rows: int
-    columns: int
-    warps: int
-    steps: int
-
-
-# A program finds its expert and loads the bias once for ROWS * STEPS rows. Of 65,536 rows of 2 x 2,880 columns, gpt-oss's
-# form with biases reaches 93 / 95 % of the copy bandwidth so (interleaved 83 / 94 %), with one step of 8 rows of 256
-# columns 73 / 84 % (68 / 83 %).
-TILE = SwigluTile(4, 128, warps=2, steps=4)
 
 
 @triton.jit
@@ -197,14 +183,14 @@ def _grid_and_constants(
     limit: float | None,
 ) -> tuple[tuple[int], dict[str, Any]]:
     n_groups = 0 if offs is None else offs.shape[0]
-    slots = groups.max_slots(x.shape[0], n_groups, TILE.rows * TILE.steps)
-    return (slots * cdiv(x.shape[1] // 2, TILE.columns),), dict(
+    slots = groups.max_slots(x.shape[0], n_groups, SWIGLU.rows * SWIGLU.steps)
+    return (slots * cdiv(x.shape[1] // 2, SWIGLU.columns),), dict(
         GROUPED=offs is not None,
         E_SPAN=next_power_of_2(n_groups + 1),
         LIMITED=limit is not None,
         INTERLEAVED=interleaved,
-        TILE=TILE,
-        num_warps=TILE.warps,
+        TILE=SWIGLU,
+        num_warps=SWIGLU.warps,
     )
 
 

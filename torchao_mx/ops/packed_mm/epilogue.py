@@ -18,22 +18,9 @@ import triton.language as tl
 
 from torchao_mx import reference
 from torchao_mx.ops.core.launch import DOT_DTYPES, cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.ops.core.tiles import ADD, ZERO_ROWS, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.reference import Added
-
-
-class AddTile(NamedTuple):
-    """A tile, how many of them along the columns a program has, and ranks at most."""
-
-    rows: int
-    columns: int
-    steps: int
-    ranks: int
-
-
-# 3.0 TB/s of an H200's 4.2; tiles of twice the rows 2.8, of twice the columns too 1.3.
-TILE = AddTile(32, 128, steps=8, ranks=32)
-BEHIND_ROWS, BEHIND_COLUMNS = 16, 1024
 
 
 class _Strides(NamedTuple):
@@ -157,7 +144,7 @@ def finish(
         return
     rank = 0 if h is None else h.shape[1]
     n_groups = 0 if offs is None else offs.shape[0]
-    tile = TILE._replace(ranks=min(TILE.ranks, max(16, next_power_of_2(rank))))
+    tile = ADD._replace(ranks=rank_tile(rank, ADD.ranks))
     programs = groups.max_slots(n_rows, n_groups, tile.rows)
     programs *= cdiv(columns, tile.columns * tile.steps)
     strides = _Strides(
@@ -202,7 +189,7 @@ def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
 
 def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
     rows, columns = y.shape
-    grid = (cdiv(rows, BEHIND_ROWS), cdiv(columns, BEHIND_COLUMNS))
+    grid = (cdiv(rows, ZERO_ROWS.m), cdiv(columns, ZERO_ROWS.k))
     with on_device_of(y):
         _zero_behind_kernel[grid](
             y,
@@ -211,6 +198,6 @@ def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
             rows,
             columns,
             y.stride(0),
-            ROWS=BEHIND_ROWS,
-            COLUMNS=BEHIND_COLUMNS,
+            ROWS=ZERO_ROWS.m,
+            COLUMNS=ZERO_ROWS.k,
         )

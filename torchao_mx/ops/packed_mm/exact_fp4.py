@@ -29,6 +29,7 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import FLAGGED_TILES
 from torchao_mx.ops.packed_mm.fp8.weight import fp8_rows, load_values
 
 # At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph and the extra launches cost
@@ -51,12 +52,13 @@ def _flagged_tiles_kernel(
     N,
     words_per_row,
     HAS_BIAS: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    TILE_WORDS: tl.constexpr,
+    TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
     """Overwrites the flagged rows and columns of ``y``; a program that finds no flag at all returns."""
+    TILE_M: tl.constexpr = TILE.m
+    TILE_N: tl.constexpr = TILE.n
+    TILE_WORDS: tl.constexpr = TILE.k // 8
     any_flag = _any(x_flag_ptr, M) + _any(w_flag_ptr, N)
     if any_flag > 0:
         tiles_n = tl.cdiv(N, TILE_N)
@@ -122,7 +124,7 @@ def recompute_flagged(
 ) -> None:
     """Overwrite the flagged rows and columns of ``y [M, N]`` by the product in bf16 (fp32 in tests)."""
     (m, n), words = y.shape, x[0].shape[1] // 4
-    tiles = cdiv(m, 128) * cdiv(n, 128)
+    tiles = cdiv(m, FLAGGED_TILES.m) * cdiv(n, FLAGGED_TILES.n)
     with on_device_of(y):
         _flagged_tiles_kernel[(min(tiles, multiprocessors(y.device)),)](
             x[0].view(torch.int32),
@@ -137,9 +139,7 @@ def recompute_flagged(
             n,
             words,
             HAS_BIAS=bias is not None,
-            TILE_M=128,
-            TILE_N=128,
-            TILE_WORDS=8,
+            TILE=FLAGGED_TILES,
             DOT_DTYPE=dot_dtype,
             num_warps=8,
         )

@@ -26,7 +26,7 @@ from torchao_mx.formats import format_by_name
 from torchao_mx.ops.core.operands import Packed
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
-from torchao_mx.ops.moe import narrow
+from torchao_mx.ops.core.tiles import MAX_RANKS
 from torchao_mx.ops.moe.gather import with_unit_rows
 from torchao_mx.ops.moe.rows import rows_functions
 from torchao_mx.ops.packed_mm import portable, unpack
@@ -118,7 +118,7 @@ def _product(
 
 def _takes_torch_mm(x: torch.Tensor, r: int, offs: torch.Tensor | None) -> bool:
     """Whether the vendor's GEMM does an adapter's product with the rows of ``x``, or its gradient."""
-    many = x.shape[0] > SKINNY_UP_TO or r > narrow.MAX_RANKS
+    many = x.shape[0] > SKINNY_UP_TO or r > MAX_RANKS
     return x.is_cuda and offs is None and many
 
 

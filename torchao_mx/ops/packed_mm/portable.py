@@ -23,7 +23,6 @@ In MXFP4 and bf16 a pair takes six instructions, of which two multiply, and the 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -39,52 +38,17 @@ from torchao_mx.ops.core.launch import (
     format_on,
     in_words,
     launched,
-    next_power_of_2,
     on_device_of,
     per_tensor_kind,
 )
 from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.core.tiles import PORTABLE_BAND, PORTABLE_MAX_RANKS, portable_tile, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import with_unit_rows
 from torchao_mx.ops.quantization import tile as _tile
 from torchao_mx.reference import Added, Rows
 
-# Row tiles that run side by side: an expert's share the weights that they read in L2.
-BAND = tl.constexpr(8)
-MAX_TILE_RANK = 64
-
-
-class Tile(NamedTuple):
-    """Rows of x, columns of y, the step along the reduced axis, RUN, and how the kernel is pipelined."""
-
-    rows: int
-    columns: int
-    reduced: int
-    run: int
-    num_warps: int
-    num_stages: int
-
-
-# By the GPU's major compute capability, and the average rows of a group up to which a tile is taken. RUN is
-# how many neighbours a thread gives to one instruction; on Blackwell (10) decoded tiles go through tensor
-# memory and nothing is dealt out. Chosen from machine code (registers, instructions), to be measured.
-_MMA = (
-    (8, Tile(16, 128, 64, 4, num_warps=4, num_stages=4)),
-    (20, Tile(32, 128, 64, 4, num_warps=4, num_stages=4)),
-    (80, Tile(64, 128, 64, 4, num_warps=4, num_stages=4)),
-    (math.inf, Tile(128, 128, 64, 4, num_warps=8, num_stages=3)),
-)
-_WGMMA = (
-    (8, Tile(16, 128, 64, 2, num_warps=4, num_stages=4)),
-    (20, Tile(32, 128, 64, 2, num_warps=4, num_stages=4)),
-    (80, Tile(64, 128, 128, 2, num_warps=4, num_stages=3)),
-    (math.inf, Tile(128, 128, 64, 2, num_warps=4, num_stages=4)),
-)
-_TCGEN05 = tuple((average, tile._replace(run=0)) for average, tile in _WGMMA)
-TILES = {9: _WGMMA, 10: _TCGEN05}
-# Plain fp32 instructions. Tiles of 64 columns Triton (3.6, 3.7) multiplies in tf32 on compute capability 10,
-# in spite of the input_precision asked for.
-FP32_TILE = Tile(64, 32, 32, 0, num_warps=4, num_stages=2)
+BAND = tl.constexpr(PORTABLE_BAND)
 
 
 class _Strides(NamedTuple):
@@ -324,7 +288,7 @@ def _fused_kernel(
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """A :class:`Tile` of y; zeros where the rows are unassigned.
+    """A :class:`PortableTile` of y; zeros where the rows are unassigned.
 
     ``strides`` are :class:`_Strides`. WHOLE: the tiles divide the weight. TILE_RANK 0: no adapters.
     """
@@ -469,7 +433,7 @@ def fused_product(
     n_groups = 0 if offs is None else offs.shape[0]
     major = capability(x.device.index)[0] if x.is_cuda else 0
     packed = fmt == MXFP4 and x.dtype == torch.bfloat16 and x.is_cuda
-    tile = _choose_tile(n_rows, n_groups, x.dtype, packed, transpose_weight, major)
+    tile = portable_tile(n_rows, n_groups, x.dtype, packed, transpose_weight, major)
     row_tiles = groups.max_tiles(n_rows, n_groups, tile.rows)
     rank = 0 if h is None else h.shape[1]
     # Wider loads than 8 bytes would keep Triton from decoding in the layout of the product, 3.6 and 3.7.
@@ -510,7 +474,7 @@ def fused_product(
             TRANSPOSE_WEIGHT=transpose_weight,
             E_SPAN=groups.span_of(offs),
             PER_TENSOR=per_tensor_kind(per_tensor_scale),
-            TILE_RANK=0 if rank == 0 else min(max(16, next_power_of_2(rank)), MAX_TILE_RANK),
+            TILE_RANK=0 if rank == 0 else rank_tile(rank, PORTABLE_MAX_RANKS),
             WORD_UNIT=word_unit,
             WHOLE=whole,
             PACKED=packed,
@@ -521,23 +485,6 @@ def fused_product(
             num_stages=tile.num_stages,
         )
     return y
-
-
-def _choose_tile(
-    n_rows: int, n_groups: int, dtype: torch.dtype, packed: bool, transpose_weight: bool, major: int
-) -> Tile:
-    """By the average rows of a group: most groups are one tile then, whose weights are decoded once."""
-    if dtype == torch.float32 and major > 0:
-        return FP32_TILE
-    average = n_rows / max(1, n_groups)
-    tile = next(tile for most, tile in TILES.get(major, _MMA) if average <= most)
-    # What follows keeps a thread's values in its registers.
-    if not packed:
-        rows = min(tile.rows, 64 if major in TILES else 32)
-        return tile._replace(rows=rows, reduced=64, num_warps=4)
-    if major == 9 and transpose_weight and tile.rows == 128:
-        return tile._replace(num_warps=8)
-    return tile
 
 
 def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor, int]:

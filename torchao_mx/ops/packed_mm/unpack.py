@@ -34,14 +34,13 @@ from torchao_mx.ops.core.launch import (
     per_tensor_kind,
 )
 from torchao_mx.ops.core.operands import Packed, aligned_rows
+from torchao_mx.ops.core.tiles import DEQUANTIZE_ROWS, WIDE_ROWS
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops.packed_mm.epilogue import finish
 from torchao_mx.ops.quantization import tile
 from torchao_mx.reference import Added, Rows
 
-DECODE_TILE, DECODE_WARPS = 256, 4  # words of eight elements, as in dequantize.py
-WIDE_ROWS, WIDE_COLUMNS = 4, 1024
 ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
 SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
 
@@ -160,7 +159,7 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
     experts, rows, words = qdata.shape
     pts = scale if w.per_tensor_scale is None else w.per_tensor_scale
     with on_device_of(out):
-        _decode_into_kernel[(cdiv(rows * words, DECODE_TILE), experts)](
+        _decode_into_kernel[(cdiv(rows * words, DEQUANTIZE_ROWS.size), experts)](
             (qdata, scale, pts),
             offs,
             out,
@@ -171,9 +170,9 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
             (out.stride(0) // 8, out.stride(1) // 8),
             SELECTIVE=offs is not None,
             PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
-            TILE=DECODE_TILE,
-            LONG_ROWS=words >= DECODE_TILE,
-            num_warps=DECODE_WARPS,
+            TILE=DEQUANTIZE_ROWS.size,
+            LONG_ROWS=words >= DEQUANTIZE_ROWS.size,
+            num_warps=DEQUANTIZE_ROWS.warps,
             FORMAT=format_on(out.device, w.fmt),
         )
 
@@ -363,7 +362,7 @@ def _wide_rows_triton(
     x = with_unit_rows(x)
     rows = x.new_empty((n_rows, depth))
     rank = 0 if h is None else h.shape[1]
-    grid = (cdiv(n_rows, WIDE_ROWS), cdiv(depth, WIDE_COLUMNS))
+    grid = (cdiv(n_rows, WIDE_ROWS.m), cdiv(depth, WIDE_ROWS.k))
     with on_device_of(x):
         _wide_rows_kernel[grid](
             x,
@@ -380,7 +379,7 @@ def _wide_rows_triton(
             HAS_ORDER=order is not None,
             HAS_H=h is not None,
             ONE=one,
-            ROWS=WIDE_ROWS,
-            COLUMNS=WIDE_COLUMNS,
+            ROWS=WIDE_ROWS.m,
+            COLUMNS=WIDE_ROWS.k,
         )
     return rows

@@ -24,11 +24,8 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import DEQUANTIZE_COLUMNS, DEQUANTIZE_ROWS
 from torchao_mx.ops.quantization import tile
-
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
-ROW_TILE, ROW_WARPS = 256, 4
-COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 64, 64, 4
 
 
 @launched
@@ -153,20 +150,20 @@ def _dequantize_triton(
         if axis == -1:
             words = qdata.view(torch.int32 if f.elem_bits == 4 else torch.int64)
             n_words = words.numel()
-            _dequantize_rows_kernel[(cdiv(n_words, ROW_TILE),)](
+            _dequantize_rows_kernel[(cdiv(n_words, DEQUANTIZE_ROWS.size),)](
                 words,
                 scale,
                 pts,
                 out,
                 n_words,
                 n_words // max(1, qdata.shape[0]),
-                TILE=ROW_TILE,
-                num_warps=ROW_WARPS,
+                TILE=DEQUANTIZE_ROWS.size,
+                num_warps=DEQUANTIZE_ROWS.warps,
                 **common,
             )
         else:
             *_lead, m, k = out.shape
-            tiles = cdiv(m, COLUMN_TILE_M) * cdiv(k, COLUMN_TILE_K)
+            tiles = cdiv(m, DEQUANTIZE_COLUMNS.m) * cdiv(k, DEQUANTIZE_COLUMNS.k)
             grid = (tiles * (out.numel() // (m * k)),)
             _dequantize_columns_kernel[grid](
                 qdata,
@@ -175,9 +172,9 @@ def _dequantize_triton(
                 out,
                 m,
                 k,
-                TILE_M=COLUMN_TILE_M,
-                TILE_K=COLUMN_TILE_K,
-                num_warps=COLUMN_WARPS,
+                TILE_M=DEQUANTIZE_COLUMNS.m,
+                TILE_K=DEQUANTIZE_COLUMNS.k,
+                num_warps=DEQUANTIZE_COLUMNS.warps,
                 **common,
             )
     return out

@@ -28,11 +28,8 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import FAKE_QUANTIZE_COLUMNS, FAKE_QUANTIZE_ROWS
 from torchao_mx.ops.quantization import tile
-
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
-ROW_TILE, ROW_WARPS = 64, 4
-COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 1, 128, 2
 
 
 @triton.jit
@@ -161,7 +158,7 @@ def _fake_quantize_triton(
     with on_device_of(x):
         if quantized_axis_is_contiguous(x_BMK):
             layout = row_layout(x_BMK, f.block_size)
-            _fake_quantize_rows_kernel[(cdiv(layout.n_blocks, ROW_TILE),)](
+            _fake_quantize_rows_kernel[(cdiv(layout.n_blocks, FAKE_QUANTIZE_ROWS.size),)](
                 layout.x,
                 out_BMK,
                 pts,
@@ -170,14 +167,16 @@ def _fake_quantize_triton(
                 layout.x.stride(1),
                 layout.blocks_per_batch,
                 CONTIGUOUS=layout.contiguous,
-                TILE=ROW_TILE,
-                num_warps=ROW_WARPS,
+                TILE=FAKE_QUANTIZE_ROWS.size,
+                num_warps=FAKE_QUANTIZE_ROWS.warps,
                 **common,
             )
         else:
             x_BKM = x_BMK.mT
             batch, m, k = x_BKM.shape
-            tiles = cdiv(m, COLUMN_BLOCKS * f.block_size) * cdiv(k, COLUMN_TILE_K)
+            tiles = cdiv(m, FAKE_QUANTIZE_COLUMNS.m * f.block_size) * cdiv(
+                k, FAKE_QUANTIZE_COLUMNS.k
+            )
             _fake_quantize_columns_kernel[(batch * tiles,)](
                 x_BKM,
                 out_BMK,
@@ -185,9 +184,9 @@ def _fake_quantize_triton(
                 m,
                 k,
                 x_BKM.stride()[:2],
-                BLOCKS=COLUMN_BLOCKS,
-                TILE_K=COLUMN_TILE_K,
-                num_warps=COLUMN_WARPS,
+                BLOCKS=FAKE_QUANTIZE_COLUMNS.m,
+                TILE_K=FAKE_QUANTIZE_COLUMNS.k,
+                num_warps=FAKE_QUANTIZE_COLUMNS.warps,
                 **common,
             )
     return _in_shape_of(x, axis, out_BMK)

@@ -40,13 +40,10 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import QUANTIZE_COLUMNS, QUANTIZE_ROWS
 from torchao_mx.ops.quantization import bf16x2
 from torchao_mx.ops.quantization import tile as _tile
 from torchao_mx.ops.quantization.amax import amax_scale
-
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
-ROW_ELEMENTS, ROW_WARPS = 2048, 2
-COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_TILE_PAIRS, COLUMN_WARPS = 2, 32, 32, 1
 
 
 @launched
@@ -218,7 +215,7 @@ def _launch_rows(
     layout = row_layout(x_BMK, fmt.block_size)
     x = layout.x
     kernel_format = format_on(x.device, fmt)
-    tile = ROW_ELEMENTS // fmt.block_size
+    tile = QUANTIZE_ROWS.size // fmt.block_size
     grid = (cdiv(layout.n_blocks, tile),)
     scale_bytes = bytes_of(scale)
     common = dict(
@@ -227,7 +224,7 @@ def _launch_rows(
         TILE=tile,
         MODE=scaling_mode,
         FORMAT=kernel_format,
-        num_warps=ROW_WARPS,
+        num_warps=QUANTIZE_ROWS.warps,
     )
     with on_device_of(x):
         if (
@@ -279,11 +276,14 @@ def _launch_columns(
 ) -> None:
     """Blocks along M; K is contiguous."""
     batch, m, k = x_BMK.shape
-    tiles_m = cdiv(m, COLUMN_BLOCKS * fmt.block_size)
+    tiles_m = cdiv(m, QUANTIZE_COLUMNS.m * fmt.block_size)
     scale_bytes = bytes_of(scale)
     kernel_format = format_on(x_BMK.device, fmt)
     common = dict(
-        BLOCKS=COLUMN_BLOCKS, MODE=scaling_mode, FORMAT=kernel_format, num_warps=COLUMN_WARPS
+        BLOCKS=QUANTIZE_COLUMNS.m,
+        MODE=scaling_mode,
+        FORMAT=kernel_format,
+        num_warps=QUANTIZE_COLUMNS.warps,
     )
     with on_device_of(x_BMK):
         if (
@@ -293,7 +293,7 @@ def _launch_columns(
             and holds_bf16_pairs(x_BMK)
         ):
             source = x_BMK.view(torch.int32)
-            grid = (batch * tiles_m * cdiv(k // 2, COLUMN_TILE_PAIRS),)
+            grid = (batch * tiles_m * cdiv(k // 2, QUANTIZE_COLUMNS.k),)
             bf16x2.quantize_columns_kernel[grid](
                 source,
                 qdata.view(torch.int16),
@@ -301,12 +301,12 @@ def _launch_columns(
                 m,
                 k,
                 source.stride()[:2],
-                TILE_K=COLUMN_TILE_PAIRS,
+                TILE_K=QUANTIZE_COLUMNS.k,
                 **common,
             )
         else:
             pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
-            grid = (batch * tiles_m * cdiv(k, COLUMN_TILE_K),)
+            grid = (batch * tiles_m * cdiv(k, QUANTIZE_COLUMNS.k),)
             _quantize_columns_kernel[grid](
                 x_BMK,
                 qdata.view(torch.int32),
@@ -316,7 +316,7 @@ def _launch_columns(
                 k,
                 x_BMK.stride()[:2],
                 PER_TENSOR=per_tensor_kind(per_tensor_scale),
-                TILE_K=COLUMN_TILE_K,
+                TILE_K=QUANTIZE_COLUMNS.k,
                 SHORT_MANTISSA=x_BMK.dtype != torch.float32,
                 enable_fp_fusion=not rounds_products(fmt),
                 **common,

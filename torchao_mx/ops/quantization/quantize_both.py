@@ -41,35 +41,12 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import quantize_both_tile
 from torchao_mx.ops.quantization import both_tile
 from torchao_mx.reference import BothDirections
 
 GRID_M = 32768  # tiles of rows on the grid's second axis, which holds 65,535
 FORMS = BothDirections._fields
-
-
-class Tiling(NamedTuple):
-    """How a program's tile is cut; ``stack`` as ``_both_tile.rows_in_order`` has it."""
-
-    m: int
-    k: int
-    warps: int
-    stack: int
-    max_registers: int | None = None
-
-
-def _tiling(forms: list[str], row_fmt: BlockFormat, is_random: bool) -> Tiling:
-    """The fastest on an H200 (benchmarks/ops/bench_quantize_both.py --sweep); of multiples of every block size."""
-    if is_random:
-        return Tiling(32, 64, warps=2, stack=1, max_registers=80)
-    if "columns" not in forms:
-        both_ways = "column_values" in forms
-        return Tiling(32, 128, warps=2 if both_ways else 4, stack=2)
-    if "rows" not in forms:
-        return Tiling(128, 64, warps=4, stack=2)
-    if row_fmt.elem_bits == 8:  # a thread then has 16 columns
-        return Tiling(128, 64, warps=4, stack=1)
-    return Tiling(128, 64, warps=4, stack=2, max_registers=96)
 
 
 @launched
@@ -284,7 +261,7 @@ def _launch(a: Arguments, both: BothDirections, n_rows: int) -> None:
         x, column_fmt, a.column_mode, a.column_scale, both.columns, both.column_values, column_unit
     )
     k = x.shape[1]
-    tile = _tiling(a.forms, row_fmt, seed is not None)
+    tile = quantize_both_tile(a.forms, row_fmt.elem_bits, seed is not None)
     tile = tile._replace(stack=min(tile.stack, column_fmt.block_size // 16))
     tiles_m = cdiv(n_rows, tile.m)
     grid = (cdiv(k, tile.k), min(tiles_m, GRID_M), cdiv(tiles_m, GRID_M))

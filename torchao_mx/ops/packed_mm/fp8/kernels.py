@@ -18,27 +18,13 @@ from torchao_mx.ops.core.launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.tiles import FLAGGED_COLUMNS, FP8_GATHER, FP8_QUANTIZE_ELEMENTS, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.packed_mm.fp8.weight import load_values, words_of
 from torchao_mx.ops.quantization import tile
 from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 
-QUANTIZE_TILE = 4096
-GATHER_ROWS, GATHER_WORDS = 8, 256
-
-
-class FlaggedTile(NamedTuple):
-    """Rows, columns and reduced elements of a tile, pairs a program, and ranks at most."""
-
-    m: int
-    n: int
-    k: int
-    pairs: int
-    rank: int
-
-
-FLAGGED_TILE = FlaggedTile(128, 128, 64, pairs=8, rank=32)
 _MIN_ROW_SCALE = tl.constexpr(definition.MIN_ROW_SCALE)
 
 
@@ -293,7 +279,7 @@ def quantize_rows(
         q_rows = torch.empty((n_rows, columns), dtype=dtype, device=x.device)
         scale_rows = torch.empty(n_rows, dtype=torch.float32, device=x.device)
         words = columns // 4
-        _gather_rows_kernel[(cdiv(n_rows, GATHER_ROWS), cdiv(words, GATHER_WORDS))](
+        _gather_rows_kernel[(cdiv(n_rows, FP8_GATHER.m), cdiv(words, FP8_GATHER.k))](
             q.view(torch.int32),
             scale,
             order,
@@ -303,8 +289,8 @@ def quantize_rows(
             x.shape[0],
             words,
             top_k,
-            ROWS=GATHER_ROWS,
-            WORDS=GATHER_WORDS,
+            ROWS=FP8_GATHER.m,
+            WORDS=FP8_GATHER.k,
             num_warps=4,
         )
     return q_rows, scale_rows
@@ -327,7 +313,7 @@ def _quantized(
     q = torch.empty((tokens, pitch), dtype=dtype, device=x.device)
     scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
     span = next_power_of_2(pitch)
-    rows = max(1, QUANTIZE_TILE // span)
+    rows = max(1, FP8_QUANTIZE_ELEMENTS // span)
     fmt = MXFP8_E4M3 if dtype == torch.float8_e4m3fn else MXFP8_E5M2
     with on_device_of(x):
         _quantize_rows_kernel[(cdiv(tokens, rows),)](
@@ -367,7 +353,7 @@ def recompute_flagged(
     columns = y.shape[1]
     experts, n, per_row = words.shape
     rank = 0 if h is None else h.shape[1]
-    tile = FLAGGED_TILE._replace(rank=min(FLAGGED_TILE.rank, max(16, next_power_of_2(rank))))
+    tile = FLAGGED_COLUMNS._replace(rank=rank_tile(rank, FLAGGED_COLUMNS.rank))
     programs = cdiv(experts * cdiv(columns, tile.n), tile.pairs)
     shares = min(cdiv(2 * multiprocessors(y.device), programs), cdiv(n_rows, tile.m))
     strides = _Strides(

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.ops.core.tiles import FP8_LOWERED_BLOCKS, FP8_LOWERED_COLUMNS_BLOCKS
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.packed_mm.fp8.weight import (
     BLOCK,
@@ -25,7 +26,6 @@ from torchao_mx.ops.packed_mm.fp8.weight import (
 from torchao_mx.ops.quantization import tile as _tile
 
 MAX_SPREAD = tl.constexpr(11)
-TILE_BLOCKS = 1024  # blocks of a tile of rows
 
 
 @launched
@@ -159,7 +159,7 @@ def lowered_rows(
     row_scale = words.new_empty((experts, rows), dtype=torch.float32)
     flag = words.new_empty((experts, rows), dtype=torch.int8)
     span = next_power_of_2(pitch)
-    tile_rows = max(1, TILE_BLOCKS // span)
+    tile_rows = max(1, FP8_LOWERED_BLOCKS // span)
     with on_device_of(words):
         _lowered_kernel[(cdiv(experts * rows, tile_rows),)](
             words,
@@ -200,7 +200,7 @@ def lowered_columns(
     column_scale = words.new_empty((experts, blocks * BLOCK), dtype=torch.float32)
     flag = words.new_empty((experts, blocks))
     largest = column_scales(scale, column_scale, flag, offs)
-    tile_blocks = min(32, next_power_of_2(blocks))
+    tile_blocks = min(FP8_LOWERED_COLUMNS_BLOCKS, next_power_of_2(blocks))
     with on_device_of(words):
         _lowered_columns_kernel[(experts * chunks * cdiv(blocks, tile_blocks),)](
             words,

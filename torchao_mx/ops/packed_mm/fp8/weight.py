@@ -28,15 +28,18 @@ from torchao_mx.ops.core.launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.tiles import (
+    FP8_COLUMN_SCALES_BLOCKS,
+    FP8_COLUMN_SCALES_BYTES,
+    FP8_COLUMNS,
+    FP8_ROWS_WORDS,
+)
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.quantization import tile
 from torchao_mx.reference import fp8 as definition
 
 BLOCK = MXFP4.block_size
 WORDS = BLOCK // 8  # int32 words a block
-ROWS_TILE = 1024  # words of a tile
-COLUMNS_TILE_N, COLUMNS_TILE_BLOCKS = 128, 8
-SCALES_TILE, SCALES_BLOCKS = 32768, 32  # bytes of a tile, and blocks of columns
 _MXFP4 = tl.constexpr(kernel_format(MXFP4, has_fp8_instructions=True))
 _MAX_SPREAD = tl.constexpr(definition.MAX_SPREAD)
 MIN_BYTE, MAX_BYTE = tl.constexpr(definition.MIN_BYTE), tl.constexpr(definition.MAX_BYTE)
@@ -367,8 +370,8 @@ def column_scales(
     """The largest scale byte of each block of columns, int32 ``[E, K / 32]``; column_scale filled, flag zeroed."""
     experts, rows, blocks = scale.shape
     largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
-    tile_blocks = min(SCALES_BLOCKS, next_power_of_2(blocks))
-    tile_rows = min(SCALES_TILE // tile_blocks, next_power_of_2(rows))
+    tile_blocks = min(FP8_COLUMN_SCALES_BLOCKS, next_power_of_2(blocks))
+    tile_rows = min(FP8_COLUMN_SCALES_BYTES // tile_blocks, next_power_of_2(rows))
     with on_device_of(scale):
         _column_scales_kernel[(experts * cdiv(blocks, tile_blocks),)](
             scale,
@@ -408,7 +411,7 @@ def fp8_rows(
     flag = row_flags(qdata) if flag is None else flag
     flag_EN = flag[None] if flag.dim() == 1 else flag
     span = next_power_of_2(blocks)
-    tile_rows = max(1, ROWS_TILE // (span * WORDS))
+    tile_rows = max(1, FP8_ROWS_WORDS // (span * WORDS))
     with on_device_of(words):
         _rows_kernel[(cdiv(experts * rows, tile_rows),)](
             words,
@@ -428,7 +431,7 @@ def fp8_rows(
             ROWS=tile_rows,
             BLOCKS=span,
             WORDS=WORDS,
-            num_warps=4 if span * WORDS <= ROWS_TILE else 8,
+            num_warps=4 if span * WORDS <= FP8_ROWS_WORDS else 8,
         )
     return fp8, row_scale, flag
 
@@ -453,7 +456,7 @@ def fp8_columns(
     flag = column_flags(scale) if flag is None else flag
     flag_EB = flag[None] if flag.dim() == 1 else flag
     largest = column_scales(scale_ENB, column_scale, flag_EB, offs)
-    tiles = cdiv(rows, COLUMNS_TILE_N) * cdiv(blocks, COLUMNS_TILE_BLOCKS)
+    tiles = cdiv(rows, FP8_COLUMNS.m) * cdiv(blocks, FP8_COLUMNS.k)
     with on_device_of(words):
         _columns_kernel[(experts * tiles,)](
             words,
@@ -469,8 +472,8 @@ def fp8_columns(
             flag_EB.stride(0),
             SELECTIVE=offs is not None,
             PTX=words.is_cuda,
-            TILE_N=COLUMNS_TILE_N,
-            BLOCKS=COLUMNS_TILE_BLOCKS,
+            TILE_N=FP8_COLUMNS.m,
+            BLOCKS=FP8_COLUMNS.k,
             WORDS=WORDS,
             num_warps=4,
         )
