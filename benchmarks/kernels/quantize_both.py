@@ -19,6 +19,7 @@ import torch
 
 from benchmarks.shared import harness
 from torchao_mx import MXFP8_E4M3, NVFP4, QuantizeSpec, ops, reference
+from torchao_mx.ops.core.tiles import BothTile
 
 # Not `import torchao_mx.ops.quantize_both`: the package binds the verb over the module's name.
 MODULE = importlib.import_module("torchao_mx.ops.quantization.quantize_both")
@@ -118,8 +119,8 @@ def sweep(cases: list[Case], xs: list[torch.Tensor], copy_gbs: float) -> None:
         for (m, k), warps, stack, registers in itertools.product(TILES, WARPS, STACKS, REGISTERS):
             if not 32 <= m * k // (32 * warps) <= 64:  # elements of a thread
                 continue
-            tiling = MODULE.Tiling(m, k, warps, stack, registers)
-            MODULE._tiling = lambda *_, tiling=tiling: tiling
+            tiling = BothTile(m, k, warps, stack, registers)
+            MODULE.quantize_both_tile = lambda *_, tiling=tiling: tiling
             MODULE._quantize_both_cuda.forget()
             check(case, xs[0])
             found.append((measured(case, xs, copy_gbs)["share"], str(tuple(tiling))))

@@ -48,7 +48,7 @@ from benchmarks.models import compile as blocks
 from benchmarks.models import gpt_oss
 from benchmarks.shared import harness
 from torchao_mx import MXFP4, NVFP4, BlockFormat, ops
-from torchao_mx.ops.core import launch, replay
+from torchao_mx.ops.core import launch, replay, tiles
 from torchao_mx.ops.core.operands import Packed
 from torchao_mx.ops.core.register import implementations
 from torchao_mx.ops.packed_mm import op, portable
@@ -160,15 +160,16 @@ def without_dense_fused() -> contextlib.AbstractContextManager:
 
 
 def without_runs() -> contextlib.AbstractContextManager:
-    def undealt(tiles: Sequence[tuple[float, portable.Tile]]) -> tuple:
-        return tuple((average, tile._replace(run=0)) for average, tile in tiles)
-
-    tiles = {major: undealt(table) for major, table in portable.TILES.items()}
-    return patched((portable, "TILES", tiles), (portable, "_MMA", undealt(portable._MMA)))
+    undealt = {
+        major: tuple((average, tile._replace(run=0)) for average, tile in table)
+        for major, table in tiles.PORTABLE_TILES.items()
+    }
+    return patched((tiles, "PORTABLE_TILES", undealt))
 
 
 def with_older_tiles() -> contextlib.AbstractContextManager:
-    return patched((portable, "TILES", {}))
+    older = dict.fromkeys(tiles.PORTABLE_TILES, tiles.PORTABLE_TILES[8])
+    return patched((tiles, "PORTABLE_TILES", older))
 
 
 class Study(NamedTuple):

@@ -34,7 +34,7 @@ from benchmarks.layers import lora_grouped as grouped
 from benchmarks.models.gpt_oss import LOSS_TOKENS, MODELS, OURS, RANK
 from benchmarks.shared import harness, results
 from torchao_mx import MXFP4
-from torchao_mx.ops.packed_mm.hopper import product
+from torchao_mx.ops.core.tiles import hopper_backward_tile, hopper_forward_tile
 from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, HOPPER_CROSSOVER
 
 BF16 = 2  # bytes
@@ -139,7 +139,7 @@ class Product:
         return 2 * self.rows * (self.n * self.k + RANK * (self.n if forward else self.k))
 
     def fused(self, forward: bool) -> list[Kernel]:
-        tile_of = product._forward_tile if forward else product._backward_tile
+        tile_of = hopper_forward_tile if forward else hopper_backward_tile
         tile, *_ = tile_of(self.rows, len(self.sizes))
         tiles, work = sum(-(-size // tile) for size in self.sizes), self.n * self.k
         moved = self.weights * PACKED + self.rows * (self.n + self.k) * BF16

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from benchmarks.models import ablation
-from torchao_mx.ops.core import launch, register, replay
-from torchao_mx.ops.packed_mm import op, portable
+from torchao_mx.ops.core import launch, register, replay, tiles
+from torchao_mx.ops.packed_mm import op
 
 CUDA = torch.device("cuda")
 
@@ -56,8 +56,8 @@ def test_strategies():
 
 def test_tiles():
     def runs():
-        tiles = [portable._choose_tile(4096, 8, torch.bfloat16, True, True, m) for m in (8, 9, 10)]
-        return [tile.run for tile in tiles]
+        found = [tiles.portable_tile(4096, 8, torch.bfloat16, True, True, m) for m in (8, 9, 10)]
+        return [tile.run for tile in found]
 
     before = runs()
     assert before == [4, 2, 0]

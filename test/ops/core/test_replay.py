@@ -254,6 +254,39 @@ class AddOne:
             launches.recording.append((self, (1,), [source, target, n]))
 
 
+class AddOneToATuple(AddOne):
+    """The same with its operands as a tuple, beside tuples without tensors."""
+
+    def run(self, *arguments):
+        *others, strides, operands, size = arguments
+        assert strides == (1, (2, 3)) and type(operands) is tuple
+        source, target, nothing, factor = operands
+        assert nothing is None and factor == 0.5
+        super().run(*others, source, target, *size)
+
+    def launch(self, source, target):
+        n = source.numel()
+        self.add(source.data_ptr(), target.data_ptr(), n)
+        if launches.recording is not None:
+            arguments = [(1, (2, 3)), (source, target, None, 0.5), (n,)]
+            launches.recording.append((self, (1,), arguments))
+
+
+def of_launches_with_tuples(x):
+    y = torch.empty((2, len(x)), dtype=x.dtype)
+    AddOneToATuple().launch(x, y[1])
+    AddOneToATuple().launch(y[1], y[0])
+    return (y + 0,)
+
+
+def test_tuples_of_tensors_are_replayed(replays):
+    call = _replay.replayed(of_launches_with_tuples)
+    for seed in range(5):
+        x = torch.arange(3) + seed
+        assert_equal(call(x), (torch.stack([x + 2, x + 1]),))
+    assert len(replays) == 3
+
+
 def of_launches(x):
     """Two scratches at most are there at a time, at addresses that come up again."""
     for _ in range(6):

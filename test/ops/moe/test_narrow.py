@@ -7,6 +7,7 @@ import pytest
 import torch
 from _grids import assert_close, generator, name_of
 
+from torchao_mx.ops.core import tiles
 from torchao_mx.ops.moe import gather, narrow
 from torchao_mx.ops.moe import groups as _groups
 
@@ -160,7 +161,7 @@ def test_low_rank_splits(device, dtype, groups, top_k, columns, many_processors,
     if top_k is not None and groups == "dense_one_row":
         pytest.skip("one row is no multiple of five")
     monkeypatch.setattr(narrow, "MIN_COLUMNS_PER_SPLIT", 16)
-    monkeypatch.setattr(narrow, "LOW_RANK_COLUMNS", 32)
+    monkeypatch.setattr(tiles, "LOW_RANK_COLUMNS", 32)
     add_splits, parts = narrow.add_splits, []
     monkeypatch.setattr(narrow, "add_splits", lambda *a: parts.append(a[2]) or add_splits(*a))
     for transposed in (False, True):
@@ -387,14 +388,16 @@ def test_tiles_fill_a_gpu_of_any_generation(device):
     for r in (1, 16, 64, 128, 256):
         for n_rows, n_groups in ((64, 128), (2048, 0), (2048, 128), (131072, 0), (131072, 32)):
             for x_bytes, down_bytes in ((2, 2), (2, 4), (4, 4)):
-                rows, columns, ranks, stages = narrow._low_rank_tile(
+                rows, columns, ranks, stages, _ = tiles.low_rank_tile(
                     n_rows, n_groups, r, x_bytes, down_bytes, 132
                 )
                 used = stages * columns * (rows * x_bytes + ranks * down_bytes)
-                assert stages >= 2 and used <= narrow.SHARED_BYTES
-                rows, columns, stages = narrow._gram_tile(n_rows, max(1, n_groups), ranks, x_bytes)
+                assert stages >= 2 and used <= tiles.SHARED_BYTES
+                rows, columns, ranks, stages, _ = tiles.gram_tile(
+                    n_rows, max(1, n_groups), r, x_bytes
+                )
                 used = stages * rows * (columns + ranks) * x_bytes
-                assert stages >= 2 and used <= narrow.SHARED_BYTES
+                assert stages >= 2 and used <= tiles.SHARED_BYTES
 
 
 @pytest.mark.gpu

@@ -5,6 +5,7 @@ import torch
 from _grids import generator, relative_error
 
 from torchao_mx import MXFP4, MXFP8_E4M3, ops, reference
+from torchao_mx.ops.core.tiles import hopper_backward_tile, hopper_forward_tile
 from torchao_mx.ops.packed_mm.hopper import product
 from torchao_mx.reference import Added, Rows
 
@@ -230,7 +231,7 @@ def test_where_they_apply():
 def test_how_many_parts():
     def parts(rows, reduced, columns, forward=True):
         tile_t, *_, two, _ = (
-            product._forward_tile(rows, 0) if forward else product._backward_tile(rows, 0)
+            hopper_forward_tile(rows, 0) if forward else hopper_backward_tile(rows, 0)
         )
         programs = -(-rows // tile_t) * -(-columns // (128 if forward else 256))
         return product._splits(rows, reduced, 64 if forward else 32, programs, two, 132)

@@ -6,6 +6,7 @@ from _grids import FORMATS, as_bytes, assert_same_values, generator, name_of, re
 
 from torchao_mx import MXFP4, MXFP8_E4M3, NVFP4, reference
 from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.core.tiles import PORTABLE_TILES
 from torchao_mx.ops.packed_mm import portable
 from torchao_mx.reference import Added, Rows
 
@@ -44,7 +45,7 @@ ROUTINGS = {
     "no_rows": ([0, 0, 0], 0),
     "whole_tiles": ([32, 64, 192], 192),
 }
-TILES = sorted({tile for table in (portable._MMA, *portable.TILES.values()) for _, tile in table})
+TILES = sorted({tile for table in PORTABLE_TILES.values() for _, tile in table})
 
 
 @pytest.fixture(autouse=True)
@@ -185,7 +186,7 @@ def test_half_a_block_pair(device, dtype, transpose_weight):
 @pytest.mark.parametrize("tile", TILES, ids=lambda tile: "-".join(map(str, tile)))
 def test_every_tile(device, dtype, transpose_weight, tile, monkeypatch):
     """Results depend on no tile nor on how the values are dealt out, whatever GPU it is meant for."""
-    monkeypatch.setattr(portable, "_choose_tile", lambda *args: tile)
+    monkeypatch.setattr(portable, "portable_tile", lambda *args: tile)
     args = operands("ragged", dtype, MXFP4, transpose_weight, 136, 160, rank=8, bias=True)
     check(device, args)
 

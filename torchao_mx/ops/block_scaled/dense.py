@@ -92,9 +92,16 @@ def _native_product(*args: Any) -> torch.Tensor:
     scales_a, recipes_a, swizzles_a = scaling_of(a, blocked_a, t.a_per_tensor)
     scales_b, recipes_b, swizzles_b = scaling_of(b, blocked_b, t.b_per_tensor)
     return F.scaled_mm(
-        t.a_qdata.view(a.elem_dtype), t.b_qdata.view(b.elem_dtype).t(), scales_a, recipes_a, scales_b,
-        recipes_b, swizzles_a, swizzles_b, output_dtype=t.dtype,
-    )  # fmt: skip
+        t.a_qdata.view(a.elem_dtype),
+        t.b_qdata.view(b.elem_dtype).t(),
+        scales_a,
+        recipes_a,
+        scales_b,
+        recipes_b,
+        swizzles_a,
+        swizzles_b,
+        output_dtype=t.dtype,
+    )
 
 
 def scaling_of(
@@ -154,9 +161,14 @@ def block_scaled_mm(
     """
     if a.values is None and b.values is None:
         y = block_scaled_mm_op(
-            *a.packed, a.per_tensor_scale, *b.packed, b.per_tensor_scale, a.format.name,
-            b.format.name, dtype,
-        )  # fmt: skip
+            *a.packed,
+            a.per_tensor_scale,
+            *b.packed,
+            b.per_tensor_scale,
+            a.format.name,
+            b.format.name,
+            dtype,
+        )
         return y if bias is None else y + bias
     columns = (b if a.values is None else a).values.shape[1]
     return product(a.decoded(dtype, columns), b.decoded(dtype, columns), bias)

@@ -115,9 +115,17 @@ def _native_product(*args: Any) -> torch.Tensor:
     scales_a, recipes, swizzles = scaling_of(fmt, a_scale, per_group(t.a_per_tensor))
     scales_b, _, _ = scaling_of(fmt, b_scale, per_group(t.b_per_tensor))
     y = F.scaled_grouped_mm(
-        t.a_qdata.view(fmt.elem_dtype), t.b_qdata.view(fmt.elem_dtype).mT, scales_a, recipes, scales_b,
-        recipes, swizzles, swizzles, offs=t.offs, output_dtype=t.dtype,
-    )  # fmt: skip
+        t.a_qdata.view(fmt.elem_dtype),
+        t.b_qdata.view(fmt.elem_dtype).mT,
+        scales_a,
+        recipes,
+        scales_b,
+        recipes,
+        swizzles,
+        swizzles,
+        offs=t.offs,
+        output_dtype=t.dtype,
+    )
     if t.groups_rows:
         finish(y, y, t.offs, Added(bias=t.bias))
     return y

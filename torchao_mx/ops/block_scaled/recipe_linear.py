@@ -83,9 +83,13 @@ def _forward(*args: Any) -> list[torch.Tensor]:
     a = Forward(*args)
     x, native = a.x, a.native
     x_rows, x_columns = _quantized(
-        x, a.forward, a.backward if a.keeps_columns else None, x.dtype, packed_rows=native,
+        x,
+        a.forward,
+        a.backward if a.keeps_columns else None,
+        x.dtype,
+        packed_rows=native,
         packed_columns=True,
-    )  # fmt: skip
+    )
     w_rows, _ = _quantized(
         a.weight, a.forward, None, x.dtype, packed_rows=native, packed_columns=native
     )
@@ -147,8 +151,13 @@ def _backward(*args: Any) -> list[torch.Tensor]:
     options = {"packed_rows": a.native, "packed_columns": a.native}
     gradients = []
     dy_rows, dy_columns = _quantized(
-        dy, a.grad if needs_dx else None, a.grad if needs_dw else None, dy.dtype, seed=a.seed, **options
-    )  # fmt: skip
+        dy,
+        a.grad if needs_dx else None,
+        a.grad if needs_dw else None,
+        dy.dtype,
+        seed=a.seed,
+        **options,
+    )
     if needs_dx:
         _, w_columns = _quantized(a.weight, None, a.backward, dy.dtype, **options)
         gradients.append(block_scaled_mm(dy_rows, w_columns, dy.dtype))

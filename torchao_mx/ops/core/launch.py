@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from torchao_mx.formats import BlockFormat
+from torchao_mx.formats import MXFP8_E4M3, BlockFormat
 
 
 # Triton's own are functions for kernels too, and cost the host some microseconds a call.
@@ -79,7 +79,8 @@ class launched:
 
     Triton binds and specialises the arguments anew at each launch. Here they are reduced to what Triton
     specialises on, its compiled kernel is looked up by that, and called. Constexpr parameters have to come last
-    and be given by name, all others by position.
+    and be given by name, all others by position. An argument may be a tuple of tensors, numbers and None, or of
+    numbers and tuples of numbers; Triton specialises their parts, whatever ``do_not_specialize`` says.
     """
 
     def __init__(self, kernel: Any) -> None:
@@ -154,6 +155,8 @@ def _specialisation(argument: Any) -> Any:
         return (argument & 15 == 0) + 2 * (argument == 1) + 4 * fits
     if isinstance(argument, torch.Tensor):
         return argument.dtype, argument.data_ptr() & 15 == 0
+    if isinstance(argument, tuple):
+        return tuple([_specialisation(a) for a in argument])
     return kind
 
 
@@ -184,17 +187,48 @@ def in_words(t: torch.Tensor, size: int) -> torch.Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
-def format_constants(fmt: BlockFormat, device: torch.device) -> dict[str, object]:
-    """The constexprs by which a kernel knows ``fmt``."""
-    return {
-        "EXPONENT_BITS": fmt.exponent_bits,
-        "MANTISSA_BITS": fmt.mantissa_bits,
-        "MAX_EXPONENT": fmt.max_exponent,
-        "ELEM_MAX": fmt.elem_max,
-        "BLOCK": fmt.block_size,
-        "E8M0": fmt.scale_dtype == torch.float8_e8m0fnu,
-        "FP8_INSTRUCTIONS": has_fp8_instructions(device),
-    }
+class KernelFormat(NamedTuple):
+    """A format as kernels take it: the constexpr ``FORMAT``.
+
+    ``scale`` is the format of the block scales' elements, or None for E8M0.
+    """
+
+    exponent_bits: int
+    mantissa_bits: int
+    max_exponent: int
+    elem_max: float
+    block_size: int
+    has_fp8_instructions: bool
+    scale: KernelFormat | None = None
+
+    @property
+    def elem_bits(self) -> int:
+        return 1 + self.exponent_bits + self.mantissa_bits
+
+    @property
+    def nan_scale(self) -> int:
+        """The scale byte of a block of NaN."""
+        return 0xFF if self.scale is None else 0x7F
+
+
+def kernel_format(fmt: BlockFormat, has_fp8_instructions: bool) -> KernelFormat:
+    """``fmt`` for a device with or without instructions that convert to and from fp8."""
+    elements = KernelFormat(
+        fmt.exponent_bits,
+        fmt.mantissa_bits,
+        fmt.max_exponent,
+        fmt.elem_max,
+        fmt.block_size,
+        has_fp8_instructions,
+    )
+    if fmt.scale_dtype == torch.float8_e8m0fnu:
+        return elements
+    return elements._replace(scale=kernel_format(MXFP8_E4M3, has_fp8_instructions))
+
+
+def format_on(device: torch.device, fmt: BlockFormat) -> KernelFormat:
+    """``fmt`` as kernels on ``device`` take it."""
+    return kernel_format(fmt, has_fp8_instructions(device))
 
 
 def batched_rows(x: torch.Tensor) -> torch.Tensor:

@@ -86,11 +86,30 @@ class _Call(NamedTuple):
         return self.func(*args, **kwargs)
 
 
+class _Launched(NamedTuple):
+    """A launch: its arguments in one list, the addresses that are written into it, and what is a tuple there."""
+
+    run: Callable[..., None]
+    template: list[Any]
+    patches: list[tuple[int, int, int]]  # position, buffer, offset
+    tuples: list[
+        tuple[int, int]
+    ]  # of tensors, by their first position and the end; the last one first
+
+    def __call__(self, first: list[int], stream: int | None) -> None:
+        arguments = self.template.copy()
+        for position, buffer, offset in self.patches:
+            arguments[position] = first[buffer] + offset
+        for begin, end in self.tuples:
+            arguments[begin:end] = [tuple(arguments[begin:end])]
+        self.run(*arguments, stream=stream)
+
+
 class _Step(NamedTuple):
     """A launch or a call, what is allocated for it, and what is dropped behind it."""
 
     allocate: list[tuple[int, _Buffer]]
-    launch: tuple[Any, list[Any], list[tuple[int, int, int]]] | None  # position, buffer, offset
+    launch: _Launched | None
     call: _Call | None
     drop: list[int]
 
@@ -129,11 +148,7 @@ class _Recording:
                     t = torch.empty_strided(size, stride, dtype=dtype, device=device)
                     buffers[buffer], first[buffer] = t, t.data_ptr()
                 if launch is not None:
-                    run, template, patches = launch
-                    arguments = template.copy()
-                    for position, buffer, offset in patches:
-                        arguments[position] = first[buffer] + offset
-                    run(*arguments, stream=stream)
+                    launch(first, stream)
                 else:
                     result = call(buffers)
                     flat = result if isinstance(result, (tuple, list)) else (result,)
@@ -251,15 +266,29 @@ class _Recorder(TorchDispatchMode):
             raise _Unrepeatable
         compiled, grid, arguments = launch
         template: list[Any] = []
-        allocate, patches = [], []
-        for argument in arguments:
+        allocate, patches, tuples = [], [], []
+
+        def add(argument: Any) -> None:
             if isinstance(argument, torch.Tensor):
                 if argument.numel():
                     place = self._place(argument, allocate)
                     patches.append((len(template), place.buffer, place.offset))
                 argument = 0
+            elif isinstance(argument, tuple) and next(_tensors(argument), None) is not None:
+                raise _Unrepeatable  # a tuple in a tuple holds numbers
             template.append(argument)
-        step = _Step(allocate, (runner(compiled, grid), template, patches), None, [])
+
+        for argument in arguments:
+            if isinstance(argument, tuple) and next(_tensors(argument), None) is not None:
+                first = len(template)
+                for part in argument:
+                    add(part)
+                tuples.insert(0, (first, len(template)))
+            else:
+                add(argument)
+        step = _Step(
+            allocate, _Launched(runner(compiled, grid), template, patches, tuples), None, []
+        )
         return step, {buffer for _, buffer, _ in patches}
 
     def _call(self, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[_Step, set[int]]:

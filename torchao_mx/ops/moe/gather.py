@@ -14,10 +14,7 @@ from torch.compiler import is_compiling
 
 from torchao_mx import reference
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
-
-# A thread has 16 bytes of each row in flight; to be measured.
-COLUMNS, WARPS = 1024, 4
-INVERSE_TILE = 1024
+from torchao_mx.ops.core.tiles import INVERSE, SUM_ROWS
 
 
 @launched
@@ -35,8 +32,8 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
     n_rows = order.shape[0]
     if n_rows:
         with on_device_of(order):
-            grid = (cdiv(n_rows, INVERSE_TILE),)
-            _inverse_kernel[grid](order, out, n_rows, TILE=INVERSE_TILE)
+            grid = (cdiv(n_rows, INVERSE.size),)
+            _inverse_kernel[grid](order, out, n_rows, TILE=INVERSE.size)
     return out
 
 
@@ -73,9 +70,22 @@ def _n_owned(offs_ptr, n_groups, n_rows, GROUPED: tl.constexpr):
 
 @launched
 @triton.jit
-def _sum_rows_kernel(y_ptr, inverse_ptr, weights_ptr, offs_ptr, out_ptr, n_rows, n_groups, C, stride_y,
-                     stride_out, WEIGHTED: tl.constexpr, GROUPED: tl.constexpr, TOP_K: tl.constexpr,
-                     COLUMNS: tl.constexpr):  # fmt: skip
+def _sum_rows_kernel(
+    y_ptr,
+    inverse_ptr,
+    weights_ptr,
+    offs_ptr,
+    out_ptr,
+    n_rows,
+    n_groups,
+    C,
+    stride_y,
+    stride_out,
+    WEIGHTED: tl.constexpr,
+    GROUPED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """A tile of columns of one token."""
     n_owned = _n_owned(offs_ptr, n_groups, n_rows, GROUPED)
     column_tiles = tl.cdiv(C, COLUMNS)
@@ -116,20 +126,46 @@ def sum_rows(
     if out.numel() != 0:
         y, inv = with_unit_rows(y), inverse(order) if inv is None else inv
         with on_device_of(y):
-            _sum_rows_kernel[(out.shape[0] * cdiv(columns, COLUMNS),)](
-                y, inv, weights, offs, out, n_rows, 0 if offs is None else offs.shape[0], columns, y.stride(0),
-                out.stride(0), WEIGHTED=weights is not None, GROUPED=offs is not None, TOP_K=top_k,
-                COLUMNS=COLUMNS, num_warps=WARPS,
-            )  # fmt: skip
+            _sum_rows_kernel[(out.shape[0] * cdiv(columns, SUM_ROWS.size),)](
+                y,
+                inv,
+                weights,
+                offs,
+                out,
+                n_rows,
+                0 if offs is None else offs.shape[0],
+                columns,
+                y.stride(0),
+                out.stride(0),
+                WEIGHTED=weights is not None,
+                GROUPED=offs is not None,
+                TOP_K=top_k,
+                COLUMNS=SUM_ROWS.size,
+                num_warps=SUM_ROWS.warps,
+            )
     return out
 
 
 @launched
 @triton.jit
-def _combine_backward_kernel(dout_ptr, y_ptr, weights_ptr, inverse_ptr, offs_ptr, dy_ptr, dweights_ptr,
-                             n_rows, n_groups, C, stride_dout, stride_y, GROUPED: tl.constexpr,
-                             TOP_K: tl.constexpr, K_SPAN: tl.constexpr,
-                             COLUMNS: tl.constexpr):  # fmt: skip
+def _combine_backward_kernel(
+    dout_ptr,
+    y_ptr,
+    weights_ptr,
+    inverse_ptr,
+    offs_ptr,
+    dy_ptr,
+    dweights_ptr,
+    n_rows,
+    n_groups,
+    C,
+    stride_dout,
+    stride_y,
+    GROUPED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    K_SPAN: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """One token: its rows of dy and its dweights."""
     n_owned = _n_owned(offs_ptr, n_groups, n_rows, GROUPED)
     token = tl.program_id(0).to(tl.int64)
@@ -176,10 +212,24 @@ def combine_backward(
         inv = inverse(order) if inv is None else inv
         with on_device_of(y):
             _combine_backward_kernel[(n_tokens,)](
-                dout, y, weights, inv, offs, dy, dweights, n_rows, 0 if offs is None else offs.shape[0], columns,
-                dout.stride(0), y.stride(0), GROUPED=offs is not None, TOP_K=top_k,
-                K_SPAN=next_power_of_2(top_k), COLUMNS=COLUMNS, num_warps=WARPS,
-            )  # fmt: skip
+                dout,
+                y,
+                weights,
+                inv,
+                offs,
+                dy,
+                dweights,
+                n_rows,
+                0 if offs is None else offs.shape[0],
+                columns,
+                dout.stride(0),
+                y.stride(0),
+                GROUPED=offs is not None,
+                TOP_K=top_k,
+                K_SPAN=next_power_of_2(top_k),
+                COLUMNS=SUM_ROWS.size,
+                num_warps=SUM_ROWS.warps,
+            )
     return dy, dweights
 
 

@@ -66,8 +66,9 @@ def _load_ends(offs_ptr, index, n_rows, E):
 
 
 @triton.jit
-def tile_rows(offs_ptr, n_rows, tile, E, E_SPAN: tl.constexpr, TILE: tl.constexpr,
-              GROUPED: tl.constexpr):  # fmt: skip
+def tile_rows(
+    offs_ptr, n_rows, tile, E, E_SPAN: tl.constexpr, TILE: tl.constexpr, GROUPED: tl.constexpr
+):
     """(group, first row, end of the group's rows) of the ``tile``-th tile of at most TILE rows.
 
     Tiles are numbered group by group and cross none. The group is E for nobody's rows; behind the last tile
@@ -96,8 +97,9 @@ def max_slots(n_rows: int, n_groups: int, tile: int) -> int:
 
 
 @triton.jit
-def slot_rows(offs_ptr, n_rows, slot, E, E_SPAN: tl.constexpr, TILE: tl.constexpr,
-              GROUPED: tl.constexpr):  # fmt: skip
+def slot_rows(
+    offs_ptr, n_rows, slot, E, E_SPAN: tl.constexpr, TILE: tl.constexpr, GROUPED: tl.constexpr
+):
     """As :func:`tile_rows` of ascending offsets, with one reduction in place of its scans.
 
     The tiles of the group e have the slots ``e + start // TILE`` and on: enough, in order, and some empty, where

@@ -22,44 +22,62 @@ from torchao_mx.ops.core.launch import (
     cdiv,
     launched,
     multiprocessors,
-    next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.tiles import ADD_SPLITS, GROUP_SUM, gram_tile, low_rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import combine_backward, inverse, sum_rows, with_unit_rows
 
 __all__ = [
-    "add_splits", "combine_backward", "gram", "group_sum", "inverse", "low_rank", "partial_sums",
+    "add_splits",
+    "combine_backward",
+    "gram",
+    "group_sum",
+    "inverse",
+    "low_rank",
+    "partial_sums",
     "sum_rows",
-]  # fmt: skip
+]
 
-# Chosen to have 50 KB and more in flight on each multiprocessor of an H200; to be measured.
-SHARED_BYTES = 96 * 1024  # of a program's pipeline: what every GPU since Ampere has
-MAX_STAGES = 4
-MAX_RANKS = 128  # a tile's; higher ranks take several programs, which share the wide operand in L2
-LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS = 128, 256
-# Up to so many rows an average group: rows, columns, stages. Small groups want many programs at once more than
-# deep pipelines: their output is as many bytes as their rows.
-GRAM_TILES = ((32, 32, 256, 2), (256, 64, 128, 2), (2**31, 64, 128, 4))
-SUM_ROWS, SUM_COLUMNS = 32, 128
+
 # Sums are cut into parts, up to so many, while there are fewer programs than this a multiprocessor: sums over
 # rows while the fp32 partial sums, written and read, are 3 % of the bytes (rank 16), sums over columns, which few
 # rows leave to few programs, down to what a pipeline has in flight.
 MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT, MIN_COLUMNS_PER_SPLIT = 32, 8, 2048, 512
-REDUCE_TILE = 1024
 
 
 @launched
 @triton.jit
-def _low_rank_kernel(x_ptr, down_ptr, offs_ptr, order_ptr, h_ptr, scale_by, n_rows, n_tokens,
-                     C, r, E, top_k, n_splits, stride_x, stride_e, stride_r, stride_c,
-                     E_SPAN: tl.constexpr, GROUPED: tl.constexpr, GATHERED: tl.constexpr,
-                     DOT_DTYPE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                     RANKS: tl.constexpr):  # fmt: skip
+def _low_rank_kernel(
+    x_ptr,
+    down_ptr,
+    offs_ptr,
+    order_ptr,
+    h_ptr,
+    scale_by,
+    n_rows,
+    n_tokens,
+    C,
+    r,
+    E,
+    top_k,
+    n_splits,
+    stride_x,
+    down_strides,
+    E_SPAN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """``h [splits, n_rows, r]``: one tile of a group's rows by one of ranks, a part of the columns.
 
-    Rows of nobody sum over no columns.
+    Unassigned rows sum over no columns.
     """
+    stride_e, stride_r, stride_c = down_strides
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    RANKS: tl.constexpr = TILE.ranks
     rank_tiles = tl.cdiv(r, RANKS)
     split, pid = tl.program_id(0) % n_splits, tl.program_id(0) // n_splits
     tile = pid // rank_tiles
@@ -114,38 +132,38 @@ def low_rank(
         return h
     x = with_unit_rows(x)
     n_groups = 0 if offs is None else offs.shape[0]
-    rows, tile_columns, ranks, stages = _low_rank_tile(
-        n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device)
-    )
-    programs = groups.max_tiles(n_rows, n_groups, rows) * cdiv(r, ranks)
+    tile = low_rank_tile(n_rows, n_groups, r, x.itemsize, down.itemsize, multiprocessors(x.device))
+    programs = groups.max_tiles(n_rows, n_groups, tile.rows) * cdiv(r, tile.ranks)
     splits = _splits(columns // MIN_COLUMNS_PER_SPLIT, programs, x.device)
-    stages = min(stages, 1 + cdiv(columns, splits * tile_columns))
+    tile = tile._replace(stages=min(tile.stages, 1 + cdiv(columns, splits * tile.columns)))
     sums = partial_sums(h, splits)
     with on_device_of(x):
         _low_rank_kernel[(programs * splits,)](
-            x, down, offs, order, sums, scale_by, n_rows, x.shape[0], columns, r, max(1, n_groups),
-            top_k, splits, x.stride(0), 0 if offs is None else down.stride(0), down.stride(-2),
-            down.stride(-1), E_SPAN=groups.span_of(offs), GROUPED=offs is not None, GATHERED=order is not None,
-            DOT_DTYPE=DOT_DTYPES[x.dtype], ROWS=rows, COLUMNS=tile_columns, RANKS=ranks,
-            num_warps=8 if rows * ranks > 8192 else 4, num_stages=stages,
-        )  # fmt: skip
+            x,
+            down,
+            offs,
+            order,
+            sums,
+            scale_by,
+            n_rows,
+            x.shape[0],
+            columns,
+            r,
+            max(1, n_groups),
+            top_k,
+            splits,
+            x.stride(0),
+            (0 if offs is None else down.stride(0), *down.stride()[-2:]),
+            E_SPAN=groups.span_of(offs),
+            GROUPED=offs is not None,
+            GATHERED=order is not None,
+            DOT_DTYPE=DOT_DTYPES[x.dtype],
+            TILE=tile,
+            num_warps=tile.warps,
+            num_stages=tile.stages,
+        )
         add_splits(sums, h, splits)
     return h
-
-
-def _low_rank_tile(
-    n_rows: int, n_groups: int, r: int, x_bytes: int, down_bytes: int, sms: int
-) -> tuple[int, int, int, int]:
-    """(rows, columns, ranks, stages): tall, as each tile of rows reads all of its expert's adapter,
-    but no taller than two average groups, nor so tall that multiprocessors go without.
-    """
-    ranks, rows, columns = _rank_tile(r), LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS
-    while rows > 16 and (rows * n_groups > 2 * n_rows or n_rows // rows + n_groups < sms):
-        rows //= 2
-    while columns > 32 and 3 * columns * (rows * x_bytes + ranks * down_bytes) > SHARED_BYTES:
-        columns //= 2
-    stages = SHARED_BYTES // (columns * (rows * x_bytes + ranks * down_bytes))
-    return rows, columns, ranks, max(2, min(MAX_STAGES, stages))
 
 
 @triton.jit
@@ -157,15 +175,38 @@ def _part_of(start, end, part, n_parts, TILE: tl.constexpr):
 
 @launched
 @triton.jit
-def _gram_kernel(l_ptr, m_ptr, offs_ptr, order_ptr, out_ptr, scaling, n_rows, n_tokens, C, r, E,
-                 top_k, n_splits, stride_l, stride_m, stride_r, stride_c, E_SPAN: tl.constexpr,
-                 GROUPED: tl.constexpr, GATHERED: tl.constexpr, DOT_DTYPE: tl.constexpr,
-                 ROWS: tl.constexpr, COLUMNS: tl.constexpr, RANKS: tl.constexpr):  # fmt: skip
+def _gram_kernel(
+    l_ptr,
+    m_ptr,
+    offs_ptr,
+    order_ptr,
+    out_ptr,
+    scaling,
+    n_rows,
+    n_tokens,
+    C,
+    r,
+    E,
+    top_k,
+    n_splits,
+    row_strides,
+    out_strides,
+    E_SPAN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """``out [splits, E, r, C]`` (or ``[.., C, r]``, by strides): one tile of one expert's part of rows.
 
     Programs that are neighbours read neighbouring columns of the same rows. The columns are the product's
     tall axis, so that Hopper's tensor cores read both operands from shared memory.
     """
+    stride_l, stride_m = row_strides
+    stride_r, stride_c = out_strides
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    RANKS: tl.constexpr = TILE.ranks
     column_tiles, rank_tiles = tl.cdiv(C, COLUMNS), tl.cdiv(r, RANKS)
     pid = tl.program_id(0)
     column = (pid % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
@@ -214,36 +255,55 @@ def gram(
     out = l.new_empty((n_groups, columns, r) if transposed else (n_groups, r, columns), dtype=dtype)
     if out.numel() != 0:
         l, m = with_unit_rows(l), with_unit_rows(m)  # noqa: E741
-        ranks = _rank_tile(r)
-        rows, tile_columns, stages = _gram_tile(n_rows, n_groups, ranks, m.itemsize)
-        programs = cdiv(columns, tile_columns) * cdiv(r, ranks) * n_groups
+        tile = gram_tile(n_rows, n_groups, r, m.itemsize)
+        programs = cdiv(columns, tile.columns) * cdiv(r, tile.ranks) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, l.device)
         sums = partial_sums(out, splits)
         with on_device_of(l):
             _gram_kernel[(programs * splits,)](
-                l, m, offs, order, sums, scaling, n_rows, m.shape[0], columns, r, n_groups, top_k,
-                splits, l.stride(0), m.stride(0), 1 if transposed else columns,
-                r if transposed else 1, E_SPAN=groups.span_of(offs), GROUPED=offs is not None,
-                GATHERED=order is not None, DOT_DTYPE=DOT_DTYPES[m.dtype], ROWS=rows,
-                COLUMNS=tile_columns, RANKS=ranks, num_stages=stages,
-                num_warps=8 if tile_columns * ranks > 8192 else 4,
-            )  # fmt: skip
+                l,
+                m,
+                offs,
+                order,
+                sums,
+                scaling,
+                n_rows,
+                m.shape[0],
+                columns,
+                r,
+                n_groups,
+                top_k,
+                splits,
+                (l.stride(0), m.stride(0)),
+                (1, r) if transposed else (columns, 1),
+                E_SPAN=groups.span_of(offs),
+                GROUPED=offs is not None,
+                GATHERED=order is not None,
+                DOT_DTYPE=DOT_DTYPES[m.dtype],
+                TILE=tile,
+                num_stages=tile.stages,
+                num_warps=tile.warps,
+            )
             add_splits(sums, out, splits)
     return out[0] if offs is None else out
 
 
-def _gram_tile(n_rows: int, n_groups: int, ranks: int, m_bytes: int) -> tuple[int, int, int]:
-    """(rows, columns, stages) of GRAM_TILES; fewer where accumulators or shared memory would not fit."""
-    rows, columns, stages = next(tile for most, *tile in GRAM_TILES if n_rows <= most * n_groups)
-    columns = min(columns, 256 if ranks < 64 else 128) // (m_bytes // 2)
-    return rows, columns, min(stages, SHARED_BYTES // (rows * (columns + ranks) * m_bytes))
-
-
 @launched
 @triton.jit
-def _group_sum_kernel(dy_ptr, offs_ptr, out_ptr, n_rows, N, E, n_splits, stride_dy,
-                      E_SPAN: tl.constexpr, GROUPED: tl.constexpr, ROWS: tl.constexpr,
-                      COLUMNS: tl.constexpr):  # fmt: skip
+def _group_sum_kernel(
+    dy_ptr,
+    offs_ptr,
+    out_ptr,
+    n_rows,
+    N,
+    E,
+    n_splits,
+    stride_dy,
+    E_SPAN: tl.constexpr,
+    GROUPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """``out [splits, E, N]``: one tile of columns of one expert's part of rows."""
     column_tiles = tl.cdiv(N, COLUMNS)
     pid = tl.program_id(0)
@@ -268,15 +328,25 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
     out = dy.new_empty((n_groups, n), dtype=dtype)
     if out.numel() != 0:
         dy = with_unit_rows(dy)
-        programs = cdiv(n, SUM_COLUMNS) * n_groups
+        programs = cdiv(n, GROUP_SUM.k) * n_groups
         splits = _row_splits(n_rows, n_groups, programs, dy.device)
         sums = partial_sums(out, splits)
         with on_device_of(dy):
             _group_sum_kernel[(programs * splits,)](
-                dy, offs, sums, n_rows, n, n_groups, splits, dy.stride(0),
-                E_SPAN=groups.span_of(offs), GROUPED=offs is not None, ROWS=SUM_ROWS,
-                COLUMNS=SUM_COLUMNS, num_warps=4,
-            )  # fmt: skip
+                dy,
+                offs,
+                sums,
+                n_rows,
+                n,
+                n_groups,
+                splits,
+                dy.stride(0),
+                E_SPAN=groups.span_of(offs),
+                GROUPED=offs is not None,
+                ROWS=GROUP_SUM.m,
+                COLUMNS=GROUP_SUM.k,
+                num_warps=GROUP_SUM.warps,
+            )
             add_splits(sums, out, splits)
     return out[0] if offs is None else out
 
@@ -310,9 +380,5 @@ def partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
 def add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
     """Add what :func:`partial_sums` gave room for to ``out``, in out's dtype; first to last."""
     if splits > 1:
-        grid = (cdiv(out.numel(), REDUCE_TILE),)
-        _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=REDUCE_TILE)
-
-
-def _rank_tile(r: int) -> int:
-    return min(MAX_RANKS, max(16, next_power_of_2(r)))
+        grid = (cdiv(out.numel(), ADD_SPLITS.size),)
+        _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=ADD_SPLITS.size)

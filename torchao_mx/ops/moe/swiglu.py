@@ -30,33 +30,32 @@ from torchao_mx.ops.core.arguments import as_rows, operands
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import SWIGLU
 from torchao_mx.ops.moe import groups, narrow
 from torchao_mx.ops.moe.gather import with_unit_rows
 
-# A program finds its expert and loads the bias once for ROWS * STEPS rows. Of 65,536 rows of 2 x 2,880 columns, gpt-oss's
-# form with biases reaches 93 / 95 % of the copy bandwidth so (interleaved 83 / 94 %), with one step of 8 rows of 256
-# columns 73 / 84 % (68 / 83 %).
-ROWS, COLUMNS, WARPS, STEPS = 4, 128, 2, 4
-
 
 @triton.jit
-def _tile_of_program(offs_ptr, n_rows, C, E, GROUPED: tl.constexpr, E_SPAN: tl.constexpr,
-                     TILE: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _tile_of_program(
+    offs_ptr, n_rows, C, E, GROUPED: tl.constexpr, E_SPAN: tl.constexpr, TILE: tl.constexpr
+):
     """(expert, first row, end of the expert's rows, first column of y)."""
-    column_tiles = tl.cdiv(C, COLUMNS)
+    column_tiles = tl.cdiv(C, TILE.columns)
     slot, tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
-    expert, first, end = groups.slot_rows(offs_ptr, n_rows, slot, E, E_SPAN, TILE, GROUPED)
-    return tl.cast(expert, tl.int64), tl.cast(first, tl.int64), end, tile * COLUMNS
+    expert, first, end = groups.slot_rows(
+        offs_ptr, n_rows, slot, E, E_SPAN, TILE.rows * TILE.steps, GROUPED
+    )
+    return tl.cast(expert, tl.int64), tl.cast(first, tl.int64), end, tile * TILE.columns
 
 
 @triton.jit
-def _load_halves(row_ptrs, inside, first, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                 INTERLEAVED: tl.constexpr):  # fmt: skip
-    """(gate, up), fp32 ``[ROWS, COLUMNS]``, of the rows ``[2 C]`` that begin at ``row_ptrs``."""
+def _load_halves(row_ptrs, inside, first, C, TILE: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """(gate, up), fp32, of the rows ``[2 C]`` that begin at ``row_ptrs``."""
+    COLUMNS: tl.constexpr = TILE.columns
     if INTERLEAVED:
         column = 2 * first + tl.arange(0, 2 * COLUMNS)[None, :]
         both = tl.load(row_ptrs + column, mask=(column < 2 * C) & inside, other=0.0)
-        gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
+        gate, up = tl.split(tl.reshape(both, (TILE.rows, COLUMNS, 2)))
     else:
         column = first + tl.arange(0, COLUMNS)[None, :]
         inside = (column < C) & inside
@@ -66,13 +65,12 @@ def _load_halves(row_ptrs, inside, first, C, ROWS: tl.constexpr, COLUMNS: tl.con
 
 
 @triton.jit
-def _load_bias(bias_ptr, expert, owned, first, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-               INTERLEAVED: tl.constexpr, HAS_BIAS: tl.constexpr):  # fmt: skip
+def _load_bias(bias_ptr, expert, owned, first, C, TILE: tl.constexpr, INTERLEAVED: tl.constexpr):
     """The expert's, as :func:`_load_halves` has x; zeros without a bias."""
-    if HAS_BIAS:
+    if bias_ptr is not None:
         # By every row, from L1: one row's would go to the others' threads through shared memory and ten barriers.
-        bias_ptrs = tl.broadcast_to(bias_ptr + expert * (2 * C), (ROWS, 1))
-        gate, up = _load_halves(bias_ptrs, owned, first, C, ROWS, COLUMNS, INTERLEAVED)
+        bias_ptrs = tl.broadcast_to(bias_ptr + expert * (2 * C), (TILE.rows, 1))
+        gate, up = _load_halves(bias_ptrs, owned, first, C, TILE, INTERLEAVED)
     else:
         gate = 0.0
         up = 0.0
@@ -90,21 +88,32 @@ def _clamped(gate, up, limit, LIMITED: tl.constexpr):
 
 @launched
 @triton.jit
-def _swiglu_kernel(x_ptr, bias_ptr, offs_ptr, y_ptr, n_rows, C, E, stride_x, alpha, limit, up_offset,
-                   GROUPED: tl.constexpr, E_SPAN: tl.constexpr, HAS_BIAS: tl.constexpr,
-                   LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr,
-                   COLUMNS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    expert, first_row, end, first = _tile_of_program(
-        offs_ptr, n_rows, C, E, GROUPED, E_SPAN, ROWS * STEPS, COLUMNS
-    )
-    gate_bias, up_bias = _load_bias(
-        bias_ptr, expert, expert < E, first, C, ROWS, COLUMNS, INTERLEAVED, HAS_BIAS
-    )
+def _swiglu_kernel(
+    x_ptr,
+    bias_ptr,
+    offs_ptr,
+    y_ptr,
+    n_rows,
+    C,
+    E,
+    stride_x,
+    activation,
+    GROUPED: tl.constexpr,
+    E_SPAN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    alpha, limit, up_offset = activation
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    expert, first_row, end, first = _tile_of_program(offs_ptr, n_rows, C, E, GROUPED, E_SPAN, TILE)
+    gate_bias, up_bias = _load_bias(bias_ptr, expert, expert < E, first, C, TILE, INTERLEAVED)
     column = first + tl.arange(0, COLUMNS)[None, :]
-    for step in tl.static_range(STEPS):
+    for step in tl.static_range(TILE.steps):
         row = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
         owned = (row < end) & (expert < E)
-        gate, up = _load_halves(x_ptr + row * stride_x, owned, first, C, ROWS, COLUMNS, INTERLEAVED)
+        gate, up = _load_halves(x_ptr + row * stride_x, owned, first, C, TILE, INTERLEAVED)
         gate, up = _clamped(gate + gate_bias, up + up_bias, limit, LIMITED)
         y = (up + up_offset) * (gate * tl.sigmoid(alpha * gate))
         tl.store(
@@ -114,23 +123,34 @@ def _swiglu_kernel(x_ptr, bias_ptr, offs_ptr, y_ptr, n_rows, C, E, stride_x, alp
 
 @launched
 @triton.jit
-def _swiglu_backward_kernel(dy_ptr, x_ptr, bias_ptr, offs_ptr, dx_ptr, n_rows, C, E, stride_dy, stride_x,
-                            alpha, limit, up_offset, GROUPED: tl.constexpr, E_SPAN: tl.constexpr,
-                            HAS_BIAS: tl.constexpr, LIMITED: tl.constexpr, INTERLEAVED: tl.constexpr,
-                            ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr):  # fmt: skip
-    expert, first_row, end, first = _tile_of_program(
-        offs_ptr, n_rows, C, E, GROUPED, E_SPAN, ROWS * STEPS, COLUMNS
-    )
-    gate_bias, up_bias = _load_bias(
-        bias_ptr, expert, expert < E, first, C, ROWS, COLUMNS, INTERLEAVED, HAS_BIAS
-    )
+def _swiglu_backward_kernel(
+    dy_ptr,
+    x_ptr,
+    bias_ptr,
+    offs_ptr,
+    dx_ptr,
+    n_rows,
+    C,
+    E,
+    strides,
+    activation,
+    GROUPED: tl.constexpr,
+    E_SPAN: tl.constexpr,
+    LIMITED: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    stride_dy, stride_x = strides
+    alpha, limit, up_offset = activation
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    expert, first_row, end, first = _tile_of_program(offs_ptr, n_rows, C, E, GROUPED, E_SPAN, TILE)
+    gate_bias, up_bias = _load_bias(bias_ptr, expert, expert < E, first, C, TILE, INTERLEAVED)
     column = first + tl.arange(0, COLUMNS)[None, :]
-    for step in tl.static_range(STEPS):
+    for step in tl.static_range(TILE.steps):
         row = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
         owned = (row < end) & (expert < E)
-        gate_in, up_in = _load_halves(
-            x_ptr + row * stride_x, owned, first, C, ROWS, COLUMNS, INTERLEAVED
-        )
+        gate_in, up_in = _load_halves(x_ptr + row * stride_x, owned, first, C, TILE, INTERLEAVED)
         gate_in += gate_bias
         up_in += up_bias
         gate, up = _clamped(gate_in, up_in, limit, LIMITED)
@@ -158,18 +178,20 @@ def _swiglu_backward_kernel(dy_ptr, x_ptr, bias_ptr, offs_ptr, dx_ptr, n_rows, C
 
 def _grid_and_constants(
     x: torch.Tensor,
-    bias: torch.Tensor | None,
     offs: torch.Tensor | None,
     interleaved: bool,
     limit: float | None,
 ) -> tuple[tuple[int], dict[str, Any]]:
     n_groups = 0 if offs is None else offs.shape[0]
-    slots = groups.max_slots(x.shape[0], n_groups, ROWS * STEPS)
-    return (slots * cdiv(x.shape[1] // 2, COLUMNS),), dict(
-        GROUPED=offs is not None, E_SPAN=next_power_of_2(n_groups + 1),
-        HAS_BIAS=bias is not None, LIMITED=limit is not None, INTERLEAVED=interleaved, ROWS=ROWS,
-        COLUMNS=COLUMNS, STEPS=STEPS, num_warps=WARPS,
-    )  # fmt: skip
+    slots = groups.max_slots(x.shape[0], n_groups, SWIGLU.rows * SWIGLU.steps)
+    return (slots * cdiv(x.shape[1] // 2, SWIGLU.columns),), dict(
+        GROUPED=offs is not None,
+        E_SPAN=next_power_of_2(n_groups + 1),
+        LIMITED=limit is not None,
+        INTERLEAVED=interleaved,
+        TILE=SWIGLU,
+        num_warps=SWIGLU.warps,
+    )
 
 
 def _experts(
@@ -194,11 +216,19 @@ def _swiglu_triton(
     if y.numel() != 0:
         x = with_unit_rows(x)
         bias, offs, n_experts = _experts(bias, offs)
-        grid, constants = _grid_and_constants(x, bias, offs, interleaved, limit)
+        grid, constants = _grid_and_constants(x, offs, interleaved, limit)
         with on_device_of(x):
             _swiglu_kernel[grid](
-                x, bias, offs, y, *y.shape, n_experts, x.stride(0), alpha, limit or 0.0, up_offset, **constants
-            )  # fmt: skip
+                x,
+                bias,
+                offs,
+                y,
+                *y.shape,
+                n_experts,
+                x.stride(0),
+                (alpha, limit or 0.0, up_offset),
+                **constants,
+            )
     return y
 
 
@@ -249,12 +279,20 @@ def _swiglu_backward_triton(
     if dx.numel() != 0:
         dy, x = with_unit_rows(dy), with_unit_rows(x)
         rows_bias, rows_offs, n_experts = _experts(bias, offs)
-        grid, constants = _grid_and_constants(x, rows_bias, rows_offs, interleaved, limit)
+        grid, constants = _grid_and_constants(x, rows_offs, interleaved, limit)
         with on_device_of(x):
             _swiglu_backward_kernel[grid](
-                dy, x, rows_bias, rows_offs, dx, *dy.shape, n_experts, dy.stride(0), x.stride(0),
-                alpha, limit or 0.0, up_offset, **constants,
-            )  # fmt: skip
+                dy,
+                x,
+                rows_bias,
+                rows_offs,
+                dx,
+                *dy.shape,
+                n_experts,
+                (dy.stride(0), x.stride(0)),
+                (alpha, limit or 0.0, up_offset),
+                **constants,
+            )
     if not needs_dbias:
         return dx, dx.new_empty(0)
     return dx, narrow.group_sum(dx, offs, bias.dtype)

@@ -10,28 +10,57 @@ bound by the bytes of ``part`` and y.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
 from torchao_mx import reference
 from torchao_mx.ops.core.launch import DOT_DTYPES, cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.ops.core.tiles import ADD, ZERO_ROWS, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.reference import Added
 
-# 3.0 TB/s of an H200's 4.2; tiles of twice the rows 2.8, of twice the columns too 1.3.
-ROWS, COLUMNS, STEPS, MAX_RANKS = 32, 128, 8, 32
-BEHIND_ROWS, BEHIND_COLUMNS = 16, 1024
+
+class _Strides(NamedTuple):
+    """Of experts, rows, columns and ranks."""
+
+    part_row: int
+    y_row: int
+    h_row: int
+    up_expert: int
+    up_column: int
+    up_rank: int
+    bias_expert: int
 
 
 @launched
 @triton.jit
-def _add_kernel(part_ptr, y_ptr, h_ptr, up_ptr, bias_ptr, offs_ptr, n_rows, C, E, rank, scaling, part_row,
-                y_row, h_row, up_expert, up_column, up_rank, bias_expert, GROUPED: tl.constexpr,
-                E_SPAN: tl.constexpr, HAS_LORA: tl.constexpr, HAS_BIAS: tl.constexpr,
-                ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr,
-                RANKS: tl.constexpr, DOT_DTYPE: tl.constexpr):  # fmt: skip
-    """A tile of one expert's rows by STEPS tiles of columns."""
+def _add_kernel(
+    part_ptr,
+    y_ptr,
+    added,
+    offs_ptr,
+    n_rows,
+    C,
+    E,
+    rank,
+    scaling,
+    strides,
+    GROUPED: tl.constexpr,
+    E_SPAN: tl.constexpr,
+    HAS_LORA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
+    """A tile of one expert's rows by ``TILE.steps`` tiles of columns."""
+    h_ptr, up_ptr, bias_ptr = added
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    STEPS: tl.constexpr = TILE.steps
+    RANKS: tl.constexpr = TILE.ranks
     parts = tl.cdiv(C, COLUMNS * STEPS)
     slot, part = tl.program_id(0) // parts, tl.program_id(0) % parts
     expert, first, end = groups.slot_rows(offs_ptr, n_rows, slot, E, E_SPAN, ROWS, GROUPED)
@@ -45,33 +74,38 @@ def _add_kernel(part_ptr, y_ptr, h_ptr, up_ptr, bias_ptr, offs_ptr, n_rows, C, E
     for step in tl.static_range(STEPS):
         column = (part * STEPS + step) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < C
-        part_ptrs = part_ptr + row_64 * part_row + column[None, :]
+        part_ptrs = part_ptr + row_64 * strides.part_row + column[None, :]
         value = tl.load(part_ptrs, mask=owned[:, None] & inside[None, :], other=0.0)
         value = value.to(tl.float32)
         if HAS_LORA:
             total = tl.zeros((ROWS, COLUMNS), tl.float32)
-            up_ptrs = up_ptr + expert * up_expert + column.to(tl.int64)[None, :] * up_column
+            up_ptrs = (
+                up_ptr
+                + expert * strides.up_expert
+                + column.to(tl.int64)[None, :] * strides.up_column
+            )
             for r0 in range(0, rank, RANKS):
                 r = r0 + tl.arange(0, RANKS)
-                h_ptrs = h_ptr + row_64 * h_row + r[None, :]
+                h_ptrs = h_ptr + row_64 * strides.h_row + r[None, :]
                 h = tl.load(h_ptrs, mask=owned[:, None] & (r < rank)[None, :], other=0.0)
                 up_mask = (r < rank)[:, None] & inside[None, :] & somebody
-                up = tl.load(up_ptrs + r[:, None] * up_rank, mask=up_mask, other=0.0)
+                up = tl.load(up_ptrs + r[:, None] * strides.up_rank, mask=up_mask, other=0.0)
                 total = tl.dot(h.to(DOT_DTYPE), up.to(DOT_DTYPE), total, input_precision="ieee")
             value += total * scaling
         if HAS_BIAS:
-            bias_ptrs = bias_ptr + expert * bias_expert + column
+            bias_ptrs = bias_ptr + expert * strides.bias_expert + column
             bias = tl.load(bias_ptrs, mask=inside & somebody, other=0.0).to(tl.float32)
             value += tl.where(owned[:, None], bias[None, :], 0.0)
-        y_ptrs = y_ptr + row_64 * y_row + column[None, :]
+        y_ptrs = y_ptr + row_64 * strides.y_row + column[None, :]
         value = value.to(y_ptr.dtype.element_ty)
         tl.store(y_ptrs, value, mask=(row < end)[:, None] & inside[None, :])
 
 
 @launched
 @triton.jit
-def _zero_behind_kernel(y_ptr, offs_ptr, E, n_rows, columns, y_row, ROWS: tl.constexpr,
-                        COLUMNS: tl.constexpr):  # fmt: skip
+def _zero_behind_kernel(
+    y_ptr, offs_ptr, E, n_rows, columns, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     end = tl.load(offs_ptr + E - 1)
     first = tl.program_id(0) * ROWS
     if first + ROWS > end:
@@ -110,17 +144,36 @@ def finish(
         return
     rank = 0 if h is None else h.shape[1]
     n_groups = 0 if offs is None else offs.shape[0]
-    programs = groups.max_slots(n_rows, n_groups, ROWS) * cdiv(columns, COLUMNS * STEPS)
+    tile = ADD._replace(ranks=rank_tile(rank, ADD.ranks))
+    programs = groups.max_slots(n_rows, n_groups, tile.rows)
+    programs *= cdiv(columns, tile.columns * tile.steps)
+    strides = _Strides(
+        part.stride(0),
+        y.stride(0),
+        0 if h is None else h.stride(0),
+        *((0, 0, 0) if up is None else up.stride()),
+        0 if bias is None else bias.stride(0),
+    )
     with on_device_of(y):
         _add_kernel[(programs,)](
-            part, y, y if h is None else h, y if up is None else up, y if bias is None else bias, offs,
-            n_rows, columns, max(1, n_groups), rank, scaling, part.stride(0), y.stride(0),
-            0 if h is None else h.stride(0), *((0, 0, 0) if up is None else up.stride()),
-            0 if bias is None else bias.stride(0), GROUPED=offs is not None,
-            E_SPAN=next_power_of_2(n_groups + 1), HAS_LORA=rank > 0, HAS_BIAS=bias is not None, ROWS=ROWS,
-            COLUMNS=COLUMNS, STEPS=STEPS, RANKS=min(MAX_RANKS, max(16, next_power_of_2(rank))),
-            DOT_DTYPE=dot_dtype or DOT_DTYPES[y.dtype], num_warps=4,
-        )  # fmt: skip
+            part,
+            y,
+            (y if h is None else h, y if up is None else up, y if bias is None else bias),
+            offs,
+            n_rows,
+            columns,
+            max(1, n_groups),
+            rank,
+            scaling,
+            strides,
+            GROUPED=offs is not None,
+            E_SPAN=next_power_of_2(n_groups + 1),
+            HAS_LORA=rank > 0,
+            HAS_BIAS=bias is not None,
+            TILE=tile,
+            DOT_DTYPE=dot_dtype or DOT_DTYPES[y.dtype],
+            num_warps=4,
+        )
 
 
 def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
@@ -136,8 +189,15 @@ def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
 
 def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
     rows, columns = y.shape
-    grid = (cdiv(rows, BEHIND_ROWS), cdiv(columns, BEHIND_COLUMNS))
+    grid = (cdiv(rows, ZERO_ROWS.m), cdiv(columns, ZERO_ROWS.k))
     with on_device_of(y):
         _zero_behind_kernel[grid](
-            y, offs, offs.shape[0], rows, columns, y.stride(0), ROWS=BEHIND_ROWS, COLUMNS=BEHIND_COLUMNS
-        )  # fmt: skip
+            y,
+            offs,
+            offs.shape[0],
+            rows,
+            columns,
+            y.stride(0),
+            ROWS=ZERO_ROWS.m,
+            COLUMNS=ZERO_ROWS.k,
+        )

@@ -29,6 +29,7 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import FLAGGED_TILES
 from torchao_mx.ops.packed_mm.fp8.weight import fp8_rows, load_values
 
 # At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph and the extra launches cost
@@ -38,11 +39,26 @@ MIN_ROWS = 2048
 
 @launched
 @triton.jit
-def _flagged_tiles_kernel(xq_ptr, xs_ptr, wq_ptr, ws_ptr, bias_ptr, y_ptr, x_flag_ptr, w_flag_ptr,
-                          M, N, words_per_row, HAS_BIAS: tl.constexpr, TILE_M: tl.constexpr,
-                          TILE_N: tl.constexpr, TILE_WORDS: tl.constexpr,
-                          DOT_DTYPE: tl.constexpr):  # fmt: skip
+def _flagged_tiles_kernel(
+    xq_ptr,
+    xs_ptr,
+    wq_ptr,
+    ws_ptr,
+    bias_ptr,
+    y_ptr,
+    x_flag_ptr,
+    w_flag_ptr,
+    M,
+    N,
+    words_per_row,
+    HAS_BIAS: tl.constexpr,
+    TILE: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+):
     """Overwrites the flagged rows and columns of ``y``; a program that finds no flag at all returns."""
+    TILE_M: tl.constexpr = TILE.m
+    TILE_N: tl.constexpr = TILE.n
+    TILE_WORDS: tl.constexpr = TILE.k // 8
     any_flag = _any(x_flag_ptr, M) + _any(w_flag_ptr, N)
     if any_flag > 0:
         tiles_n = tl.cdiv(N, TILE_N)
@@ -55,10 +71,28 @@ def _flagged_tiles_kernel(xq_ptr, xs_ptr, wq_ptr, ws_ptr, bias_ptr, y_ptr, x_fla
                 total = tl.zeros((TILE_M, TILE_N), tl.float32)
                 for first in range(0, words_per_row, TILE_WORDS):
                     k_word = first + tl.arange(0, TILE_WORDS)
-                    x = load_values(xq_ptr, xs_ptr, m, M, words_per_row, words_per_row // 4,
-                                    k_word, words_per_row, DOT_DTYPE)  # fmt: skip
-                    w = load_values(wq_ptr, ws_ptr, n, N, words_per_row, words_per_row // 4,
-                                    k_word, words_per_row, DOT_DTYPE)  # fmt: skip
+                    x = load_values(
+                        xq_ptr,
+                        xs_ptr,
+                        m,
+                        M,
+                        words_per_row,
+                        words_per_row // 4,
+                        k_word,
+                        words_per_row,
+                        DOT_DTYPE,
+                    )
+                    w = load_values(
+                        wq_ptr,
+                        ws_ptr,
+                        n,
+                        N,
+                        words_per_row,
+                        words_per_row // 4,
+                        k_word,
+                        words_per_row,
+                        DOT_DTYPE,
+                    )
                     total = tl.dot(x, tl.trans(w), total)
                 if HAS_BIAS:
                     total += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
@@ -90,13 +124,25 @@ def recompute_flagged(
 ) -> None:
     """Overwrite the flagged rows and columns of ``y [M, N]`` by the product in bf16 (fp32 in tests)."""
     (m, n), words = y.shape, x[0].shape[1] // 4
-    tiles = cdiv(m, 128) * cdiv(n, 128)
+    tiles = cdiv(m, FLAGGED_TILES.m) * cdiv(n, FLAGGED_TILES.n)
     with on_device_of(y):
         _flagged_tiles_kernel[(min(tiles, multiprocessors(y.device)),)](
-            x[0].view(torch.int32), bytes_of(x[1]), w[0].view(torch.int32), bytes_of(w[1]),
-            y if bias is None else bias, y, x_flag, w_flag, m, n, words, HAS_BIAS=bias is not None,
-            TILE_M=128, TILE_N=128, TILE_WORDS=8, DOT_DTYPE=dot_dtype, num_warps=8,
-        )  # fmt: skip
+            x[0].view(torch.int32),
+            bytes_of(x[1]),
+            w[0].view(torch.int32),
+            bytes_of(w[1]),
+            y if bias is None else bias,
+            y,
+            x_flag,
+            w_flag,
+            m,
+            n,
+            words,
+            HAS_BIAS=bias is not None,
+            TILE=FLAGGED_TILES,
+            DOT_DTYPE=dot_dtype,
+            num_warps=8,
+        )
 
 
 def _product_cuda(
@@ -109,9 +155,14 @@ def _product_cuda(
     x8, x_scale, x_flag = fp8_rows(xq, xs)
     w8, w_scale, w_flag = fp8_rows(wq, ws)
     y = torch._scaled_mm(
-        x8, w8.t(), x_scale[:, None], w_scale[None, :], bias=bias, out_dtype=torch.bfloat16,
+        x8,
+        w8.t(),
+        x_scale[:, None],
+        w_scale[None, :],
+        bias=bias,
+        out_dtype=torch.bfloat16,
         use_fast_accum=False,
-    )  # fmt: skip
+    )
     recompute_flagged(y, (xq, xs), (wq, ws), bias, x_flag, w_flag)
     return y
 

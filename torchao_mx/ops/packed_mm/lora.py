@@ -100,9 +100,22 @@ def lora_matmul(
     compute = compute_names(compute_dtype, grad_compute_dtype, fmt, grouped=False, dtype=x.dtype)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
-        as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), down,
-        up, None, None, scaling, fmt.name, transpose_weight, strategy, *compute, max_scratch_bytes or 0,
-    )  # fmt: skip
+        as_rows(x),
+        qdata,
+        scale,
+        per_tensor_scale,
+        dense_bias(bias, columns, x),
+        down,
+        up,
+        None,
+        None,
+        scaling,
+        fmt.name,
+        transpose_weight,
+        strategy,
+        *compute,
+        max_scratch_bytes or 0,
+    )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], columns)
 
 
@@ -171,7 +184,20 @@ def lora_grouped_mm(
     compute = compute_names(compute_dtype, grad_compute_dtype, fmt, grouped=True, dtype=x.dtype)
     check_strategy(strategy, max_scratch_bytes, compute[0])
     y, _ = mm_op(
-        x, qdata, scale, per_tensor_scale, bias, down, up, offs, order, scaling, fmt.name,
-        transpose_weight, strategy, *compute, max_scratch_bytes or 0,
-    )  # fmt: skip
+        x,
+        qdata,
+        scale,
+        per_tensor_scale,
+        bias,
+        down,
+        up,
+        offs,
+        order,
+        scaling,
+        fmt.name,
+        transpose_weight,
+        strategy,
+        *compute,
+        max_scratch_bytes or 0,
+    )
     return y

@@ -118,9 +118,15 @@ def _matmul_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, .
     dx = dbias = None
     if ctx.needs_input_grad[0]:
         dx = matmul_op(
-            dy, qdata, scale, per_tensor_scale, None, ctx.fmt, not ctx.transpose_weight,
+            dy,
+            qdata,
+            scale,
+            per_tensor_scale,
+            None,
+            ctx.fmt,
+            not ctx.transpose_weight,
             *NO_ACTIVATION,
-        )  # fmt: skip
+        )
     if ctx.bias_shape is not None and ctx.needs_input_grad[4]:
         dbias = dy.sum_to_size(ctx.bias_shape)
     # x, qdata, scale, per_tensor_scale, bias, fmt, transpose_weight, activation, activation_mode
@@ -163,9 +169,8 @@ def _grouped_mm_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -
 def _grouped_mm_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
     qdata, scale, per_tensor_scale, offs = ctx.saved_tensors
     dx = grouped_mm_op(
-        dy, qdata, scale, per_tensor_scale, offs, ctx.fmt, not ctx.transpose_weight,
-        *NO_ACTIVATION,
-    )  # fmt: skip
+        dy, qdata, scale, per_tensor_scale, offs, ctx.fmt, not ctx.transpose_weight, *NO_ACTIVATION
+    )
     # x, qdata, scale, per_tensor_scale, offs, fmt, transpose_weight, activation, activation_mode
     return dx, None, None, None, None, None, None, None, None
 
@@ -235,9 +240,23 @@ def matmul(
     check_strategy(strategy, max_scratch_bytes)
     if qdata.dim() == 2 and activation is None:
         y, _ = mm_op(
-            as_rows(x), qdata, scale, per_tensor_scale, dense_bias(bias, columns, x), None, None,
-            None, None, 1.0, fmt.name, transpose_weight, strategy, "", "", max_scratch_bytes or 0,
-        )  # fmt: skip
+            as_rows(x),
+            qdata,
+            scale,
+            per_tensor_scale,
+            dense_bias(bias, columns, x),
+            None,
+            None,
+            None,
+            None,
+            1.0,
+            fmt.name,
+            transpose_weight,
+            strategy,
+            "",
+            "",
+            max_scratch_bytes or 0,
+        )
         return y if x.dim() == 2 else y.reshape(*x.shape[:-1], columns)
     if strategy != "auto":
         raise ValueError(
@@ -315,9 +334,23 @@ def grouped_mm(
     check_strategy(strategy, max_scratch_bytes)
     if activation is None:
         y, _ = mm_op(
-            x, qdata, scale, per_tensor_scale, bias, None, None, offs, order, 1.0, fmt.name,
-            transpose_weight, strategy, "", "", max_scratch_bytes or 0,
-        )  # fmt: skip
+            x,
+            qdata,
+            scale,
+            per_tensor_scale,
+            bias,
+            None,
+            None,
+            offs,
+            order,
+            1.0,
+            fmt.name,
+            transpose_weight,
+            strategy,
+            "",
+            "",
+            max_scratch_bytes or 0,
+        )
         return y
     if strategy != "auto":
         raise ValueError(
@@ -333,9 +366,15 @@ def grouped_mm(
     if order is not None:
         x = x[tokens_of(order, len(x))]
     y = grouped_mm_op(
-        x, qdata, scale, per_tensor_scale, offs, fmt.name, transpose_weight,
+        x,
+        qdata,
+        scale,
+        per_tensor_scale,
+        offs,
+        fmt.name,
+        transpose_weight,
         *spec_strings(activation),
-    )  # fmt: skip
+    )
     if bias is None:
         return y
     expert = torch.searchsorted(offs, torch.arange(len(y), device=y.device), right=True)

@@ -26,7 +26,7 @@ from torchao_mx.formats import format_by_name
 from torchao_mx.ops.core.operands import Packed
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
-from torchao_mx.ops.moe import narrow
+from torchao_mx.ops.core.tiles import MAX_RANKS
 from torchao_mx.ops.moe.gather import with_unit_rows
 from torchao_mx.ops.moe.rows import rows_functions
 from torchao_mx.ops.packed_mm import portable, unpack
@@ -100,8 +100,15 @@ def _product(
         y = unpack.dense_product(x, w, transpose_weight, added, max_scratch_bytes)
     elif compute:
         y = fp8_product(
-            x, w, rows, transpose_weight, added, compute, max_scratch_bytes, fused=strategy == "fused8"
-        )  # fmt: skip
+            x,
+            w,
+            rows,
+            transpose_weight,
+            added,
+            compute,
+            max_scratch_bytes,
+            fused=strategy == "fused8",
+        )
     elif hopper:
         y = hopper_product(x, w.qdata, w.scale, rows, transpose_weight, added)
     else:
@@ -111,7 +118,7 @@ def _product(
 
 def _takes_torch_mm(x: torch.Tensor, r: int, offs: torch.Tensor | None) -> bool:
     """Whether the vendor's GEMM does an adapter's product with the rows of ``x``, or its gradient."""
-    many = x.shape[0] > SKINNY_UP_TO or r > narrow.MAX_RANKS
+    many = x.shape[0] > SKINNY_UP_TO or r > MAX_RANKS
     return x.is_cuda and offs is None and many
 
 
@@ -172,9 +179,15 @@ def _mm(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
     rows = Rows.of(x, a.offs, a.order)
     h = None if a.down is None else _low_rank(x, a.down, rows)
     y = _product(
-        x, _packed(a), rows, a.transpose_weight, Added(h, a.up, a.scaling, a.bias), a.strategy, a.compute,
+        x,
+        _packed(a),
+        rows,
+        a.transpose_weight,
+        Added(h, a.up, a.scaling, a.bias),
+        a.strategy,
+        a.compute,
         a.max_scratch_bytes,
-    )  # fmt: skip
+    )
     return y, x.new_empty(0) if h is None else h
 
 
@@ -192,16 +205,28 @@ def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
     ctx.set_materialize_grads(False)
     needed = Arguments(*ctx.needs_input_grad[:-1])  # without the dispatcher's keys
     ctx.save_for_backward(
-        a.x if needed.down else None, h if needed.up else None,
-        a.qdata, a.scale, a.per_tensor_scale, a.down, a.up, a.offs, a.order,
-    )  # fmt: skip
+        a.x if needed.down else None,
+        h if needed.up else None,
+        a.qdata,
+        a.scale,
+        a.per_tensor_scale,
+        a.down,
+        a.up,
+        a.offs,
+        a.order,
+    )
     ctx.n_tokens = a.x.shape[0]
     ctx.bias_dtype = None if a.bias is None else a.bias.dtype
     takes = {"unpack8": bool(a.grad_compute), "fused8": a.grad_compute == "float8_e4m3fn"}
     strategy = a.strategy if takes.get(a.strategy, True) else "auto"
     ctx.options = (
-        a.scaling, a.fmt, a.transpose_weight, strategy, a.grad_compute, a.max_scratch_bytes,
-    )  # fmt: skip
+        a.scaling,
+        a.fmt,
+        a.transpose_weight,
+        strategy,
+        a.grad_compute,
+        a.max_scratch_bytes,
+    )
 
 
 def _mm_autograd(
@@ -211,9 +236,13 @@ def _mm_autograd(
     dx = dbias = d_down = d_up = None
     if dy is not None:
         dx, dbias, d_down, d_up = mm_backward_op(
-            dy, *ctx.saved_tensors, *ctx.options, needed.x, ctx.n_tokens,
+            dy,
+            *ctx.saved_tensors,
+            *ctx.options,
+            needed.x,
+            ctx.n_tokens,
             ctx.bias_dtype if needed.bias else None,
-        )  # fmt: skip
+        )
     return (
         dx if needed.x else None,
         None, None, None,  # qdata, scale, per_tensor_scale
@@ -279,9 +308,16 @@ def _mm_backward(*args: Any) -> Gradients:
         added = Added() if a.down is None else Added(g, a.down.mT)
         token_sum = None if a.order is None else unpack.TokenSum(a.order, top_k)
         dx = _product(
-            dy, _packed(a), rows, not a.transpose_weight, added, a.strategy, a.compute,
-            a.max_scratch_bytes, token_sum,
-        )  # fmt: skip
+            dy,
+            _packed(a),
+            rows,
+            not a.transpose_weight,
+            added,
+            a.strategy,
+            a.compute,
+            a.max_scratch_bytes,
+            token_sum,
+        )
     # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
     if a.x is not None:
         x = with_unit_rows(a.x)
@@ -344,9 +380,20 @@ def _mm_backward_autograd(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.
             columns = w.k if transpose_weight else w.n
             ddx = ddbias.new_zeros((ctx.n_tokens, columns), dtype=ctx.dtype)
         ddy, _ = mm_op(
-            ddx, qdata, scale, per_tensor_scale, ddbias, down, up, offs, order, *ctx.options, "", "",
+            ddx,
+            qdata,
+            scale,
+            per_tensor_scale,
+            ddbias,
+            down,
+            up,
+            offs,
+            order,
+            *ctx.options,
+            "",
+            "",
             ctx.max_scratch_bytes,
-        )  # fmt: skip
+        )
     return (ddy, *[None] * 18)  # dy, and nothing else
 
 

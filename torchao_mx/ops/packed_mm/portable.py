@@ -23,7 +23,6 @@ In MXFP4 and bf16 a pair takes six instructions, of which two multiply, and the 
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -36,54 +35,35 @@ from torchao_mx.ops.core.launch import (
     bytes_of,
     capability,
     cdiv,
-    format_constants,
+    format_on,
     in_words,
     launched,
-    next_power_of_2,
     on_device_of,
     per_tensor_kind,
 )
 from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.core.tiles import PORTABLE_BAND, PORTABLE_MAX_RANKS, portable_tile, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import with_unit_rows
 from torchao_mx.ops.quantization import tile as _tile
 from torchao_mx.reference import Added, Rows
 
-BAND = 8  # row tiles that run side by side: an expert's share the weights that they read in L2
-MAX_TILE_RANK = 64
+BAND = tl.constexpr(PORTABLE_BAND)
 
 
-class Tile(NamedTuple):
-    """Rows of x, columns of y, the step along the reduced axis, RUN, and how the kernel is pipelined."""
+class _Strides(NamedTuple):
+    """Of experts, rows, columns and ranks; q's count WORD_UNIT words."""
 
-    rows: int
-    columns: int
-    reduced: int
-    run: int
-    num_warps: int
-    num_stages: int
-
-
-# By the GPU's major compute capability, and the average rows of a group up to which a tile is taken. RUN is
-# how many neighbours a thread gives to one instruction; on Blackwell (10) decoded tiles go through tensor
-# memory and nothing is dealt out. Chosen from machine code (registers, instructions), to be measured.
-_MMA = (
-    (8, Tile(16, 128, 64, 4, num_warps=4, num_stages=4)),
-    (20, Tile(32, 128, 64, 4, num_warps=4, num_stages=4)),
-    (80, Tile(64, 128, 64, 4, num_warps=4, num_stages=4)),
-    (math.inf, Tile(128, 128, 64, 4, num_warps=8, num_stages=3)),
-)
-_WGMMA = (
-    (8, Tile(16, 128, 64, 2, num_warps=4, num_stages=4)),
-    (20, Tile(32, 128, 64, 2, num_warps=4, num_stages=4)),
-    (80, Tile(64, 128, 128, 2, num_warps=4, num_stages=3)),
-    (math.inf, Tile(128, 128, 64, 2, num_warps=4, num_stages=4)),
-)
-_TCGEN05 = tuple((average, tile._replace(run=0)) for average, tile in _WGMMA)
-TILES = {9: _WGMMA, 10: _TCGEN05}
-# Plain fp32 instructions. Tiles of 64 columns Triton (3.6, 3.7) multiplies in tf32 on compute capability 10,
-# in spite of the input_precision asked for.
-FP32_TILE = Tile(64, 32, 32, 0, num_warps=4, num_stages=2)
+    x_row: int
+    q_expert: int
+    q_row: int
+    s_expert: int
+    s_row: int
+    up_expert: int
+    up_column: int
+    up_rank: int
+    bias_expert: int
+    bias_column: int
 
 
 @triton.jit
@@ -133,11 +113,19 @@ def _bf16_scales(low, high):
 
 
 @triton.jit
-def _pairs(low, high, low_scale, high_scale, PAIR: tl.constexpr, ALONG_ROWS: tl.constexpr,
-           PACKED: tl.constexpr, DOT_DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr,
-           MANTISSA_BITS: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _pairs(
+    low,
+    high,
+    low_scale,
+    high_scale,
+    PAIR: tl.constexpr,
+    ALONG_ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """(first, second) values of pair PAIR of each word; arguments as :func:`_decode` prepares them."""
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    BITS: tl.constexpr = FORMAT.elem_bits
     MASK: tl.constexpr = (1 << BITS) - 1
     SHIFT: tl.constexpr = PAIR * BITS * (2 if ALONG_ROWS else 1)
     if PACKED:
@@ -149,9 +137,9 @@ def _pairs(low, high, low_scale, high_scale, PAIR: tl.constexpr, ALONG_ROWS: tl.
         first, second = _bf16_pairs(codes, low_scale)
     else:
         first = ((low >> SHIFT) & MASK).to(tl.int32)
-        first = _tile.decode(first, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * low_scale
+        first = _tile.decode(first, FORMAT) * low_scale
         second = ((high >> SHIFT) & MASK).to(tl.int32)
-        second = _tile.decode(second, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * high_scale
+        second = _tile.decode(second, FORMAT) * high_scale
     return first.to(DOT_DTYPE), second.to(DOT_DTYPE)
 
 
@@ -170,9 +158,15 @@ def _spread(t, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _decode(word, byte, pts, ALONG_ROWS: tl.constexpr, PACKED: tl.constexpr,
-            DOT_DTYPE: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-            E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _decode(
+    word,
+    byte,
+    pts,
+    ALONG_ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """Values of ``word [A, C]`` under the scale bytes ``[A, blocks]``, in pairs along the reduced axis.
 
     ALONG_ROWS: ``[A, C, 4, 2]``, words of eight codes, pair i of a word being its codes 2i and 2i + 1.
@@ -181,7 +175,7 @@ def _decode(word, byte, pts, ALONG_ROWS: tl.constexpr, PACKED: tl.constexpr,
     C: tl.constexpr = word.shape[1]
     byte = byte.to(tl.int32)
     if ALONG_ROWS:
-        low, high = word, word >> (1 + EXPONENT_BITS + MANTISSA_BITS)
+        low, high = word, word >> FORMAT.elem_bits
         low_byte, high_byte = byte, byte
     else:
         low, high = _of_row_pairs(word)
@@ -192,16 +186,12 @@ def _decode(word, byte, pts, ALONG_ROWS: tl.constexpr, PACKED: tl.constexpr,
         low_scale = _spread(_bf16_scales(low_byte, high_byte), C)
         high_scale = low_scale
     else:
-        low_scale = _spread(_tile.scale_value(low_byte, pts, E8M0, FP8_INSTRUCTIONS), C)
-        high_scale = _spread(_tile.scale_value(high_byte, pts, E8M0, FP8_INSTRUCTIONS), C)
-    a0, b0 = _pairs(low, high, low_scale, high_scale, 0, ALONG_ROWS, PACKED, DOT_DTYPE,
-                    EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)  # fmt: skip
-    a1, b1 = _pairs(low, high, low_scale, high_scale, 1, ALONG_ROWS, PACKED, DOT_DTYPE,
-                    EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)  # fmt: skip
-    a2, b2 = _pairs(low, high, low_scale, high_scale, 2, ALONG_ROWS, PACKED, DOT_DTYPE,
-                    EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)  # fmt: skip
-    a3, b3 = _pairs(low, high, low_scale, high_scale, 3, ALONG_ROWS, PACKED, DOT_DTYPE,
-                    EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)  # fmt: skip
+        low_scale = _spread(_tile.scale_value(low_byte, pts, FORMAT), C)
+        high_scale = _spread(_tile.scale_value(high_byte, pts, FORMAT), C)
+    a0, b0 = _pairs(low, high, low_scale, high_scale, 0, ALONG_ROWS, PACKED, DOT_DTYPE, FORMAT)
+    a1, b1 = _pairs(low, high, low_scale, high_scale, 1, ALONG_ROWS, PACKED, DOT_DTYPE, FORMAT)
+    a2, b2 = _pairs(low, high, low_scale, high_scale, 2, ALONG_ROWS, PACKED, DOT_DTYPE, FORMAT)
+    a3, b3 = _pairs(low, high, low_scale, high_scale, 3, ALONG_ROWS, PACKED, DOT_DTYPE, FORMAT)
     first = tl.join(tl.join(a0, a2), tl.join(a1, a3))
     second = tl.join(tl.join(b0, b2), tl.join(b1, b3))
     return tl.join(first, second).reshape(low.shape[0], C, 4, 2)
@@ -241,7 +231,7 @@ def _collect_columns(t, RUN: tl.constexpr):
 
 
 @triton.jit
-def _tile_of_program(row_tiles, column_tiles, BAND: tl.constexpr):
+def _tile_of_program(row_tiles, column_tiles):
     """(row tile, column tile): BAND row tiles, one column of tiles after another."""
     band = tl.program_id(0) // (BAND * column_tiles)
     index = tl.program_id(0) - band * (BAND * column_tiles)
@@ -250,8 +240,16 @@ def _tile_of_program(row_tiles, column_tiles, BAND: tl.constexpr):
 
 
 @triton.jit
-def _load_scales(ptrs, n, block, left, row_blocks, ALONG_ROWS: tl.constexpr, WHOLE: tl.constexpr,
-                 BLOCK: tl.constexpr):  # fmt: skip
+def _load_scales(
+    ptrs,
+    n,
+    block,
+    left,
+    row_blocks,
+    ALONG_ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Scale bytes ``[n, block]``, with ``left`` elements to go along the reduced axis; else zeros."""
     if WHOLE:
         mask = left > 0
@@ -264,22 +262,47 @@ def _load_scales(ptrs, n, block, left, row_blocks, ALONG_ROWS: tl.constexpr, WHO
 
 @launched
 @triton.jit(do_not_specialize=["n_rows", "n_tokens", "row_tiles", "E", "top_k"])
-def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, y_ptr,
-                  scaling, n_rows, n_tokens, row_tiles, N, K, E, top_k, rank, stride_x,
-                  q_stride_e, q_stride_n, s_stride_e, s_stride_n, up_stride_e, up_stride_c,
-                  up_stride_r, bias_stride_e, bias_stride_c,
-                  TRANSPOSE_WEIGHT: tl.constexpr, GROUPED: tl.constexpr, E_SPAN: tl.constexpr,
-                  GATHERED: tl.constexpr, PER_TENSOR: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  TILE_RANK: tl.constexpr, WORD_UNIT: tl.constexpr, WHOLE: tl.constexpr,
-                  PACKED: tl.constexpr, DOT_DTYPE: tl.constexpr, BAND: tl.constexpr,
-                  ROWS: tl.constexpr, COLUMNS: tl.constexpr, REDUCED: tl.constexpr,
-                  RUN: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                  MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
-                  E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """One tile ``[ROWS, COLUMNS]`` of y; zeros where the rows are nobody's.
+def _fused_kernel(
+    x_ptr,
+    weight,
+    rows,
+    added,
+    y_ptr,
+    scaling,
+    n_rows,
+    n_tokens,
+    row_tiles,
+    weight_size,
+    E,
+    top_k,
+    rank,
+    strides,
+    TRANSPOSE_WEIGHT: tl.constexpr,
+    E_SPAN: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    TILE_RANK: tl.constexpr,
+    WORD_UNIT: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PACKED: tl.constexpr,
+    DOT_DTYPE: tl.constexpr,
+    TILE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    """A :class:`PortableTile` of y; zeros where the rows are unassigned.
 
-    Strides of q count WORD_UNIT words. WHOLE: the tiles divide the weight. TILE_RANK 0: no adapters.
+    ``strides`` are :class:`_Strides`. WHOLE: the tiles divide the weight. TILE_RANK 0: no adapters.
     """
+    q_ptr, s_ptr, pts_ptr = weight
+    offs_ptr, order_ptr = rows
+    h_ptr, up_ptr, bias_ptr = added
+    N, K = weight_size
+    ROWS: tl.constexpr = TILE.rows
+    COLUMNS: tl.constexpr = TILE.columns
+    REDUCED: tl.constexpr = TILE.reduced
+    RUN: tl.constexpr = TILE.run
+    BLOCK: tl.constexpr = FORMAT.block_size
+    GROUPED: tl.constexpr = offs_ptr is not None
+    GATHERED: tl.constexpr = order_ptr is not None
     row_blocks = K // BLOCK
     if TRANSPOSE_WEIGHT:
         n_columns = N
@@ -288,7 +311,7 @@ def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_p
         n_columns = K
         n_reduced = N
     column_tiles = tl.cdiv(n_columns, COLUMNS)
-    row_tile, column_tile = _tile_of_program(row_tiles, column_tiles, BAND)
+    row_tile, column_tile = _tile_of_program(row_tiles, column_tiles)
     expert, first, end = groups.tile_rows(offs_ptr, n_rows, row_tile, E, E_SPAN, ROWS, GROUPED)
     if first >= end:
         return
@@ -306,13 +329,15 @@ def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_p
     acc = tl.zeros((COLUMNS, ROWS), tl.float32)
     if TILE_RANK > 0:
         h_ptr += row.to(tl.int64)[:, None] * rank
-        up_ptr += expert * up_stride_e + column.to(tl.int64)[:, None] * up_stride_c
+        up_ptr += expert * strides.up_expert + column.to(tl.int64)[:, None] * strides.up_column
         for rank0 in tl.range(0, rank, TILE_RANK, num_stages=1):
             r = rank0 + tl.arange(0, TILE_RANK)
             there = (r < rank)[None, :]
             h = tl.load(h_ptr + r[None, :], mask=inside[:, None] & there, other=0.0)
             up_mask = (column < n_columns)[:, None] & there
-            up = tl.load(up_ptr + r[None, :] * up_stride_r, mask=up_mask, other=0.0).to(DOT_DTYPE)
+            up = tl.load(up_ptr + r[None, :] * strides.up_rank, mask=up_mask, other=0.0).to(
+                DOT_DTYPE
+            )
             if not TRANSPOSE_WEIGHT:
                 up = _deal_columns(up, RUN)
             acc = tl.dot(up, tl.trans(h.to(DOT_DTYPE)), acc, input_precision="ieee")
@@ -330,11 +355,11 @@ def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_p
         block = column0 // BLOCK + tl.arange(0, COLUMNS // BLOCK)
     token = groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
     token = tl.minimum(token, n_tokens - 1)  # likewise
-    x_ptrs = x_ptr + token[:, None] * stride_x + step[None, :]
-    q_ptrs = q_ptr + expert * (q_stride_e * WORD_UNIT)
-    q_ptrs += n.to(tl.int64)[:, None] * (q_stride_n * WORD_UNIT) + word[None, :]
-    s_ptrs = s_ptr + expert * s_stride_e
-    s_ptrs += n.to(tl.int64)[:, None] * s_stride_n + block[None, :]
+    x_ptrs = x_ptr + token[:, None] * strides.x_row + step[None, :]
+    q_ptrs = q_ptr + expert * (strides.q_expert * WORD_UNIT)
+    q_ptrs += n.to(tl.int64)[:, None] * (strides.q_row * WORD_UNIT) + word[None, :]
+    s_ptrs = s_ptr + expert * strides.s_expert
+    s_ptrs += n.to(tl.int64)[:, None] * strides.s_row + block[None, :]
     pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
     byte = _load_scales(s_ptrs, n, block, n_reduced, row_blocks, TRANSPOSE_WEIGHT, WHOLE, BLOCK)
     for start in range(0, n_reduced, REDUCED):
@@ -354,13 +379,13 @@ def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_p
             q_ptrs += REDUCED // PER_WORD
             s_ptrs += REDUCED // BLOCK
         else:
-            q_ptrs += tl.cast(q_stride_n, tl.int64) * (WORD_UNIT * REDUCED)
-            s_ptrs += tl.cast(s_stride_n, tl.int64) * REDUCED
+            q_ptrs += tl.cast(strides.q_row, tl.int64) * (WORD_UNIT * REDUCED)
+            s_ptrs += tl.cast(strides.s_row, tl.int64) * REDUCED
         # A byte is too narrow for the asynchronous copies that bring x and the words: one step ahead.
-        next_byte = _load_scales(s_ptrs, n, block, left - REDUCED, row_blocks, TRANSPOSE_WEIGHT,
-                                 WHOLE, BLOCK)  # fmt: skip
-        w = _decode(words, byte, pts, TRANSPOSE_WEIGHT, PACKED, DOT_DTYPE, EXPONENT_BITS,
-                    MANTISSA_BITS, E8M0, FP8_INSTRUCTIONS)  # fmt: skip
+        next_byte = _load_scales(
+            s_ptrs, n, block, left - REDUCED, row_blocks, TRANSPOSE_WEIGHT, WHOLE, BLOCK
+        )
+        w = _decode(words, byte, pts, TRANSPOSE_WEIGHT, PACKED, DOT_DTYPE, FORMAT)
         x = x.to(DOT_DTYPE)
         if TRANSPOSE_WEIGHT:
             w = _deal_reduced(w.reshape(COLUMNS, REDUCED), RUN)
@@ -373,8 +398,8 @@ def _fused_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, offs_ptr, order_ptr, h_ptr, up_p
     if not TRANSPOSE_WEIGHT:
         acc = _collect_columns(acc, RUN)
     y = tl.trans(acc)
-    if HAS_BIAS:
-        bias_ptrs = bias_ptr + expert * bias_stride_e + column * bias_stride_c
+    if bias_ptr is not None:
+        bias_ptrs = bias_ptr + expert * strides.bias_expert + column * strides.bias_column
         bias = tl.load(bias_ptrs, mask=column < n_columns, other=0.0)
         y += bias.to(tl.float32)[None, :]
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=y_mask)
@@ -408,7 +433,7 @@ def fused_product(
     n_groups = 0 if offs is None else offs.shape[0]
     major = capability(x.device.index)[0] if x.is_cuda else 0
     packed = fmt == MXFP4 and x.dtype == torch.bfloat16 and x.is_cuda
-    tile = _choose_tile(n_rows, n_groups, x.dtype, packed, transpose_weight, major)
+    tile = portable_tile(n_rows, n_groups, x.dtype, packed, transpose_weight, major)
     row_tiles = groups.max_tiles(n_rows, n_groups, tile.rows)
     rank = 0 if h is None else h.shape[1]
     # Wider loads than 8 bytes would keep Triton from decoding in the layout of the product, 3.6 and 3.7.
@@ -418,41 +443,48 @@ def fused_product(
     scale = bytes_of(scale)
     scale = scale if scale.stride(-1) == 1 else scale.contiguous()
     whole = reduced % tile.reduced == 0 and (transpose_weight or columns % tile.columns == 0)
+    strides = _Strides(
+        x.stride(0),
+        _expert_stride(words, 3) // word_unit,
+        words.stride(-2) // word_unit,
+        _expert_stride(scale, 3),
+        scale.stride(-2),
+        _expert_stride(up, 3),
+        *_last_strides(up, 2),
+        _expert_stride(bias, 2),
+        *_last_strides(bias, 1),
+    )
     dot_dtype = DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the interpreter's only one
     with on_device_of(x):
         _fused_kernel[(row_tiles * cdiv(columns, tile.columns),)](
-            x, words, scale, per_tensor_scale, offs, order, h,
-            up, bias, y, scaling, n_rows, x.shape[0], row_tiles, n, k, max(1, n_groups), top_k, rank,
-            x.stride(0), _expert_stride(words, 3) // word_unit, words.stride(-2) // word_unit,
-            _expert_stride(scale, 3), scale.stride(-2), _expert_stride(up, 3), *_last_strides(up, 2),
-            _expert_stride(bias, 2), *_last_strides(bias, 1),
-            TRANSPOSE_WEIGHT=transpose_weight, GROUPED=offs is not None,
-            E_SPAN=groups.span_of(offs), GATHERED=order is not None,
-            PER_TENSOR=per_tensor_kind(per_tensor_scale), HAS_BIAS=bias is not None,
-            TILE_RANK=0 if rank == 0 else min(max(16, next_power_of_2(rank)), MAX_TILE_RANK),
-            WORD_UNIT=word_unit, WHOLE=whole, PACKED=packed, DOT_DTYPE=dot_dtype, BAND=BAND,
-            ROWS=tile.rows, COLUMNS=tile.columns, REDUCED=tile.reduced, RUN=tile.run,
-            num_warps=tile.num_warps, num_stages=tile.num_stages,
-            **format_constants(fmt, x.device),
-        )  # fmt: skip
+            x,
+            (words, scale, per_tensor_scale),
+            (offs, order),
+            (h, up, bias),
+            y,
+            scaling,
+            n_rows,
+            x.shape[0],
+            row_tiles,
+            (n, k),
+            max(1, n_groups),
+            top_k,
+            rank,
+            strides,
+            TRANSPOSE_WEIGHT=transpose_weight,
+            E_SPAN=groups.span_of(offs),
+            PER_TENSOR=per_tensor_kind(per_tensor_scale),
+            TILE_RANK=0 if rank == 0 else rank_tile(rank, PORTABLE_MAX_RANKS),
+            WORD_UNIT=word_unit,
+            WHOLE=whole,
+            PACKED=packed,
+            DOT_DTYPE=dot_dtype,
+            TILE=tile,
+            FORMAT=format_on(x.device, fmt),
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
     return y
-
-
-def _choose_tile(
-    n_rows: int, n_groups: int, dtype: torch.dtype, packed: bool, transpose_weight: bool, major: int
-) -> Tile:
-    """By the average rows of a group: most groups are one tile then, whose weights are decoded once."""
-    if dtype == torch.float32 and major > 0:
-        return FP32_TILE
-    average = n_rows / max(1, n_groups)
-    tile = next(tile for most, tile in TILES.get(major, _MMA) if average <= most)
-    # What follows keeps a thread's values in its registers.
-    if not packed:
-        rows = min(tile.rows, 64 if major in TILES else 32)
-        return tile._replace(rows=rows, reduced=64, num_warps=4)
-    if major == 9 and transpose_weight and tile.rows == 128:
-        return tile._replace(num_warps=8)
-    return tile
 
 
 def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor, int]:

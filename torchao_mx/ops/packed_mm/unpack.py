@@ -27,41 +27,50 @@ from torchao_mx import reference
 from torchao_mx.ops.core.launch import (
     bytes_of,
     cdiv,
-    format_constants,
+    format_on,
     in_words,
     launched,
     on_device_of,
     per_tensor_kind,
 )
 from torchao_mx.ops.core.operands import Packed, aligned_rows
+from torchao_mx.ops.core.tiles import DEQUANTIZE_ROWS, WIDE_ROWS
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops.packed_mm.epilogue import finish
 from torchao_mx.ops.quantization import tile
 from torchao_mx.reference import Added, Rows
 
-DECODE_TILE, DECODE_WARPS = 256, 4  # words of eight elements, as in dequantize.py
-WIDE_ROWS, WIDE_COLUMNS = 4, 1024
 ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
 SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
 
 
 @launched
 @triton.jit
-def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, offs_ptr, out_ptr, n_words, words_per_row, q_expert, q_row,
-                        s_expert, s_row, out_expert, out_row, SELECTIVE: tl.constexpr,
-                        PER_TENSOR: tl.constexpr,
-                        TILE: tl.constexpr, LONG_ROWS: tl.constexpr,
-                        EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                        MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                        BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                        FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _decode_into_kernel(
+    weight,
+    offs_ptr,
+    out_ptr,
+    n_words,
+    words_per_row,
+    q_strides,
+    s_strides,
+    out_strides,
+    SELECTIVE: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    TILE: tl.constexpr,
+    LONG_ROWS: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """``n_words`` of each expert, ``words_per_row`` a row, a word being eight elements.
 
-    ``q_expert``, ``q_row``, ``out_expert`` and ``out_row`` are strides in words: the compiler then knows that
-    a thread's eight results are 16 bytes aligned. ``s_expert`` and ``s_row`` are strides in bytes. SELECTIVE
-    leaves experts without rows out.
+    Strides are of experts and rows. Those of q and of the output count words: the compiler then knows that a
+    thread's eight results are 16 bytes aligned. SELECTIVE leaves experts without rows out.
     """
+    q_ptr, s_ptr, pts_ptr = weight
+    q_expert, q_row = q_strides
+    s_expert, s_row = s_strides
+    out_expert, out_row = out_strides
     if SELECTIVE:
         if not groups.has_rows(offs_ptr, tl.program_id(1), True):
             return
@@ -80,20 +89,37 @@ def _decode_into_kernel(q_ptr, s_ptr, pts_ptr, offs_ptr, out_ptr, n_words, words
     s_ptr += expert * s_expert + first_row * s_row
     out_ptr += (expert * out_expert + first_row * out_row) * 8
     word = tl.load(q_ptr + row * q_row + column, mask=inside, other=0)
-    byte = tl.load(s_ptr + row * s_row + column // (BLOCK // 8), mask=inside, other=0).to(tl.int32)
+    byte = tl.load(
+        s_ptr + row * s_row + column // (FORMAT.block_size // 8), mask=inside, other=0
+    ).to(tl.int32)
     pts = tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
-    scale = tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
-    code = tile.unpack_word(word, 1 + EXPONENT_BITS + MANTISSA_BITS)
-    value = tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
+    scale = tile.scale_value(byte, pts, FORMAT)
+    code = tile.unpack_word(word, FORMAT.elem_bits)
+    value = tile.decode(code, FORMAT) * scale[:, None]
     out_ptrs = out_ptr + ((row * out_row + column) * 8)[:, None] + tl.arange(0, 8)[None, :]
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @launched
 @triton.jit
-def _wide_rows_kernel(x_ptr, order_ptr, h_ptr, out_ptr, n_rows, n_tokens, top_k, x_row, columns,
-                      rank, depth, HAS_ORDER: tl.constexpr, HAS_H: tl.constexpr, ONE: tl.constexpr,
-                      ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # fmt: skip
+def _wide_rows_kernel(
+    x_ptr,
+    order_ptr,
+    h_ptr,
+    out_ptr,
+    n_rows,
+    n_tokens,
+    top_k,
+    x_row,
+    columns,
+    rank,
+    depth,
+    HAS_ORDER: tl.constexpr,
+    HAS_H: tl.constexpr,
+    ONE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     token = groups.token_of(order_ptr, row, row < n_rows, top_k, n_tokens, HAS_ORDER)
@@ -133,13 +159,22 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
     experts, rows, words = qdata.shape
     pts = scale if w.per_tensor_scale is None else w.per_tensor_scale
     with on_device_of(out):
-        _decode_into_kernel[(cdiv(rows * words, DECODE_TILE), experts)](
-            qdata, scale, pts, offs, out, rows * words, words, *qdata.stride()[:2],
-            *scale.stride()[:2], out.stride(0) // 8, out.stride(1) // 8, SELECTIVE=offs is not None,
+        _decode_into_kernel[(cdiv(rows * words, DEQUANTIZE_ROWS.size), experts)](
+            (qdata, scale, pts),
+            offs,
+            out,
+            rows * words,
+            words,
+            qdata.stride()[:2],
+            scale.stride()[:2],
+            (out.stride(0) // 8, out.stride(1) // 8),
+            SELECTIVE=offs is not None,
             PER_TENSOR=per_tensor_kind(w.per_tensor_scale),
-            TILE=DECODE_TILE, LONG_ROWS=words >= DECODE_TILE, num_warps=DECODE_WARPS,
-            **format_constants(w.fmt, out.device),
-        )  # fmt: skip
+            TILE=DEQUANTIZE_ROWS.size,
+            LONG_ROWS=words >= DEQUANTIZE_ROWS.size,
+            num_warps=DEQUANTIZE_ROWS.warps,
+            FORMAT=format_on(out.device, w.fmt),
+        )
 
 
 def slices(
@@ -327,11 +362,24 @@ def _wide_rows_triton(
     x = with_unit_rows(x)
     rows = x.new_empty((n_rows, depth))
     rank = 0 if h is None else h.shape[1]
-    grid = (cdiv(n_rows, WIDE_ROWS), cdiv(depth, WIDE_COLUMNS))
+    grid = (cdiv(n_rows, WIDE_ROWS.m), cdiv(depth, WIDE_ROWS.k))
     with on_device_of(x):
         _wide_rows_kernel[grid](
-            x, x if order is None else order, x if h is None else h, rows, n_rows,
-            x.shape[0], top_k, x.stride(0), x.shape[1], rank, depth, HAS_ORDER=order is not None,
-            HAS_H=h is not None, ONE=one, ROWS=WIDE_ROWS, COLUMNS=WIDE_COLUMNS,
-        )  # fmt: skip
+            x,
+            x if order is None else order,
+            x if h is None else h,
+            rows,
+            n_rows,
+            x.shape[0],
+            top_k,
+            x.stride(0),
+            x.shape[1],
+            rank,
+            depth,
+            HAS_ORDER=order is not None,
+            HAS_H=h is not None,
+            ONE=one,
+            ROWS=WIDE_ROWS.m,
+            COLUMNS=WIDE_ROWS.k,
+        )
     return rows

@@ -18,18 +18,18 @@ from torchao_mx.ops.core.launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.tiles import AMAX, AMAX_PROGRAMS_PER_MULTIPROCESSOR
 from torchao_mx.ops.quantization import tile
 from torchao_mx.reference.quantize import E4M3_MAX, MIN_PER_TENSOR_SCALE
 
-TILE, WARPS = 8192, 8
-PROGRAMS_A_MULTIPROCESSOR = 4
 _MIN_SCALE = tl.constexpr(MIN_PER_TENSOR_SCALE)
 
 
 @launched
 @triton.jit
-def _amax_kernel(x_ptr, amax_ptr, offs_ptr, n, columns, n_groups, GROUPED: tl.constexpr,
-                 TILE: tl.constexpr):  # fmt: skip
+def _amax_kernel(
+    x_ptr, amax_ptr, offs_ptr, n, columns, n_groups, GROUPED: tl.constexpr, TILE: tl.constexpr
+):
     """``x [E, n]`` to the largest magnitudes ``[E, P]`` that P programs found: bits of fp32, NaN above all.
 
     GROUPED: of the rows, of ``columns`` elements, in front of the last of the end offsets.
@@ -72,18 +72,29 @@ def amax_scale(
     x = x.mT if any_order else x.contiguous()
     experts = x.shape[0] if per_expert else 1
     n = x.numel() // experts
-    programs = cdiv(PROGRAMS_A_MULTIPROCESSOR * multiprocessors(x.device), experts)
-    programs = min(programs, cdiv(n, TILE))
+    programs = cdiv(AMAX_PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device), experts)
+    programs = min(programs, cdiv(n, AMAX.size))
     shape = (experts, 1, 1) if per_expert else ()
     with on_device_of(x):
         amax = torch.empty((experts, programs), dtype=torch.int32, device=x.device)
         scale = torch.empty(shape, dtype=torch.float32, device=x.device)
         _amax_kernel[(programs, experts)](
-            x, amax, offs, n, x.shape[-1] if x.dim() else 1, 0 if offs is None else offs.shape[0],
-            GROUPED=offs is not None, TILE=TILE, num_warps=WARPS,
-        )  # fmt: skip
+            x,
+            amax,
+            offs,
+            n,
+            x.shape[-1] if x.dim() else 1,
+            0 if offs is None else offs.shape[0],
+            GROUPED=offs is not None,
+            TILE=AMAX.size,
+            num_warps=AMAX.warps,
+        )
         _scale_kernel[(experts,)](
-            amax, scale, programs, 1 / (E4M3_MAX * fmt.elem_max), SPAN=next_power_of_2(programs),
+            amax,
+            scale,
+            programs,
+            1 / (E4M3_MAX * fmt.elem_max),
+            SPAN=next_power_of_2(programs),
             num_warps=4,
-        )  # fmt: skip
+        )
     return scale

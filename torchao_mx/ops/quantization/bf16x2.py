@@ -180,18 +180,18 @@ def decode_e2m1(code, x, scale):
 
 
 @triton.jit
-def encode_fp8(x, multiplier, EXPONENT_BITS: tl.constexpr):
+def encode_fp8(x, multiplier, FORMAT: tl.constexpr):
     """Codes of ``x * multiplier`` (fp32): two bytes, the low half's element first. NaN gives 0x7F."""
-    asm: tl.constexpr = _ENCODE_E4M3 if EXPONENT_BITS == 4 else _ENCODE_E5M2
+    asm: tl.constexpr = _ENCODE_E4M3 if FORMAT.exponent_bits == 4 else _ENCODE_E5M2
     return tl.inline_asm_elementwise(
         asm, "=r,r,f", [x, multiplier], dtype=tl.int32, is_pure=True, pack=1
     )
 
 
 @triton.jit
-def decode_fp8(code, scale, EXPONENT_BITS: tl.constexpr):
+def decode_fp8(code, scale, FORMAT: tl.constexpr):
     """bf16 pairs ``code * scale`` from what :func:`encode_fp8` returns; ``scale`` in fp32."""
-    asm: tl.constexpr = _DECODE_E4M3 if EXPONENT_BITS == 4 else _DECODE_E5M2
+    asm: tl.constexpr = _DECODE_E4M3 if FORMAT.exponent_bits == 4 else _DECODE_E5M2
     return tl.inline_asm_elementwise(
         asm, "=r,r,f", [code, scale], dtype=tl.int32, is_pure=True, pack=1
     )
@@ -199,16 +199,25 @@ def decode_fp8(code, scale, EXPONENT_BITS: tl.constexpr):
 
 @launched
 @triton.jit
-def quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_row,
-                               row_stride, CONTIGUOUS: tl.constexpr, VALUES: tl.constexpr,
-                               TILE: tl.constexpr, MODE: tl.constexpr,
-                               EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                               BLOCK: tl.constexpr):  # fmt: skip
+def quantize_rows_kernel(
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    values_ptr,
+    n_blocks,
+    blocks_per_row,
+    row_stride,
+    CONTIGUOUS: tl.constexpr,
+    VALUES: tl.constexpr,
+    TILE: tl.constexpr,
+    MODE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """The same for bf16 and the MX formats: ``x`` and the values as int32 words of two (``py``).
 
     ``q_ptr`` takes int32 words of e2m1 codes, or int16 words of two fp8.
     """
+    BLOCK: tl.constexpr = FORMAT.block_size
     PAIRS: tl.constexpr = BLOCK // 2
     first = tl.program_id(0).to(tl.int64) * TILE
     block = tl.arange(0, TILE)
@@ -223,13 +232,11 @@ def quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_r
         x_ptrs = x_ptr + start[:, None] + pair[None, :]
     x = tl.load(x_ptrs, mask=inside[:, None], other=0)
     magnitude = magnitudes(x)
-    byte, multiplier = tile.e8m0_scale(
-        max_of_pairs(magnitude, 1), MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
-    )
+    byte, multiplier = tile.e8m0_scale(max_of_pairs(magnitude, 1), MODE, True, FORMAT)
     tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
-    scale = tile.scale_value(byte, 1.0, True, True)
+    scale = tile.scale_value(byte, 1.0, FORMAT)
     shape: tl.constexpr = (TILE, PAIRS)
-    if EXPONENT_BITS == 2:
+    if FORMAT.exponent_bits == 2:
         PER_BLOCK: tl.constexpr = BLOCK // 8
         code = encode_e2m1(
             magnitude,
@@ -248,8 +255,8 @@ def quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_r
     else:
         PER_BLOCK: tl.constexpr = PAIRS
         multiplier = tl.broadcast_to(multiplier[:, None], shape)
-        code = encode_fp8(x, multiplier, EXPONENT_BITS)
-        value = decode_fp8(code, tl.broadcast_to(scale[:, None], shape), EXPONENT_BITS)
+        code = encode_fp8(x, multiplier, FORMAT)
+        value = decode_fp8(code, tl.broadcast_to(scale[:, None], shape), FORMAT)
         packed = code.to(tl.int16)
     q_ptrs = q_ptr + first * PER_BLOCK
     q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
@@ -260,15 +267,24 @@ def quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, n_blocks, blocks_per_r
 
 @launched
 @triton.jit
-def quantize_columns_kernel(x_ptr, q_ptr, s_ptr, M, K, batch_stride, row_stride,
-                                  BLOCKS: tl.constexpr, TILE_K: tl.constexpr, MODE: tl.constexpr,
-                                  EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                                  MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                                  BLOCK: tl.constexpr):  # fmt: skip
+def quantize_columns_kernel(
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    M,
+    K,
+    x_strides,
+    BLOCKS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MODE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """``quantization/quantize.py``'s columns for MXFP4: ``x`` as int32 words of two columns, TILE_K of them; ``q`` in int16.
 
     A word keeps its two columns in its two halves all the way: four rows of codes fill each.
     """
+    BLOCK: tl.constexpr = FORMAT.block_size
+    batch_stride, row_stride = x_strides
     blocks_m = M // BLOCK
     batch, tile_m, tile_k = tile.tile_of_program(blocks_m, BLOCKS, K // 2, TILE_K)
     block0 = tile_m * BLOCKS
@@ -280,8 +296,8 @@ def quantize_columns_kernel(x_ptr, q_ptr, s_ptr, M, K, batch_stride, row_stride,
     x = tl.load(x_ptrs + pair[None, None, :], mask=inside, other=0)
     magnitude = magnitudes(x)
     low, high = max_of_halves(magnitude, 1)
-    low_byte, low_m = tile.e8m0_scale(low, MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
-    high_byte, high_m = tile.e8m0_scale(high, MODE, True, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX)
+    low_byte, low_m = tile.e8m0_scale(low, MODE, True, FORMAT)
+    high_byte, high_m = tile.e8m0_scale(high, MODE, True, FORMAT)
     shape: tl.constexpr = (BLOCKS, BLOCK, TILE_K)
     code = encode_e2m1(
         magnitude,

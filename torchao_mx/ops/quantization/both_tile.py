@@ -5,13 +5,29 @@ They restate ``reference/recipes.py``, and use ``tile.py`` for blocks and elemen
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
+from torchao_mx.ops.core.launch import KernelFormat
 from torchao_mx.ops.quantization import tile
 from torchao_mx.reference import recipes
 
 PHILOX_ROUNDS = tl.constexpr(recipes.PHILOX_ROUNDS)
+
+
+class Form(NamedTuple):
+    """What a kernel stores of one direction: the constexpr ``FORM``.
+
+    Its ``outputs`` are pointers to packed elements, scales and values, and the per-tensor scale's.
+    """
+
+    format: KernelFormat
+    mode: str
+    per_tensor: str
+    packed: bool
+    values: bool
 
 
 @triton.jit
@@ -26,12 +42,11 @@ def random_words(seed, row, k0, TILE_K: tl.constexpr):
 
 
 @triton.jit
-def round_stochastically(y, random, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                         ELEM_MAX: tl.constexpr):  # fmt: skip
+def round_stochastically(y, random, FORMAT: tl.constexpr):
     """``reference.round_stochastically``: y on the grid of the elements. A NaN, of a block of them, is lost."""
-    SMALLEST: tl.constexpr = 2.0 ** (2 - (1 << (EXPONENT_BITS - 1)))
-    DROPPED: tl.constexpr = 23 - MANTISSA_BITS
-    magnitude = tl.minimum(tl.abs(y), ELEM_MAX)
+    SMALLEST: tl.constexpr = 2.0 ** (2 - (1 << (FORMAT.exponent_bits - 1)))
+    DROPPED: tl.constexpr = 23 - FORMAT.mantissa_bits
+    magnitude = tl.minimum(tl.abs(y), FORMAT.elem_max)
     is_small = magnitude < SMALLEST
     bits = tile.bits_of(tl.where(is_small, magnitude + SMALLEST, magnitude))
     grid = tile.float_of((bits + random) & -(1 << DROPPED))
@@ -40,16 +55,14 @@ def round_stochastically(y, random, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: 
 
 
 @triton.jit
-def values(y, scale, RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-           ELEM_MAX: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def values(y, scale, RANDOM: tl.constexpr, FORMAT: tl.constexpr):
     """What the codes of ``y`` stand for, by the fewest instructions; RANDOM has rounded y already."""
     if RANDOM:
         pass
-    elif EXPONENT_BITS > 2 and FP8_INSTRUCTIONS:
-        code = tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        y = tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)
+    elif FORMAT.exponent_bits > 2 and FORMAT.has_fp8_instructions:
+        y = tile.decode(tile.encode(y, FORMAT), FORMAT)
     else:
-        grid = tile.round_to_grid(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
+        grid = tile.round_to_grid(y, FORMAT)
         y = tile.float_of(tile.bits_of(grid) | (tile.bits_of(y) & (-2147483648)))
     return y * scale
 
@@ -70,27 +83,37 @@ def rows_in_order(TILE_M: tl.constexpr, BLOCK: tl.constexpr, STACK: tl.constexpr
 
 
 @triton.jit
-def encode_fours(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
-                 FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def encode_fours(y, FORMAT: tl.constexpr):
     """``[4, R, C]`` to ``[R, C]`` words (int32) of four codes, the first in the lowest bits."""
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
     first, second = tl.split(y.reshape(2, 2, y.shape[1], y.shape[2]).permute(0, 2, 3, 1))
-    two = tile.encode_two(first, second, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-    return tl.sum(two << (tl.arange(0, 2) * 2 * BITS)[:, None, None], axis=0)
+    two = tile.encode_two(first, second, FORMAT)
+    return tl.sum(two << (tl.arange(0, 2) * 2 * FORMAT.elem_bits)[:, None, None], axis=0)
 
 
 @triton.jit
-def store_row_words(x_ptr, index_ptr, q_ptr, s_ptr, pts_ptr, m0, M, k0, K, stride_m, stride_k,
-                    EVEN: tl.constexpr, GATHERED: tl.constexpr, TILE_M: tl.constexpr,
-                    TILE_K: tl.constexpr, PER_TENSOR: tl.constexpr, MODE: tl.constexpr,
-                    SHORT_MANTISSA: tl.constexpr, EXPONENT_BITS: tl.constexpr,
-                    MANTISSA_BITS: tl.constexpr, MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                    BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                    FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def store_row_words(
+    x_ptr,
+    index_ptr,
+    outputs,
+    m0,
+    M,
+    k0,
+    K,
+    x_strides,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATHERED: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+):
     """The tile's rows in e2m1: loaded so that a thread holds whole blocks, and computes each scale once."""
-    BLOCKS: tl.constexpr = TILE_K // BLOCK
+    FORMAT: tl.constexpr = FORM.format
+    BLOCK: tl.constexpr = FORMAT.block_size
+    BLOCKS: tl.constexpr = TILE.k // BLOCK
     WORDS: tl.constexpr = BLOCK // 8
-    at = tl.arange(0, TILE_M * BLOCKS)
+    q_ptr, s_ptr, _, pts_ptr = outputs
+    stride_m, stride_k = x_strides
+    at = tl.arange(0, TILE.m * BLOCKS)
     row = m0 + at // BLOCKS
     inside = row < M
     if GATHERED:
@@ -105,122 +128,134 @@ def store_row_words(x_ptr, index_ptr, q_ptr, s_ptr, pts_ptr, m0, M, k0, K, strid
         :, None, None
     ] + elem * stride_k
     x = tl.load(x_ptrs, mask=inside[:, None, None], other=0.0).to(tl.float32)
-    pts = tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
-    amax = tile.max_magnitude(tile.max_magnitude(x, 2, FP8_INSTRUCTIONS), 1, FP8_INSTRUCTIONS)
-    byte, multiplier = tile.block_scale(
-        amax, pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
-        FP8_INSTRUCTIONS,
-    )  # fmt: skip
+    pts = tile.load_per_tensor_scale(pts_ptr, 0, FORM.per_tensor)
+    amax = tile.max_magnitude(x, 2, FORMAT.has_fp8_instructions)
+    amax = tile.max_magnitude(amax, 1, FORMAT.has_fp8_instructions)
+    byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
     # Behind the words these stores would keep registers: a tenth slower on an H200.
     tl.store(s_ptr + row * (K // BLOCK) + block, byte.to(tl.uint8), mask=inside)
     packed = tile.encode_words(x * multiplier[:, None, None])
-    is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+    is_nan = (byte == FORMAT.nan_scale)[:, None]
     packed = tl.where(is_nan, tile.E2M1_NAN_WORD, packed)
     q_ptrs = (q_ptr + row * (K // 8) + block * WORDS)[:, None] + word[None, :]
     tl.store(q_ptrs, packed, mask=inside[:, None])
 
 
 @triton.jit
-def store_rows(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, row, inside_m, k0, k, inside_k, K,
-               EVEN: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr, PACKED: tl.constexpr, VALUES: tl.constexpr,
-               PER_TENSOR: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-               RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
-               E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
-    """A tile ``x [TILE_M, TILE_K]`` in blocks along K, to the rows ``row [TILE_M]`` (int64); PACKED: fp8."""
+def store_rows(
+    x,
+    words,
+    outputs,
+    row,
+    inside_m,
+    k0,
+    k,
+    inside_k,
+    K,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    RANDOM: tl.constexpr,
+):
+    """A tile ``x [TILE_M, TILE_K]`` in blocks along K, to the rows ``row [TILE_M]`` (int64).
+
+    Packed rows are fp8 here; :func:`store_row_words` stores those of e2m1.
+    """
+    FORMAT: tl.constexpr = FORM.format
+    BLOCK: tl.constexpr = FORMAT.block_size
+    TILE_M: tl.constexpr = TILE.m
+    TILE_K: tl.constexpr = TILE.k
     BLOCKS: tl.constexpr = TILE_K // BLOCK
+    q_ptr, s_ptr, v_ptr, pts_ptr = outputs
     x = x.reshape(TILE_M * BLOCKS, BLOCK)
-    pts = tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
-    byte, multiplier = tile.block_scale(
-        tile.max_magnitude(x, 1, FP8_INSTRUCTIONS), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
-        MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-    )  # fmt: skip
+    pts = tile.load_per_tensor_scale(pts_ptr, 0, FORM.per_tensor)
+    amax = tile.max_magnitude(x, 1, FORMAT.has_fp8_instructions)
+    byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
     y = x * multiplier[:, None]
     if RANDOM:
-        random = (words & ((1 << (23 - MANTISSA_BITS)) - 1)).reshape(TILE_M * BLOCKS, BLOCK)
-        y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
-    if PACKED:
+        random = words & ((1 << (23 - FORMAT.mantissa_bits)) - 1)
+        y = round_stochastically(y, random.reshape(TILE_M * BLOCKS, BLOCK), FORMAT)
+    if FORM.packed and FORMAT.elem_bits == 8:
         if RANDOM:
             y = tl.where((byte == 255)[:, None], float("nan"), y)
         block = k0 // BLOCK + tl.arange(0, BLOCKS)
         s_ptrs = s_ptr + row[:, None] * (K // BLOCK) + block[None, :]
         mask = inside_m[:, None] & ((block < K // BLOCK) | EVEN)[None, :]
         tl.store(s_ptrs, byte.to(tl.uint8).reshape(TILE_M, BLOCKS), mask=mask)
-        packed = tile.encode_bytes(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+        packed = tile.encode_bytes(y, FORMAT)
         q_ptrs = q_ptr + row[:, None] * K + k[None, :]
         mask = inside_m[:, None] & inside_k[None, :]
         tl.store(q_ptrs, packed.reshape(TILE_M, TILE_K), mask=mask)
-    if VALUES:
-        scale = tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
-        value = values(
-            y, scale[:, None], RANDOM, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
-        )
+    if FORM.values:
+        scale = tile.scale_value(byte, pts, FORMAT)
+        value = values(y, scale[:, None], RANDOM, FORMAT)
         v_ptrs = v_ptr + row[:, None] * K + k[None, :]
         value = value.to(v_ptr.dtype.element_ty).reshape(TILE_M, TILE_K)
         tl.store(v_ptrs, value, mask=inside_m[:, None] & inside_k[None, :])
 
 
 @triton.jit
-def store_columns(x, words, q_ptr, s_ptr, v_ptr, pts_ptr, m0, m, M, k, inside_k, K,
-                  EVEN: tl.constexpr, STACK: tl.constexpr, TILE_M: tl.constexpr, TILE_K: tl.constexpr,
-                  PACKED: tl.constexpr, VALUES: tl.constexpr,
-                  PER_TENSOR: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                  RANDOM: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                  MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
-                  E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def store_columns(
+    x,
+    words,
+    outputs,
+    m0,
+    m,
+    M,
+    k,
+    inside_k,
+    K,
+    FORM: tl.constexpr,
+    TILE: tl.constexpr,
+    EVEN: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    RANDOM: tl.constexpr,
+):
     """A tile ``x [TILE_M, TILE_K]``, its rows :func:`rows_in_order`, in blocks along M; packed, transposed."""
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    FORMAT: tl.constexpr = FORM.format
+    BLOCK: tl.constexpr = FORMAT.block_size
+    TILE_M: tl.constexpr = TILE.m
+    TILE_K: tl.constexpr = TILE.k
+    STACK: tl.constexpr = TILE.stack
     BLOCKS: tl.constexpr = TILE_M // BLOCK
     QUADS: tl.constexpr = BLOCK // 4 // STACK
+    q_ptr, s_ptr, v_ptr, pts_ptr = outputs
     shape: tl.constexpr = (4, STACK, BLOCKS, QUADS, TILE_K)
     x = x.reshape(shape)
-    pts = tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
-    amax = tile.max_magnitude(tile.max_magnitude(x, 0, FP8_INSTRUCTIONS), 0, FP8_INSTRUCTIONS)
-    byte, multiplier = tile.block_scale(
-        tile.max_magnitude(amax, 1, FP8_INSTRUCTIONS), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
-        MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-    )  # fmt: skip
+    pts = tile.load_per_tensor_scale(pts_ptr, 0, FORM.per_tensor)
+    amax = tile.max_magnitude(x, 0, FORMAT.has_fp8_instructions)
+    amax = tile.max_magnitude(amax, 0, FORMAT.has_fp8_instructions)
+    amax = tile.max_magnitude(amax, 1, FORMAT.has_fp8_instructions)
+    byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
     y = x * multiplier[None, None, :, None, :]
     if RANDOM:
-        random = (words.to(tl.uint32, bitcast=True) >> (9 + MANTISSA_BITS)).to(tl.int32)
+        random = (words.to(tl.uint32, bitcast=True) >> (9 + FORMAT.mantissa_bits)).to(tl.int32)
         random = random.reshape(shape)
-        y = round_stochastically(y, random, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
-    if PACKED:
+        y = round_stochastically(y, random, FORMAT)
+    if FORM.packed:
         if RANDOM:
             y = tl.where((byte == 255)[None, None, :, None, :], float("nan"), y)
         blocks = tl.cdiv(M, BLOCK)
         block = m0 // BLOCK + tl.arange(0, BLOCKS)
         s_ptrs = s_ptr + k[None, :].to(tl.int64) * blocks + block[:, None]
-        tl.store(
-            s_ptrs,
-            byte.to(tl.uint8),
-            mask=((block < blocks) | EVEN)[:, None] & inside_k[None, :],
-        )
+        mask = ((block < blocks) | EVEN)[:, None] & inside_k[None, :]
+        tl.store(s_ptrs, byte.to(tl.uint8), mask=mask)
         PER_BLOCK: tl.constexpr = BLOCK // 4
         UNITS: tl.constexpr = TILE_M // 4
-        packed = encode_fours(
-            y.reshape(4, UNITS, TILE_K), EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
-        )
+        packed = encode_fours(y.reshape(4, UNITS, TILE_K), FORMAT)
         packed = packed.reshape(STACK, BLOCKS, QUADS, TILE_K)
-        if BITS == 4:
-            is_nan = (byte == (255 if E8M0 else 0x7F))[None, :, None, :]
+        if FORMAT.elem_bits == 4:
+            is_nan = (byte == FORMAT.nan_scale)[None, :, None, :]
             packed = tl.where(is_nan, tile.E2M1_NAN_WORD, packed).to(tl.int16)
         packed = packed.permute(3, 1, 0, 2).reshape(TILE_K, UNITS)
         index = m0 // 4 + tl.arange(0, UNITS)
         row_units = blocks * PER_BLOCK
         q_ptrs = q_ptr + k[:, None].to(tl.int64) * row_units + index[None, :]
         tl.store(q_ptrs, packed, mask=inside_k[:, None] & ((index < row_units) | EVEN)[None, :])
-    if VALUES:
-        scale = tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
-        value = values(
-            y,
-            scale[None, None, :, None, :],
-            RANDOM,
-            EXPONENT_BITS,
-            MANTISSA_BITS,
-            ELEM_MAX,
-            FP8_INSTRUCTIONS,
-        )
+    if FORM.values:
+        scale = tile.scale_value(byte, pts, FORMAT)
+        value = values(y, scale[None, None, :, None, :], RANDOM, FORMAT)
         value = value.to(v_ptr.dtype.element_ty).reshape(TILE_M, TILE_K)
         v_ptrs = v_ptr + m.to(tl.int64)[:, None] * K + k[None, :]
         tl.store(v_ptrs, value, mask=((m < M) | EVEN)[:, None] & inside_k[None, :])

@@ -17,28 +17,30 @@ from torchao_mx.ops.core.arguments import check_packed
 from torchao_mx.ops.core.launch import (
     bytes_of,
     cdiv,
-    format_constants,
+    format_on,
     launched,
     on_device_of,
     per_tensor_kind,
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import DEQUANTIZE_COLUMNS, DEQUANTIZE_ROWS
 from torchao_mx.ops.quantization import tile
-
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/kernels/quantize.py).
-ROW_TILE, ROW_WARPS = 256, 4
-COLUMN_TILE_M, COLUMN_TILE_K, COLUMN_WARPS = 64, 64, 4
 
 
 @launched
 @triton.jit
-def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_expert,
-                            PER_TENSOR: tl.constexpr, TILE: tl.constexpr,
-                            EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                            MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                            BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                            FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _dequantize_rows_kernel(
+    q_ptr,
+    s_ptr,
+    pts_ptr,
+    out_ptr,
+    n_words,
+    words_per_expert,
+    PER_TENSOR: tl.constexpr,
+    TILE: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """``q_ptr`` holds words that decode to eight elements: int32 of e2m1, or int64 of fp8.
 
     A thread loads one word and stores its 16 bytes of bf16: nothing crosses threads.
@@ -47,26 +49,35 @@ def _dequantize_rows_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, n_words, words_per_e
     index = tl.arange(0, TILE)
     inside = index < n_words - first
     word = tl.load(q_ptr + first + index, mask=inside, other=0)
-    byte = tl.load(s_ptr + (first + index) // (BLOCK // 8), mask=inside, other=0).to(tl.int32)
+    byte = tl.load(s_ptr + (first + index) // (FORMAT.block_size // 8), mask=inside, other=0).to(
+        tl.int32
+    )
     expert = (first + tl.minimum(index, n_words - first - 1)) // words_per_expert
     pts = tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
-    scale = tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
-    code = tile.unpack_word(word, 1 + EXPONENT_BITS + MANTISSA_BITS)
-    value = tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale[:, None]
+    scale = tile.scale_value(byte, pts, FORMAT)
+    code = tile.unpack_word(word, FORMAT.elem_bits)
+    value = tile.decode(code, FORMAT) * scale[:, None]
     out_ptrs = out_ptr + first * 8 + (index * 8)[:, None] + tl.arange(0, 8)[None, :]
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @launched
 @triton.jit
-def _dequantize_columns_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, M, K, PER_TENSOR: tl.constexpr,
-                               TILE_M: tl.constexpr, TILE_K: tl.constexpr,
-                               EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                               BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                               FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _dequantize_columns_kernel(
+    q_ptr,
+    s_ptr,
+    pts_ptr,
+    out_ptr,
+    M,
+    K,
+    PER_TENSOR: tl.constexpr,
+    TILE_M: tl.constexpr,
+    TILE_K: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """``q [B, K, M / elems_per_byte]`` to ``out [B, M, K]``."""
-    BYTES: tl.constexpr = TILE_M * (1 + EXPONENT_BITS + MANTISSA_BITS) // 8
+    BLOCK: tl.constexpr = FORMAT.block_size
+    BYTES: tl.constexpr = TILE_M * FORMAT.elem_bits // 8
     BLOCKS: tl.constexpr = TILE_M // BLOCK
     batch, tile_m, tile_k = tile.tile_of_program(M, TILE_M, K, TILE_K)
     m0, k0 = tile_m * TILE_M, tile_k * TILE_K
@@ -80,15 +91,15 @@ def _dequantize_columns_kernel(q_ptr, s_ptr, pts_ptr, out_ptr, M, K, PER_TENSOR:
     s_mask = (k < K)[:, None] & (block < M // BLOCK)[None, :]
     byte = tl.load(s_ptrs, mask=s_mask, other=0).to(tl.int32)
     pts = tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
-    scale = tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)
+    scale = tile.scale_value(byte, pts, FORMAT)
     # Transposed as bytes, before they grow to values.
     packed = tl.trans(packed)
-    if EXPONENT_BITS == 2:
+    if FORMAT.exponent_bits == 2:
         byte32 = packed.to(tl.int32)
         code = tl.permute(tl.join(byte32 & 15, byte32 >> 4), (0, 2, 1)).reshape(TILE_M, TILE_K)
     else:
         code = packed.to(tl.int32)
-    value = tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS)
+    value = tile.decode(code, FORMAT)
     value = value.reshape(BLOCKS, BLOCK, TILE_K) * tl.trans(scale)[:, None, :]
     m = m0 + tl.arange(0, TILE_M)
     out_ptrs = out_ptr + (batch * M + m[:, None]) * K + k[None, :]
@@ -134,18 +145,25 @@ def _dequantize_triton(
         return out
     qdata, scale = bytes_of(qdata), bytes_of(scale)
     pts = scale if per_tensor_scale is None else per_tensor_scale
-    common = dict(PER_TENSOR=per_tensor_kind(per_tensor_scale), **format_constants(f, qdata.device))
+    common = dict(PER_TENSOR=per_tensor_kind(per_tensor_scale), FORMAT=format_on(qdata.device, f))
     with on_device_of(qdata):
         if axis == -1:
             words = qdata.view(torch.int32 if f.elem_bits == 4 else torch.int64)
             n_words = words.numel()
-            _dequantize_rows_kernel[(cdiv(n_words, ROW_TILE),)](
-                words, scale, pts, out, n_words, n_words // max(1, qdata.shape[0]), TILE=ROW_TILE,
-                num_warps=ROW_WARPS, **common,
-            )  # fmt: skip
+            _dequantize_rows_kernel[(cdiv(n_words, DEQUANTIZE_ROWS.size),)](
+                words,
+                scale,
+                pts,
+                out,
+                n_words,
+                n_words // max(1, qdata.shape[0]),
+                TILE=DEQUANTIZE_ROWS.size,
+                num_warps=DEQUANTIZE_ROWS.warps,
+                **common,
+            )
         else:
             *_lead, m, k = out.shape
-            tiles = cdiv(m, COLUMN_TILE_M) * cdiv(k, COLUMN_TILE_K)
+            tiles = cdiv(m, DEQUANTIZE_COLUMNS.m) * cdiv(k, DEQUANTIZE_COLUMNS.k)
             grid = (tiles * (out.numel() // (m * k)),)
             _dequantize_columns_kernel[grid](
                 qdata,
@@ -154,9 +172,9 @@ def _dequantize_triton(
                 out,
                 m,
                 k,
-                TILE_M=COLUMN_TILE_M,
-                TILE_K=COLUMN_TILE_K,
-                num_warps=COLUMN_WARPS,
+                TILE_M=DEQUANTIZE_COLUMNS.m,
+                TILE_K=DEQUANTIZE_COLUMNS.k,
+                num_warps=DEQUANTIZE_COLUMNS.warps,
                 **common,
             )
     return out

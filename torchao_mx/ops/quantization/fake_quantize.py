@@ -18,7 +18,7 @@ from torchao_mx.ops.core.arguments import check_operand
 from torchao_mx.ops.core.launch import (
     batched_rows,
     cdiv,
-    format_constants,
+    format_on,
     launched,
     on_device_of,
     per_tensor_kind,
@@ -28,39 +28,46 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import FAKE_QUANTIZE_COLUMNS, FAKE_QUANTIZE_ROWS
 from torchao_mx.ops.quantization import tile
-
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/kernels/quantize.py).
-ROW_TILE, ROW_WARPS = 64, 4
-COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 1, 128, 2
 
 
 @triton.jit
-def _fake_quantize_tile(x, per_tensor_scale, axis: tl.constexpr, MODE: tl.constexpr,
-                        SHORT_MANTISSA: tl.constexpr, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                        MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, E8M0: tl.constexpr,
-                        FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _fake_quantize_tile(
+    x,
+    pts,
+    axis: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     amax = tile.max_magnitude(x, axis)
-    byte, multiplier = tile.block_scale(
-        amax, per_tensor_scale, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
-        FP8_INSTRUCTIONS,
-    )  # fmt: skip
-    scale = tile.scale_value(byte, per_tensor_scale, E8M0, FP8_INSTRUCTIONS)
+    byte, multiplier = tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
+    scale = tile.scale_value(byte, pts, FORMAT)
     y = x * tl.expand_dims(multiplier, axis)
-    grid = tile.round_to_grid(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
+    grid = tile.round_to_grid(y, FORMAT)
     signed = tile.float_of(tile.bits_of(grid) | (tile.bits_of(y) & (-2147483648)))
     return signed * tl.expand_dims(scale, axis)
 
 
 @launched
 @triton.jit
-def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row, row_stride,
-                               blocks_per_expert, CONTIGUOUS: tl.constexpr,
-                               PER_TENSOR: tl.constexpr, TILE: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                               EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                               BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                               FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _fake_quantize_rows_kernel(
+    x_ptr,
+    out_ptr,
+    pts_ptr,
+    n_blocks,
+    blocks_per_row,
+    row_stride,
+    blocks_per_expert,
+    CONTIGUOUS: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    TILE: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    BLOCK: tl.constexpr = FORMAT.block_size
     first = tl.program_id(0).to(tl.int64) * TILE
     block = tl.arange(0, TILE)
     inside = block < n_blocks - first
@@ -74,23 +81,29 @@ def _fake_quantize_rows_kernel(x_ptr, out_ptr, pts_ptr, n_blocks, blocks_per_row
     x = tl.load(x_ptrs, mask=inside[:, None], other=0.0).to(tl.float32)
     expert = (first + tl.minimum(block, n_blocks - first - 1)) // blocks_per_expert
     pts = tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
-    value = _fake_quantize_tile(
-        x, pts, 1, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
-        FP8_INSTRUCTIONS,
-    )  # fmt: skip
+    value = _fake_quantize_tile(x, pts, 1, MODE, SHORT_MANTISSA, FORMAT)
     out_ptrs = out_ptr + first * BLOCK + (block * BLOCK)[:, None] + elem[None, :]
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 @launched
 @triton.jit
-def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, row_stride,
-                                  PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr,
-                                  TILE_K: tl.constexpr, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                                  EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                                  MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                                  BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                                  FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _fake_quantize_columns_kernel(
+    x_ptr,
+    out_ptr,
+    pts_ptr,
+    M,
+    K,
+    x_strides,
+    PER_TENSOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
+    BLOCK: tl.constexpr = FORMAT.block_size
+    batch_stride, row_stride = x_strides
     batch, tile_m, tile_k = tile.tile_of_program(M // BLOCK, BLOCKS, K, TILE_K)
     block = tile_m * BLOCKS + tl.arange(0, BLOCKS)
     m = ((block * BLOCK)[:, None] + tl.arange(0, BLOCK)[None, :]).to(tl.int64)[:, :, None]
@@ -99,10 +112,7 @@ def _fake_quantize_columns_kernel(x_ptr, out_ptr, pts_ptr, M, K, batch_stride, r
     x_ptrs = x_ptr + batch * batch_stride + m * row_stride + k
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     pts = tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
-    value = _fake_quantize_tile(
-        x, pts, 1, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX, E8M0,
-        FP8_INSTRUCTIONS,
-    )  # fmt: skip
+    value = _fake_quantize_tile(x, pts, 1, MODE, SHORT_MANTISSA, FORMAT)
     out_ptrs = out_ptr + (batch * M + m) * K + k
     tl.store(out_ptrs, value.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -142,25 +152,43 @@ def _fake_quantize_triton(
         MODE=scaling_mode,
         SHORT_MANTISSA=x.dtype != torch.float32,
         enable_fp_fusion=not rounds_products(f),
-        **format_constants(f, x.device),
+        FORMAT=format_on(x.device, f),
     )
     pts = out_BMK if per_tensor_scale is None else per_tensor_scale
     with on_device_of(x):
         if quantized_axis_is_contiguous(x_BMK):
             layout = row_layout(x_BMK, f.block_size)
-            _fake_quantize_rows_kernel[(cdiv(layout.n_blocks, ROW_TILE),)](
-                layout.x, out_BMK, pts, layout.n_blocks, layout.blocks_per_row,
-                layout.x.stride(1), layout.blocks_per_batch, CONTIGUOUS=layout.contiguous,
-                TILE=ROW_TILE, num_warps=ROW_WARPS, **common,
-            )  # fmt: skip
+            _fake_quantize_rows_kernel[(cdiv(layout.n_blocks, FAKE_QUANTIZE_ROWS.size),)](
+                layout.x,
+                out_BMK,
+                pts,
+                layout.n_blocks,
+                layout.blocks_per_row,
+                layout.x.stride(1),
+                layout.blocks_per_batch,
+                CONTIGUOUS=layout.contiguous,
+                TILE=FAKE_QUANTIZE_ROWS.size,
+                num_warps=FAKE_QUANTIZE_ROWS.warps,
+                **common,
+            )
         else:
             x_BKM = x_BMK.mT
             batch, m, k = x_BKM.shape
-            tiles = cdiv(m, COLUMN_BLOCKS * f.block_size) * cdiv(k, COLUMN_TILE_K)
+            tiles = cdiv(m, FAKE_QUANTIZE_COLUMNS.m * f.block_size) * cdiv(
+                k, FAKE_QUANTIZE_COLUMNS.k
+            )
             _fake_quantize_columns_kernel[(batch * tiles,)](
-                x_BKM, out_BMK, pts, m, k, x_BKM.stride(0), x_BKM.stride(1), BLOCKS=COLUMN_BLOCKS,
-                TILE_K=COLUMN_TILE_K, num_warps=COLUMN_WARPS, **common,
-            )  # fmt: skip
+                x_BKM,
+                out_BMK,
+                pts,
+                m,
+                k,
+                x_BKM.stride()[:2],
+                BLOCKS=FAKE_QUANTIZE_COLUMNS.m,
+                TILE_K=FAKE_QUANTIZE_COLUMNS.k,
+                num_warps=FAKE_QUANTIZE_COLUMNS.warps,
+                **common,
+            )
     return _in_shape_of(x, axis, out_BMK)
 
 

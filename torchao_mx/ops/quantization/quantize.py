@@ -29,7 +29,7 @@ from torchao_mx.ops.core.launch import (
     batched_rows,
     bytes_of,
     cdiv,
-    format_constants,
+    format_on,
     holds_bf16_pairs,
     launched,
     on_device_of,
@@ -40,26 +40,35 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import QUANTIZE_COLUMNS, QUANTIZE_ROWS
 from torchao_mx.ops.quantization import bf16x2
 from torchao_mx.ops.quantization import tile as _tile
 from torchao_mx.ops.quantization.amax import amax_scale
 
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/kernels/quantize.py).
-ROW_ELEMENTS, ROW_WARPS = 2048, 2
-COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_TILE_PAIRS, COLUMN_WARPS = 2, 32, 32, 1
-
 
 @launched
 @triton.jit
-def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, blocks_per_row,
-                          row_stride, blocks_per_expert, CONTIGUOUS: tl.constexpr,
-                          PER_TENSOR: tl.constexpr, VALUES: tl.constexpr, TILE: tl.constexpr,
-                          MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                          EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                          MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, BLOCK: tl.constexpr,
-                          E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _quantize_rows_kernel(
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    values_ptr,
+    pts_ptr,
+    n_blocks,
+    blocks_per_row,
+    row_stride,
+    blocks_per_expert,
+    CONTIGUOUS: tl.constexpr,
+    PER_TENSOR: tl.constexpr,
+    VALUES: tl.constexpr,
+    TILE: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """``q_ptr`` takes int32 words of e2m1 codes, or bytes of fp8. VALUES: also write the dequantized x."""
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    BITS: tl.constexpr = FORMAT.elem_bits
+    BLOCK: tl.constexpr = FORMAT.block_size
     first = tl.program_id(0).to(tl.int64) * TILE
     block = tl.arange(0, TILE)
     inside = block < n_blocks - first
@@ -76,13 +85,11 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         elem = (word * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
         x = tl.load(x_ptr + start[:, None, None] + elem, mask=inside[:, None, None], other=0.0)
         x = x.to(tl.float32)
-        amax = _tile.max_magnitude(_tile.max_magnitude(x, 2, FP8_INSTRUCTIONS), 1, FP8_INSTRUCTIONS)
-        byte, multiplier = _tile.block_scale(
-            amax, pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX,
-            E8M0, FP8_INSTRUCTIONS,
-        )  # fmt: skip
+        amax = _tile.max_magnitude(x, 2, FORMAT.has_fp8_instructions)
+        amax = _tile.max_magnitude(amax, 1, FORMAT.has_fp8_instructions)
+        byte, multiplier = _tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
         words = _tile.encode_words(x * multiplier[:, None, None])
-        is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+        is_nan = (byte == FORMAT.nan_scale)[:, None]
         words = tl.where(is_nan, _tile.E2M1_NAN_WORD, words)
         q_ptrs = q_ptr + first * WORDS + (block * WORDS)[:, None] + word[None, :]
         tl.store(q_ptrs, words, mask=inside[:, None])
@@ -90,16 +97,12 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         elem = tl.arange(0, BLOCK)
         x = tl.load(x_ptr + start[:, None] + elem[None, :], mask=inside[:, None], other=0.0)
         x = x.to(tl.float32)
-        byte, multiplier = _tile.block_scale(
-            _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
-            MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-        )  # fmt: skip
-        code = _tile.encode(
-            x * multiplier[:, None], EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS
-        )
+        amax = _tile.max_magnitude(x, 1)
+        byte, multiplier = _tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
+        code = _tile.encode(x * multiplier[:, None], FORMAT)
         if BITS == 4:
             PER_BLOCK: tl.constexpr = BLOCK // 8
-            is_nan = (byte == (255 if E8M0 else 0x7F))[:, None]
+            is_nan = (byte == FORMAT.nan_scale)[:, None]
             packed = tl.where(is_nan, _tile.E2M1_NAN_WORD, _tile.pack_words(code))
         else:
             PER_BLOCK: tl.constexpr = BLOCK
@@ -108,8 +111,8 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
         q_ptrs += (block * PER_BLOCK)[:, None] + tl.arange(0, PER_BLOCK)[None, :]
         tl.store(q_ptrs, packed, mask=inside[:, None])
         if VALUES:
-            scale = _tile.scale_value(byte, pts, E8M0, FP8_INSTRUCTIONS)[:, None]
-            value = _tile.decode(code, EXPONENT_BITS, MANTISSA_BITS, FP8_INSTRUCTIONS) * scale
+            scale = _tile.scale_value(byte, pts, FORMAT)[:, None]
+            value = _tile.decode(code, FORMAT) * scale
             v_ptrs = values_ptr + first * BLOCK + (block * BLOCK)[:, None] + elem[None, :]
             tl.store(v_ptrs, value.to(values_ptr.dtype.element_ty), mask=inside[:, None])
     tl.store(s_ptr + first + block, byte.to(tl.uint8), mask=inside)
@@ -117,18 +120,28 @@ def _quantize_rows_kernel(x_ptr, q_ptr, s_ptr, values_ptr, pts_ptr, n_blocks, bl
 
 @launched
 @triton.jit
-def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, row_stride,
-                             PER_TENSOR: tl.constexpr, BLOCKS: tl.constexpr, TILE_K: tl.constexpr,
-                             MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                             EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                             MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr,
-                             BLOCK: tl.constexpr, E8M0: tl.constexpr,
-                             FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _quantize_columns_kernel(
+    x_ptr,
+    q_ptr,
+    s_ptr,
+    pts_ptr,
+    M,
+    K,
+    x_strides,
+    PER_TENSOR: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    TILE_K: tl.constexpr,
+    MODE: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """``x [B, M, K]`` to ``q [B, K, M]`` in int32 words.
 
     A thread's rows are packed into words before the transposition, so little data crosses threads.
     """
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
+    BITS: tl.constexpr = FORMAT.elem_bits
+    BLOCK: tl.constexpr = FORMAT.block_size
+    batch_stride, row_stride = x_strides
     blocks_m = M // BLOCK
     batch, tile_m, tile_k = _tile.tile_of_program(blocks_m, BLOCKS, K, TILE_K)
     block0 = tile_m * BLOCKS
@@ -139,17 +152,15 @@ def _quantize_columns_kernel(x_ptr, q_ptr, s_ptr, pts_ptr, M, K, batch_stride, r
     inside = (block < blocks_m)[:, None, None] & (k < K)[None, None, :]
     x = tl.load(x_ptrs + k[None, None, :], mask=inside, other=0.0).to(tl.float32)
     pts = _tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
-    byte, multiplier = _tile.block_scale(
-        _tile.max_magnitude(x, 1), pts, MODE, SHORT_MANTISSA, EXPONENT_BITS, MANTISSA_BITS,
-        MAX_EXPONENT, ELEM_MAX, E8M0, FP8_INSTRUCTIONS,
-    )  # fmt: skip
+    amax = _tile.max_magnitude(x, 1)
+    byte, multiplier = _tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
     y = x * multiplier[:, None, :]
-    code = _tile.encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
+    code = _tile.encode(y, FORMAT)
     PER_BLOCK: tl.constexpr = BLOCK * BITS // 32
     WORDS: tl.constexpr = BLOCKS * PER_BLOCK
     word = _tile.pack_columns(code.reshape(WORDS, 32 // BITS, TILE_K), BITS)
     if BITS == 4:
-        is_nan = (byte == (255 if E8M0 else 0x7F))[:, None, :]
+        is_nan = (byte == FORMAT.nan_scale)[:, None, :]
         word = word.reshape(BLOCKS, PER_BLOCK, TILE_K)
         word = tl.where(is_nan, _tile.E2M1_NAN_WORD, word).reshape(WORDS, TILE_K)
     s_ptrs = s_ptr + batch * K * blocks_m + k[None, :].to(tl.int64) * blocks_m + block[:, None]
@@ -203,8 +214,8 @@ def _launch_rows(
 ) -> None:
     layout = row_layout(x_BMK, fmt.block_size)
     x = layout.x
-    constants = format_constants(fmt, x.device)
-    tile = ROW_ELEMENTS // fmt.block_size
+    kernel_format = format_on(x.device, fmt)
+    tile = QUANTIZE_ROWS.size // fmt.block_size
     grid = (cdiv(layout.n_blocks, tile),)
     scale_bytes = bytes_of(scale)
     common = dict(
@@ -212,34 +223,47 @@ def _launch_rows(
         VALUES=values is not None,
         TILE=tile,
         MODE=scaling_mode,
-        num_warps=ROW_WARPS,
+        FORMAT=kernel_format,
+        num_warps=QUANTIZE_ROWS.warps,
     )
     with on_device_of(x):
         if (
-            constants["E8M0"]
+            kernel_format.scale is None
             and holds_bf16_pairs(x)
             and (values is None or values.dtype == torch.bfloat16)
-            and (fmt.elem_bits == 4 or constants["FP8_INSTRUCTIONS"])
+            and (fmt.elem_bits == 4 or kernel_format.has_fp8_instructions)
         ):
             source = x.view(torch.int32)
             target = source if values is None else values.view(torch.int32)
             packed = qdata.view(torch.int32 if fmt.elem_bits == 4 else torch.int16)
-            for unused in ("E8M0", "FP8_INSTRUCTIONS"):
-                del constants[unused]
             bf16x2.quantize_rows_kernel[grid](
-                source, packed, scale_bytes, target, layout.n_blocks, layout.blocks_per_row,
-                source.stride(1), **common, **constants,
-            )  # fmt: skip
+                source,
+                packed,
+                scale_bytes,
+                target,
+                layout.n_blocks,
+                layout.blocks_per_row,
+                source.stride(1),
+                **common,
+            )
         else:
             pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
             packed = qdata.view(torch.int32) if fmt.elem_bits == 4 else bytes_of(qdata)
             _quantize_rows_kernel[grid](
-                x, packed, scale_bytes, x if values is None else values, pts, layout.n_blocks,
-                layout.blocks_per_row, x.stride(1), layout.blocks_per_batch,
+                x,
+                packed,
+                scale_bytes,
+                x if values is None else values,
+                pts,
+                layout.n_blocks,
+                layout.blocks_per_row,
+                x.stride(1),
+                layout.blocks_per_batch,
                 PER_TENSOR=per_tensor_kind(per_tensor_scale),
                 SHORT_MANTISSA=x.dtype != torch.float32,
-                enable_fp_fusion=not rounds_products(fmt), **common, **constants,
-            )  # fmt: skip
+                enable_fp_fusion=not rounds_products(fmt),
+                **common,
+            )
 
 
 def _launch_columns(
@@ -252,29 +276,51 @@ def _launch_columns(
 ) -> None:
     """Blocks along M; K is contiguous."""
     batch, m, k = x_BMK.shape
-    tiles_m = cdiv(m, COLUMN_BLOCKS * fmt.block_size)
+    tiles_m = cdiv(m, QUANTIZE_COLUMNS.m * fmt.block_size)
     scale_bytes = bytes_of(scale)
-    constants = format_constants(fmt, x_BMK.device)
-    common = dict(BLOCKS=COLUMN_BLOCKS, MODE=scaling_mode, num_warps=COLUMN_WARPS)
+    kernel_format = format_on(x_BMK.device, fmt)
+    common = dict(
+        BLOCKS=QUANTIZE_COLUMNS.m,
+        MODE=scaling_mode,
+        FORMAT=kernel_format,
+        num_warps=QUANTIZE_COLUMNS.warps,
+    )
     with on_device_of(x_BMK):
-        if constants["E8M0"] and fmt.elem_bits == 4 and k % 2 == 0 and holds_bf16_pairs(x_BMK):
+        if (
+            kernel_format.scale is None
+            and fmt.elem_bits == 4
+            and k % 2 == 0
+            and holds_bf16_pairs(x_BMK)
+        ):
             source = x_BMK.view(torch.int32)
-            for unused in ("E8M0", "FP8_INSTRUCTIONS"):
-                del constants[unused]
-            grid = (batch * tiles_m * cdiv(k // 2, COLUMN_TILE_PAIRS),)
+            grid = (batch * tiles_m * cdiv(k // 2, QUANTIZE_COLUMNS.k),)
             bf16x2.quantize_columns_kernel[grid](
-                source, qdata.view(torch.int16), scale_bytes, m, k, source.stride(0),
-                source.stride(1), TILE_K=COLUMN_TILE_PAIRS, **common, **constants,
-            )  # fmt: skip
+                source,
+                qdata.view(torch.int16),
+                scale_bytes,
+                m,
+                k,
+                source.stride()[:2],
+                TILE_K=QUANTIZE_COLUMNS.k,
+                **common,
+            )
         else:
             pts = scale_bytes if per_tensor_scale is None else per_tensor_scale
-            grid = (batch * tiles_m * cdiv(k, COLUMN_TILE_K),)
+            grid = (batch * tiles_m * cdiv(k, QUANTIZE_COLUMNS.k),)
             _quantize_columns_kernel[grid](
-                x_BMK, qdata.view(torch.int32), scale_bytes, pts, m, k, x_BMK.stride(0),
-                x_BMK.stride(1), PER_TENSOR=per_tensor_kind(per_tensor_scale),
-                TILE_K=COLUMN_TILE_K, SHORT_MANTISSA=x_BMK.dtype != torch.float32,
-                enable_fp_fusion=not rounds_products(fmt), **common, **constants,
-            )  # fmt: skip
+                x_BMK,
+                qdata.view(torch.int32),
+                scale_bytes,
+                pts,
+                m,
+                k,
+                x_BMK.stride()[:2],
+                PER_TENSOR=per_tensor_kind(per_tensor_scale),
+                TILE_K=QUANTIZE_COLUMNS.k,
+                SHORT_MANTISSA=x_BMK.dtype != torch.float32,
+                enable_fp_fusion=not rounds_products(fmt),
+                **common,
+            )
 
 
 def _quantize_fake(

@@ -33,7 +33,7 @@ from torchao_mx.ops.core.arguments import check_per_tensor_scale, spec_strings
 from torchao_mx.ops.core.launch import (
     bytes_of,
     cdiv,
-    format_constants,
+    format_on,
     launched,
     on_device_of,
     per_tensor_kind,
@@ -41,6 +41,7 @@ from torchao_mx.ops.core.launch import (
 )
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
+from torchao_mx.ops.core.tiles import quantize_both_tile
 from torchao_mx.ops.quantization import both_tile
 from torchao_mx.reference import BothDirections
 
@@ -48,54 +49,37 @@ GRID_M = 32768  # tiles of rows on the grid's second axis, which holds 65,535
 FORMS = BothDirections._fields
 
 
-class Tiling(NamedTuple):
-    """How a program's tile is cut; ``stack`` as ``_both_tile.rows_in_order`` has it."""
-
-    m: int
-    k: int
-    warps: int
-    stack: int
-    max_registers: int | None = None
-
-
-def _tiling(forms: list[str], row_fmt: BlockFormat, is_random: bool) -> Tiling:
-    """The fastest on an H200 (benchmarks/kernels/quantize_both.py --sweep); of multiples of every block size."""
-    if is_random:
-        return Tiling(32, 64, warps=2, stack=1, max_registers=80)
-    if "columns" not in forms:
-        both_ways = "column_values" in forms
-        return Tiling(32, 128, warps=2 if both_ways else 4, stack=2)
-    if "rows" not in forms:
-        return Tiling(128, 64, warps=4, stack=2)
-    if row_fmt.elem_bits == 8:  # a thread then has 16 columns
-        return Tiling(128, 64, warps=4, stack=1)
-    return Tiling(128, 64, warps=4, stack=2, max_registers=96)
-
-
 @launched
 @triton.jit
-def _quantize_both_kernel(x_ptr, index_ptr, seed_ptr, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr,
-                          column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, M, K, stride_m, stride_k,
-                          GRID_M: tl.constexpr, EVEN: tl.constexpr, GATHERED: tl.constexpr,
-                          RANDOM: tl.constexpr, SHORT_MANTISSA: tl.constexpr, STACK: tl.constexpr,
-                          TILE_M: tl.constexpr, TILE_K: tl.constexpr, ROWS: tl.constexpr,
-                          ROW_VALUES: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_VALUES: tl.constexpr,
-                          ROW_PER_TENSOR: tl.constexpr, ROW_MODE: tl.constexpr,
-                          ROW_EXPONENT_BITS: tl.constexpr, ROW_MANTISSA_BITS: tl.constexpr,
-                          ROW_MAX_EXPONENT: tl.constexpr, ROW_ELEM_MAX: tl.constexpr,
-                          ROW_BLOCK: tl.constexpr, ROW_E8M0: tl.constexpr,
-                          COLUMN_PER_TENSOR: tl.constexpr, COLUMN_MODE: tl.constexpr,
-                          COLUMN_EXPONENT_BITS: tl.constexpr, COLUMN_MANTISSA_BITS: tl.constexpr,
-                          COLUMN_MAX_EXPONENT: tl.constexpr, COLUMN_ELEM_MAX: tl.constexpr,
-                          COLUMN_BLOCK: tl.constexpr, COLUMN_E8M0: tl.constexpr,
-                          FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _quantize_both_kernel(
+    x_ptr,
+    index_ptr,
+    seed_ptr,
+    row_outputs,
+    column_outputs,
+    M,
+    K,
+    x_strides,
+    ROW: tl.constexpr,
+    COLUMN: tl.constexpr,
+    TILE: tl.constexpr,
+    GRID_M: tl.constexpr,
+    EVEN: tl.constexpr,
+    GATHERED: tl.constexpr,
+    RANDOM: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+):
     """A tile of ``x [M, K]``, of the rows ``x[index]`` where GATHERED; EVEN: all tiles are whole.
 
-    Rows of e2m1 are stored in words of eight, rows of fp8 in bytes, columns in units of four codes.
+    ROW and COLUMN say as :class:`both_tile.Form` what is stored. Rows of e2m1 are stored in words of eight, rows of
+    fp8 in bytes, columns in units of four codes.
     """
-    k0, m0 = tl.program_id(0) * TILE_K, (tl.program_id(1) + tl.program_id(2) * GRID_M) * TILE_M
-    ROW_BYTES: tl.constexpr = ROWS and ROW_EXPONENT_BITS != 2
-    m, k = m0 + both_tile.rows_in_order(TILE_M, COLUMN_BLOCK, STACK), k0 + tl.arange(0, TILE_K)
+    TILE_K: tl.constexpr = TILE.k
+    ROWS_OF_WORDS: tl.constexpr = ROW.packed and ROW.format.elem_bits == 4
+    ROWS_OF_BYTES: tl.constexpr = ROW.packed and ROW.format.elem_bits == 8
+    k0, m0 = tl.program_id(0) * TILE_K, (tl.program_id(1) + tl.program_id(2) * GRID_M) * TILE.m
+    m = m0 + both_tile.rows_in_order(TILE.m, COLUMN.format.block_size, TILE.stack)
+    k = k0 + tl.arange(0, TILE_K)
     if GATHERED:
         row = tl.load(index_ptr + m, mask=m < M, other=-1)
     else:
@@ -103,31 +87,63 @@ def _quantize_both_kernel(x_ptr, index_ptr, seed_ptr, row_q_ptr, row_s_ptr, row_
     inside_m = (m < M) & (row >= 0) | EVEN
     inside_k = (k < K) | EVEN
     row_64 = row.to(tl.int64)
+    stride_m, stride_k = x_strides
     x_ptrs = x_ptr + row_64[:, None] * stride_m + k.to(tl.int64)[None, :] * stride_k
     inside = inside_m[:, None] & inside_k[None, :]
     words = 0
     if RANDOM:
         words = both_tile.random_words(tl.load(seed_ptr), row, k0, TILE_K)
-    if ROWS and ROW_EXPONENT_BITS == 2:
+    if ROWS_OF_WORDS:
         both_tile.store_row_words(
-            x_ptr, index_ptr, row_q_ptr, row_s_ptr, row_pts_ptr, m0, M, k0, K, stride_m, stride_k, EVEN, GATHERED,
-            TILE_M, TILE_K, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, ROW_EXPONENT_BITS, ROW_MANTISSA_BITS,
-            ROW_MAX_EXPONENT, ROW_ELEM_MAX, ROW_BLOCK, ROW_E8M0, FP8_INSTRUCTIONS,
-        )  # fmt: skip
+            x_ptr,
+            index_ptr,
+            row_outputs,
+            m0,
+            M,
+            k0,
+            K,
+            x_strides,
+            ROW,
+            TILE,
+            EVEN,
+            GATHERED,
+            SHORT_MANTISSA,
+        )
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
-    if ROW_BYTES or ROW_VALUES:
+    if ROWS_OF_BYTES or ROW.values:
         both_tile.store_rows(
-            x, words, row_q_ptr, row_s_ptr, row_v_ptr, row_pts_ptr, row_64, inside_m, k0, k, inside_k, K,
-            EVEN, TILE_M, TILE_K, ROW_BYTES, ROW_VALUES, ROW_PER_TENSOR, ROW_MODE, SHORT_MANTISSA, RANDOM, ROW_EXPONENT_BITS,
-            ROW_MANTISSA_BITS, ROW_MAX_EXPONENT, ROW_ELEM_MAX, ROW_BLOCK, ROW_E8M0, FP8_INSTRUCTIONS,
-        )  # fmt: skip
-    if COLUMNS or COLUMN_VALUES:
+            x,
+            words,
+            row_outputs,
+            row_64,
+            inside_m,
+            k0,
+            k,
+            inside_k,
+            K,
+            ROW,
+            TILE,
+            EVEN,
+            SHORT_MANTISSA,
+            RANDOM,
+        )
+    if COLUMN.packed or COLUMN.values:
         both_tile.store_columns(
-            x, words, column_q_ptr, column_s_ptr, column_v_ptr, column_pts_ptr, m0, m, M, k, inside_k, K,
-            EVEN, STACK, TILE_M, TILE_K, COLUMNS, COLUMN_VALUES, COLUMN_PER_TENSOR, COLUMN_MODE, SHORT_MANTISSA, RANDOM,
-            COLUMN_EXPONENT_BITS, COLUMN_MANTISSA_BITS, COLUMN_MAX_EXPONENT, COLUMN_ELEM_MAX, COLUMN_BLOCK,
-            COLUMN_E8M0, FP8_INSTRUCTIONS,
-        )  # fmt: skip
+            x,
+            words,
+            column_outputs,
+            m0,
+            m,
+            M,
+            k,
+            inside_k,
+            K,
+            COLUMN,
+            TILE,
+            EVEN,
+            SHORT_MANTISSA,
+            RANDOM,
+        )
 
 
 def _format_of(spec: tuple[str, str], other: tuple[str, str]) -> BlockFormat:
@@ -234,45 +250,66 @@ def _quantize_both_triton(*args: Any) -> list[torch.Tensor]:
 
 
 def _launch(a: Arguments, both: BothDirections, n_rows: int) -> None:
-    x, row_scale, column_scale, seed, index = a.x, a.row_scale, a.column_scale, a.seed, a.index
+    x, seed, index = a.x, a.seed, a.index
     row_fmt, column_fmt = _format_of(a.row, a.column), _format_of(a.column, a.row)
-    constants: dict[str, Any] = {}
-    for name, fmt, mode, pts in (
-        ("ROW", row_fmt, a.row_mode, row_scale), ("COLUMN", column_fmt, a.column_mode, column_scale),
-    ):  # fmt: skip
-        of_format = format_constants(fmt, x.device)
-        fp8_instructions = of_format.pop("FP8_INSTRUCTIONS")
-        of_format |= {"MODE": mode, "PER_TENSOR": per_tensor_kind(pts)}
-        constants |= {f"{name}_{key}": value for key, value in of_format.items()}
-
     row_unit = torch.int32 if row_fmt.elem_bits == 4 else torch.uint8
     column_unit = torch.int16 if column_fmt.elem_bits == 4 else torch.int32  # of four rows
-
-    def pointers(packed: Any, values: Any, unit: torch.dtype) -> tuple[Any, ...]:
-        qdata, scale = (x, x) if packed is None else packed  # any tensor where nothing is stored
-        if packed is not None:
-            qdata = qdata.view(unit)
-            scale = bytes_of(scale)
-        return qdata, scale, x if values is None else values
-
+    row, row_outputs = _form(
+        x, row_fmt, a.row_mode, a.row_scale, both.rows, both.row_values, row_unit
+    )
+    column, column_outputs = _form(
+        x, column_fmt, a.column_mode, a.column_scale, both.columns, both.column_values, column_unit
+    )
     k = x.shape[1]
-    tile = _tiling(a.forms, row_fmt, seed is not None)
+    tile = quantize_both_tile(a.forms, row_fmt.elem_bits, seed is not None)
+    tile = tile._replace(stack=min(tile.stack, column_fmt.block_size // 16))
     tiles_m = cdiv(n_rows, tile.m)
     grid = (cdiv(k, tile.k), min(tiles_m, GRID_M), cdiv(tiles_m, GRID_M))
     even = n_rows % tile.m == 0 and k % tile.k == 0 and tiles_m <= GRID_M and index is None
     with on_device_of(x):
         _quantize_both_kernel[grid](
-            x, x if index is None else index, x if seed is None else seed,
-            *pointers(both.rows, both.row_values, row_unit), x if row_scale is None else row_scale,
-            *pointers(both.columns, both.column_values, column_unit),
-            x if column_scale is None else column_scale, n_rows, k, x.stride(0), x.stride(1),
-            GRID_M=GRID_M, EVEN=even, GATHERED=index is not None, RANDOM=seed is not None,
-            SHORT_MANTISSA=x.dtype != torch.float32, STACK=min(tile.stack, column_fmt.block_size // 16),
-            TILE_M=tile.m, TILE_K=tile.k, ROWS=both.rows is not None, ROW_VALUES=both.row_values is not None,
-            COLUMNS=both.columns is not None, COLUMN_VALUES=both.column_values is not None,
-            FP8_INSTRUCTIONS=fp8_instructions, num_warps=tile.warps, maxnreg=tile.max_registers,
-            enable_fp_fusion=not (rounds_products(row_fmt) or rounds_products(column_fmt)), **constants,
-        )  # fmt: skip
+            x,
+            x if index is None else index,
+            x if seed is None else seed,
+            row_outputs,
+            column_outputs,
+            n_rows,
+            k,
+            x.stride(),
+            ROW=row,
+            COLUMN=column,
+            TILE=tile,
+            GRID_M=GRID_M,
+            EVEN=even,
+            GATHERED=index is not None,
+            RANDOM=seed is not None,
+            SHORT_MANTISSA=x.dtype != torch.float32,
+            num_warps=tile.warps,
+            maxnreg=tile.max_registers,
+            enable_fp_fusion=not (rounds_products(row_fmt) or rounds_products(column_fmt)),
+        )
+
+
+def _form(
+    x: torch.Tensor,
+    fmt: BlockFormat,
+    mode: str,
+    per_tensor_scale: torch.Tensor | None,
+    packed: tuple[torch.Tensor, torch.Tensor] | None,
+    values: torch.Tensor | None,
+    unit: torch.dtype,
+) -> tuple[both_tile.Form, tuple[torch.Tensor, ...]]:
+    """A direction as the kernel takes it; ``x`` stands in for tensors that it does not touch."""
+    qdata, scale = (x, x) if packed is None else (packed[0].view(unit), bytes_of(packed[1]))
+    form = both_tile.Form(
+        format_on(x.device, fmt),
+        mode,
+        per_tensor_kind(per_tensor_scale),
+        packed is not None,
+        values is not None,
+    )
+    values = x if values is None else values
+    return form, (qdata, scale, values, x if per_tensor_scale is None else per_tensor_scale)
 
 
 def _quantize_both_fake(*args: Any) -> list[torch.Tensor]:
@@ -362,9 +399,16 @@ def quantize_both(
         n_rows = _column_rows(x, index)
         check_blocks((_whole(n_rows, column.format), x.shape[1]), column.format, -2, "x")
     tensors = quantize_both_op(
-        x.detach(), *spec_strings(row), *spec_strings(column), list(forms), dtype, row_scale, column_scale, seed,
+        x.detach(),
+        *spec_strings(row),
+        *spec_strings(column),
+        list(forms),
+        dtype,
+        row_scale,
+        column_scale,
+        seed,
         index,
-    )  # fmt: skip
+    )
     return unflattened(tensors, forms)
 
 

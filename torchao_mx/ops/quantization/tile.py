@@ -104,13 +104,14 @@ def max_magnitude(x, axis: tl.constexpr, COMPILED: tl.constexpr = False):
 
 
 @triton.jit
-def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-               MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr):  # fmt: skip
+def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, FORMAT: tl.constexpr):
     """Scale byte (int32) of a block, and what takes its values to the elements' range (NaN for NaN).
 
-    Every mode is the exponent of ``amax``, rounded up from some mantissa on, less MAX_EXPONENT: adding
+    Every mode is the exponent of ``amax``, rounded up from some mantissa on, less the format's largest: adding
     the mantissa's distance to the next power of two carries into the exponent.
     """
+    MAX_EXPONENT: tl.constexpr = FORMAT.max_exponent
+    ELEM_MAX: tl.constexpr = FORMAT.elem_max
     bits = bits_of(amax)
     # elem_max = 2**MAX_EXPONENT * (1 + ELEM_MANTISSA * 2**-23)
     ELEM_MANTISSA: tl.constexpr = int((ELEM_MAX / 2.0**MAX_EXPONENT - 1.0) * 8388608.0)
@@ -119,7 +120,7 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, MANTISSA_
     elif MODE == "ceil":
         CARRY: tl.constexpr = 0x7FFFFF
     elif MODE == "even":
-        CARRY: tl.constexpr = 1 << (22 - MANTISSA_BITS)
+        CARRY: tl.constexpr = 1 << (22 - FORMAT.mantissa_bits)
     else:
         CARRY: tl.constexpr = 0
     if MODE == "rceil" and not SHORT_MANTISSA:
@@ -151,44 +152,44 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, MANTISSA_
 
 
 @triton.jit
-def e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):
+def e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
     """NVFP4's scale byte (int32) of a block and the reciprocal of its whole scale."""
-    if FP8_INSTRUCTIONS and len(per_tensor_scale.shape) == 0:
+    if FORMAT.has_fp8_instructions and len(per_tensor_scale.shape) == 0:
         if (per_tensor_scale > _SMALLEST_QUICK) & (per_tensor_scale < _LARGEST_QUICK):
-            byte, multiplier = _quick_e4m3_scale(amax, per_tensor_scale, ELEM_MAX)
+            byte, multiplier = _quick_e4m3_scale(amax, per_tensor_scale, FORMAT)
         else:
-            byte, multiplier = _any_e4m3_scale(amax, per_tensor_scale, ELEM_MAX, FP8_INSTRUCTIONS)
+            byte, multiplier = _any_e4m3_scale(amax, per_tensor_scale, FORMAT)
     else:
-        byte, multiplier = _any_e4m3_scale(amax, per_tensor_scale, ELEM_MAX, FP8_INSTRUCTIONS)
+        byte, multiplier = _any_e4m3_scale(amax, per_tensor_scale, FORMAT)
     return byte, multiplier
 
 
 @triton.jit
-def _any_e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr,
-                    FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def _any_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
     ones = tl.full(amax.shape, 1.0, tl.float32)
-    scale = tl.div_rn(tl.div_rn(amax, ones * ELEM_MAX), ones * per_tensor_scale)
+    scale = tl.div_rn(tl.div_rn(amax, ones * FORMAT.elem_max), ones * per_tensor_scale)
     is_nan = scale != scale
     scale = tl.minimum(tl.maximum(scale, _E4M3_MIN_NORMAL), _E4M3_MAX)
-    byte = tl.where(is_nan, 0x7F, encode(scale, 4, 3, _E4M3_MAX, FP8_INSTRUCTIONS))
-    value = decode(byte, 4, 3, FP8_INSTRUCTIONS)
+    byte = tl.where(is_nan, 0x7F, encode(scale, FORMAT.scale))
+    value = decode(byte, FORMAT.scale)
     return byte, tl.div_rn(tl.div_rn(ones, ones * per_tensor_scale), value)
 
 
 @triton.jit
-def _quick_e4m3_scale(amax, per_tensor_scale, ELEM_MAX: tl.constexpr):
+def _quick_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
     """:func:`_any_e4m3_scale` without its divisions' branches, for a per-tensor scale far from fp32's ends.
 
     A quotient that the corrections below get wrong, of an Inf or of tiny numbers, is clamped in either.
     """
+    ELEM_MAX: tl.constexpr = FORMAT.elem_max
     SIXTH: tl.constexpr = 1.0 / ELEM_MAX
     whole = tl.div_rn(1.0, per_tensor_scale)
     part = corrected(amax * SIXTH, amax, ELEM_MAX, SIXTH)
     scale = corrected(part * whole, part, per_tensor_scale, whole)
     scale = corrected(scale, part, per_tensor_scale, whole)
     scale = tl.maximum(tl.minimum(scale, _E4M3_MAX), _E4M3_MIN_NORMAL)  # NaN to the largest
-    byte = tl.where(amax != amax, 0x7F, encode(scale, 4, 3, _E4M3_MAX, True))
-    value = decode(byte, 4, 3, True)
+    byte = tl.where(amax != amax, 0x7F, encode(scale, FORMAT.scale))
+    value = decode(byte, FORMAT.scale)
     reciprocal = tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -207,50 +208,50 @@ def corrected(quotient, a, b, reciprocal):
 
 
 @triton.jit
-def block_scale(amax, per_tensor_scale, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr,
-                EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                MAX_EXPONENT: tl.constexpr, ELEM_MAX: tl.constexpr, E8M0: tl.constexpr,
-                FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def block_scale(
+    amax,
+    per_tensor_scale,
+    MODE: tl.constexpr,
+    SHORT_MANTISSA: tl.constexpr,
+    FORMAT: tl.constexpr,
+):
     """(scale byte, multiplier) of each block in ``amax``; SHORT_MANTISSA where x was bf16 or fp16."""
-    if E8M0:
-        byte, multiplier = e8m0_scale(
-            amax, MODE, SHORT_MANTISSA, MANTISSA_BITS, MAX_EXPONENT, ELEM_MAX
-        )
+    if FORMAT.scale is None:
+        byte, multiplier = e8m0_scale(amax, MODE, SHORT_MANTISSA, FORMAT)
     else:
-        byte, multiplier = e4m3_scale(amax, per_tensor_scale, ELEM_MAX, FP8_INSTRUCTIONS)
+        byte, multiplier = e4m3_scale(amax, per_tensor_scale, FORMAT)
     return byte, multiplier
 
 
 @triton.jit
-def scale_value(byte, per_tensor_scale, E8M0: tl.constexpr, FP8_INSTRUCTIONS: tl.constexpr):
+def scale_value(byte, per_tensor_scale, FORMAT: tl.constexpr):
     """What a scale byte (int32) stands for, in fp32."""
-    if E8M0:
+    if FORMAT.scale is None:
         bits = tl.where(byte == 0, 0x400000, byte << 23)
         value = float_of(tl.where(byte == 255, 0x7FC00000, bits))
     else:
-        value = decode(byte, 4, 3, FP8_INSTRUCTIONS) * per_tensor_scale
+        value = decode(byte, FORMAT.scale) * per_tensor_scale
     return value
 
 
 @triton.jit
-def round_to_grid(
-    y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr
-):
+def round_to_grid(y, FORMAT: tl.constexpr):
     """|y| as the nearest element's magnitude, ties to even: adding 2**(e + 23 - m) drops the rest."""
-    MIN_EXPONENT: tl.constexpr = 2 - (1 << (EXPONENT_BITS - 1))
-    magnitude = tl.minimum(tl.abs(y), ELEM_MAX)
+    MIN_EXPONENT: tl.constexpr = 2 - (1 << (FORMAT.exponent_bits - 1))
+    magnitude = tl.minimum(tl.abs(y), FORMAT.elem_max)
     binade = tl.maximum(bits_of(magnitude) & 0x7F800000, (127 + MIN_EXPONENT) << 23)
-    magic = float_of(binade + ((23 - MANTISSA_BITS) << 23))
+    magic = float_of(binade + ((23 - FORMAT.mantissa_bits) << 23))
     return (magnitude + magic) - magic
 
 
 @triton.jit
-def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
-           FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def encode(y, FORMAT: tl.constexpr):
     """Element codes (int32) of scaled values, to nearest even and saturated.
 
     NaN becomes 0x7F in the fp8 types; its e2m1 code is undefined, and callers put NAN_WORD over the block.
     """
+    EXPONENT_BITS: tl.constexpr = FORMAT.exponent_bits
+    MANTISSA_BITS: tl.constexpr = FORMAT.mantissa_bits
     if EXPONENT_BITS == 2:
         # Three straight pieces take 0, .5, 1, 1.5, 2, 3, 4, 6 to 0 .. 7; an fma onto 2**23 rounds
         # once, to an integer in the low bits.
@@ -258,7 +259,7 @@ def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX
         code = tl.minimum(tl.fma(magnitude, 2.0, 8388608.0), tl.fma(magnitude, 1.0, 8388610.0))
         code = tl.minimum(code, tl.fma(magnitude, 0.5, 8388612.0))
         code = (bits_of(tl.minimum(code, 8388615.0)) & 7) | ((bits_of(y) >> 28) & 8)
-    elif FP8_INSTRUCTIONS:
+    elif FORMAT.has_fp8_instructions:
         # The instructions saturate and turn NaN into 0x7F. Inline PTX, because Triton 3.6's own cast, then
         # widened and packed into words, gave wrong bytes on an H200 for some tile shapes (bf16 rows, fp32
         # columns); the GPU tests hold the bytes of both.
@@ -266,7 +267,7 @@ def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX
         code = tl.inline_asm_elementwise(asm, "=r,f", [y], dtype=tl.int32, is_pure=True, pack=1)
     else:
         BIAS: tl.constexpr = (1 << (EXPONENT_BITS - 1)) - 1
-        grid = round_to_grid(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX)
+        grid = round_to_grid(y, FORMAT)
         normal = (bits_of(grid) >> (23 - MANTISSA_BITS)) - ((127 - BIAS) << MANTISSA_BITS)
         subnormal = (grid * (2.0 ** (MANTISSA_BITS + BIAS - 1))).to(tl.int32)
         code = tl.where(normal < (1 << MANTISSA_BITS), subnormal, normal)
@@ -275,41 +276,39 @@ def encode(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX
 
 
 @triton.jit
-def encode_bytes(y, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
-                 FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def encode_bytes(y, FORMAT: tl.constexpr):
     """:func:`encode` to 8-bit elements as uint8, four of a thread by two instructions."""
-    if FP8_INSTRUCTIONS:
-        asm: tl.constexpr = _ENCODE_FOUR_E4M3 if EXPONENT_BITS == 4 else _ENCODE_FOUR_E5M2
+    if FORMAT.has_fp8_instructions:
+        asm: tl.constexpr = _ENCODE_FOUR_E4M3 if FORMAT.exponent_bits == 4 else _ENCODE_FOUR_E5M2
         code = tl.inline_asm_elementwise(
             asm, "=r,f,f,f,f", [y], dtype=tl.uint8, is_pure=True, pack=4
         )
     else:
-        code = encode(y, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, False).to(tl.uint8)
+        code = encode(y, FORMAT).to(tl.uint8)
     return code
 
 
 @triton.jit
-def encode_two(a, b, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr, ELEM_MAX: tl.constexpr,
-               FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def encode_two(a, b, FORMAT: tl.constexpr):
     """:func:`encode` of a, and of b in the bits above."""
-    BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
-    if BITS == 8 and FP8_INSTRUCTIONS:
-        asm: tl.constexpr = _ENCODE_TWO_E4M3 if EXPONENT_BITS == 4 else _ENCODE_TWO_E5M2
+    if FORMAT.elem_bits == 8 and FORMAT.has_fp8_instructions:
+        asm: tl.constexpr = _ENCODE_TWO_E4M3 if FORMAT.exponent_bits == 4 else _ENCODE_TWO_E5M2
         code = tl.inline_asm_elementwise(
             asm, "=r,f,f", [a, b], dtype=tl.int32, is_pure=True, pack=1
         )
     else:
-        code = encode(a, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS)
-        code |= encode(b, EXPONENT_BITS, MANTISSA_BITS, ELEM_MAX, FP8_INSTRUCTIONS) << BITS
+        code = encode(a, FORMAT)
+        code |= encode(b, FORMAT) << FORMAT.elem_bits
     return code
 
 
 @triton.jit
-def decode(code, EXPONENT_BITS: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-           FP8_INSTRUCTIONS: tl.constexpr):  # fmt: skip
+def decode(code, FORMAT: tl.constexpr):
     """fp32 values of element codes (int32)."""
-    ELEM_BITS: tl.constexpr = 1 + EXPONENT_BITS + MANTISSA_BITS
-    if ELEM_BITS == 8 and FP8_INSTRUCTIONS:
+    EXPONENT_BITS: tl.constexpr = FORMAT.exponent_bits
+    MANTISSA_BITS: tl.constexpr = FORMAT.mantissa_bits
+    ELEM_BITS: tl.constexpr = FORMAT.elem_bits
+    if ELEM_BITS == 8 and FORMAT.has_fp8_instructions:
         byte = code.to(tl.uint8)
         if EXPONENT_BITS == 4:
             value = byte.to(tl.float8e4nv, bitcast=True).to(tl.float32)

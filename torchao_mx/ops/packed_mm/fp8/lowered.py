@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.ops.core.tiles import FP8_LOWERED_BLOCKS, FP8_LOWERED_COLUMNS_BLOCKS
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.packed_mm.fp8.weight import (
     BLOCK,
@@ -25,18 +26,34 @@ from torchao_mx.ops.packed_mm.fp8.weight import (
 from torchao_mx.ops.quantization import tile as _tile
 
 MAX_SPREAD = tl.constexpr(11)
-TILE_BLOCKS = 1024  # blocks of a tile of rows
 
 
 @launched
 @triton.jit
-def _lowered_kernel(q_ptr, s_ptr, lowered_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_rows, rows_per_expert,
-                    n_blocks, pitch, q_expert, q_row, s_expert, s_row, SELECTIVE: tl.constexpr,
-                    ROWS: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+def _lowered_kernel(
+    q_ptr,
+    s_ptr,
+    lowered_ptr,
+    row_scale_ptr,
+    flag_ptr,
+    offs_ptr,
+    n_rows,
+    rows_per_expert,
+    n_blocks,
+    pitch,
+    q_strides,
+    s_strides,
+    SELECTIVE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """8 times each block's spread, a byte, the scale of the row, and its flag.
 
-    Of the words those are read that decide whether more would lose something.
+    Of the words those are read that decide whether more would lose something. Strides are of experts and rows.
     """
+    q_expert, q_row = q_strides
+    s_expert, s_row = s_strides
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = (row // rows_per_expert).to(tl.int64)
     real = row < n_rows
@@ -71,13 +88,27 @@ def _lowered_kernel(q_ptr, s_ptr, lowered_ptr, row_scale_ptr, flag_ptr, offs_ptr
 
 @launched
 @triton.jit
-def _lowered_columns_kernel(q_ptr, s_ptr, lowered_ptr, largest_ptr, flag_ptr, offs_ptr, N, n_blocks, q_expert,
-                            q_row, s_expert, s_row, SELECTIVE: tl.constexpr, BLOCKS: tl.constexpr,
-                            WORDS: tl.constexpr):  # fmt: skip
+def _lowered_columns_kernel(
+    q_ptr,
+    s_ptr,
+    lowered_ptr,
+    largest_ptr,
+    flag_ptr,
+    offs_ptr,
+    N,
+    n_blocks,
+    q_strides,
+    s_strides,
+    SELECTIVE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """As :func:`_lowered_kernel`, for blocks of columns: ``[E, n_blocks, chunks, 128]``, and flags to its zeros.
 
     Of a chunk's 128 rows n those are neighbours that a thread of the backward kernel reads.
     """
+    q_expert, q_row = q_strides
+    s_expert, s_row = s_strides
     expert, chunk, tile = _tile.tile_of_program(N, 128, n_blocks, BLOCKS)
     if SELECTIVE:
         if not groups.has_rows(offs_ptr, expert, True):
@@ -128,13 +159,27 @@ def lowered_rows(
     row_scale = words.new_empty((experts, rows), dtype=torch.float32)
     flag = words.new_empty((experts, rows), dtype=torch.int8)
     span = next_power_of_2(pitch)
-    tile_rows = max(1, TILE_BLOCKS // span)
+    tile_rows = max(1, FP8_LOWERED_BLOCKS // span)
     with on_device_of(words):
         _lowered_kernel[(cdiv(experts * rows, tile_rows),)](
-            words, scale, lowered, row_scale, flag, offs, experts * rows, rows, blocks, pitch,
-            *words.stride()[:2], *scale.stride()[:2], SELECTIVE=offs is not None, ROWS=tile_rows, BLOCKS=span,
-            WORDS=WORDS, num_warps=4,
-        )  # fmt: skip
+            words,
+            scale,
+            lowered,
+            row_scale,
+            flag,
+            offs,
+            experts * rows,
+            rows,
+            blocks,
+            pitch,
+            words.stride()[:2],
+            scale.stride()[:2],
+            SELECTIVE=offs is not None,
+            ROWS=tile_rows,
+            BLOCKS=span,
+            WORDS=WORDS,
+            num_warps=4,
+        )
     return tuple(t[0] if qdata.dim() == 2 else t for t in (lowered, row_scale, flag))
 
 
@@ -155,10 +200,22 @@ def lowered_columns(
     column_scale = words.new_empty((experts, blocks * BLOCK), dtype=torch.float32)
     flag = words.new_empty((experts, blocks))
     largest = column_scales(scale, column_scale, flag, offs)
-    tile_blocks = min(32, next_power_of_2(blocks))
+    tile_blocks = min(FP8_LOWERED_COLUMNS_BLOCKS, next_power_of_2(blocks))
     with on_device_of(words):
         _lowered_columns_kernel[(experts * chunks * cdiv(blocks, tile_blocks),)](
-            words, scale, lowered, largest, flag, offs, rows, blocks, *words.stride()[:2],
-            *scale.stride()[:2], SELECTIVE=offs is not None, BLOCKS=tile_blocks, WORDS=WORDS, num_warps=4,
-        )  # fmt: skip
+            words,
+            scale,
+            lowered,
+            largest,
+            flag,
+            offs,
+            rows,
+            blocks,
+            words.stride()[:2],
+            scale.stride()[:2],
+            SELECTIVE=offs is not None,
+            BLOCKS=tile_blocks,
+            WORDS=WORDS,
+            num_warps=4,
+        )
     return tuple(t[0] if qdata.dim() == 2 else t for t in (lowered, column_scale, flag))

@@ -23,9 +23,16 @@ from torchao_mx.ops.core.launch import (
     bytes_of,
     cdiv,
     in_words,
+    kernel_format,
     launched,
     next_power_of_2,
     on_device_of,
+)
+from torchao_mx.ops.core.tiles import (
+    FP8_COLUMN_SCALES_BLOCKS,
+    FP8_COLUMN_SCALES_BYTES,
+    FP8_COLUMNS,
+    FP8_ROWS_WORDS,
 )
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.quantization import tile
@@ -33,9 +40,7 @@ from torchao_mx.reference import fp8 as definition
 
 BLOCK = MXFP4.block_size
 WORDS = BLOCK // 8  # int32 words a block
-ROWS_TILE = 1024  # words of a tile
-COLUMNS_TILE_N, COLUMNS_TILE_BLOCKS = 128, 8
-SCALES_TILE, SCALES_BLOCKS = 32768, 32  # bytes of a tile, and blocks of columns
+_MXFP4 = tl.constexpr(kernel_format(MXFP4, has_fp8_instructions=True))
 _MAX_SPREAD = tl.constexpr(definition.MAX_SPREAD)
 MIN_BYTE, MAX_BYTE = tl.constexpr(definition.MIN_BYTE), tl.constexpr(definition.MAX_BYTE)
 _EVEN_BYTES, _ODD_BYTES = tl.constexpr(0x00FF00FF), tl.constexpr(0xFF00FF00 - 2**32)
@@ -122,15 +127,32 @@ def _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS: tl.conste
 
 @launched
 @triton.jit
-def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_rows, rows_per_expert,
-                 n_blocks, q_expert, q_row, s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr,
-                 PTX: tl.constexpr, ROWS: tl.constexpr, BLOCKS: tl.constexpr,
-                 WORDS: tl.constexpr):  # fmt: skip
+def _rows_kernel(
+    q_ptr,
+    s_ptr,
+    out_ptr,
+    row_scale_ptr,
+    flag_ptr,
+    offs_ptr,
+    n_rows,
+    rows_per_expert,
+    n_blocks,
+    q_strides,
+    s_strides,
+    flag_expert,
+    SELECTIVE: tl.constexpr,
+    PTX: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """int32 words of eight e2m1 codes, WORDS a block, to words of four e4m3 codes; BLOCKS covers a row.
 
-    Rows are numbered through the experts; ``q_expert``, ``q_row`` and their like are strides. SELECTIVE leaves
-    experts without rows of x out, their flags 0.
+    Rows are numbered through the experts. Strides are of experts and rows. SELECTIVE leaves experts without rows of
+    x out, their flags 0.
     """
+    q_expert, q_row = q_strides
+    s_expert, s_row = s_strides
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     expert = (row // rows_per_expert).to(tl.int64)
     real = row < n_rows
@@ -163,10 +185,23 @@ def _rows_kernel(q_ptr, s_ptr, out_ptr, row_scale_ptr, flag_ptr, offs_ptr, n_row
 
 @launched
 @triton.jit
-def _column_scales_kernel(s_ptr, largest_ptr, scale_ptr, flag_ptr, offs_ptr, N, n_blocks, s_expert, s_row,
-                          flag_expert, SELECTIVE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-                          ROWS: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+def _column_scales_kernel(
+    s_ptr,
+    largest_ptr,
+    scale_ptr,
+    flag_ptr,
+    offs_ptr,
+    N,
+    n_blocks,
+    s_strides,
+    flag_expert,
+    SELECTIVE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
     """The largest scale byte over the N rows, for each block of columns; the flags set to 0."""
+    s_expert, s_row = s_strides
     tiles = tl.cdiv(n_blocks, BLOCKS)
     expert = (tl.program_id(0) // tiles).to(tl.int64)
     block = (tl.program_id(0) % tiles) * BLOCKS + tl.arange(0, BLOCKS)
@@ -206,8 +241,19 @@ def _transpose_4x4(a, b, c, d):
 
 
 @triton.jit
-def _decode_row(q_ptr, s_ptr, row, N, block, n_blocks, q_row, s_row, largest, PTX: tl.constexpr,
-                WORDS: tl.constexpr):  # fmt: skip
+def _decode_row(
+    q_ptr,
+    s_ptr,
+    row,
+    N,
+    block,
+    n_blocks,
+    q_row,
+    s_row,
+    largest,
+    PTX: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """Two words of e4m3 for each of ``[R, B, WORDS]``, and whether that loses a block ``[R, B]``."""
     wide = row.to(tl.int64)
     word, byte = _load_blocks(
@@ -234,13 +280,30 @@ def _store_columns(out_ptrs, stride, a, b, c, d, mask):
 
 @launched
 @triton.jit
-def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n_blocks, q_expert, q_row,
-                    s_expert, s_row, flag_expert, SELECTIVE: tl.constexpr, PTX: tl.constexpr,
-                    TILE_N: tl.constexpr, BLOCKS: tl.constexpr, WORDS: tl.constexpr):  # fmt: skip
+def _columns_kernel(
+    q_ptr,
+    s_ptr,
+    out_ptr,
+    largest_ptr,
+    flag_ptr,
+    offs_ptr,
+    N,
+    n_blocks,
+    q_strides,
+    s_strides,
+    flag_expert,
+    SELECTIVE: tl.constexpr,
+    PTX: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WORDS: tl.constexpr,
+):
     """``[E, N, K / 8]`` words of e2m1, WORDS a block, to ``[E, K, N / 4]`` words of e4m3; N a multiple of 4.
 
     A thread holds four neighbouring rows of a word, so that it can transpose their bytes 4 x 4.
     """
+    q_expert, q_row = q_strides
+    s_expert, s_row = s_strides
     expert, tile_n, tile_b = tile.tile_of_program(N, TILE_N, n_blocks, BLOCKS)
     if SELECTIVE:
         if not groups.has_rows(offs_ptr, expert, True):
@@ -275,16 +338,17 @@ def _columns_kernel(q_ptr, s_ptr, out_ptr, largest_ptr, flag_ptr, offs_ptr, N, n
 
 
 @triton.jit
-def load_values(q_ptr, s_ptr, row, n_rows, q_row, s_row, word_index, words_per_row,
-                DTYPE: tl.constexpr):  # fmt: skip
+def load_values(
+    q_ptr, s_ptr, row, n_rows, q_row, s_row, word_index, words_per_row, DTYPE: tl.constexpr
+):
     """``[R, 8 W]`` decoded values of the rows ``row [R]`` and the words ``word_index [W]``, in DTYPE."""
     inside = (row < n_rows)[:, None] & (word_index < words_per_row)[None, :]
     wide = row.to(tl.int64)[:, None]
     word = tl.load(q_ptr + wide * q_row + word_index[None, :], mask=inside, other=0)
     byte = tl.load(s_ptr + wide * s_row + word_index[None, :] // 4, mask=inside, other=0)
-    scale = tile.scale_value(byte.to(tl.int32), 1.0, True, True)
+    scale = tile.scale_value(byte.to(tl.int32), 1.0, _MXFP4.value)
     code = (word[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-    value = tile.decode(code, 2, 1, True) * scale[:, :, None]
+    value = tile.decode(code, _MXFP4.value) * scale[:, :, None]
     return value.reshape(row.shape[0], word_index.shape[0] * 8).to(DTYPE)
 
 
@@ -306,14 +370,25 @@ def column_scales(
     """The largest scale byte of each block of columns, int32 ``[E, K / 32]``; column_scale filled, flag zeroed."""
     experts, rows, blocks = scale.shape
     largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
-    tile_blocks = min(SCALES_BLOCKS, next_power_of_2(blocks))
-    tile_rows = min(SCALES_TILE // tile_blocks, next_power_of_2(rows))
+    tile_blocks = min(FP8_COLUMN_SCALES_BLOCKS, next_power_of_2(blocks))
+    tile_rows = min(FP8_COLUMN_SCALES_BYTES // tile_blocks, next_power_of_2(rows))
     with on_device_of(scale):
         _column_scales_kernel[(experts * cdiv(blocks, tile_blocks),)](
-            scale, largest, column_scale, flag, offs, rows, blocks, scale.stride(0), scale.stride(1),
-            flag.stride(0), SELECTIVE=offs is not None, BLOCK_SIZE=BLOCK, ROWS=tile_rows, BLOCKS=tile_blocks,
+            scale,
+            largest,
+            column_scale,
+            flag,
+            offs,
+            rows,
+            blocks,
+            scale.stride()[:2],
+            flag.stride(0),
+            SELECTIVE=offs is not None,
+            BLOCK_SIZE=BLOCK,
+            ROWS=tile_rows,
+            BLOCKS=tile_blocks,
             num_warps=8,
-        )  # fmt: skip
+        )
     return largest
 
 
@@ -336,14 +411,28 @@ def fp8_rows(
     flag = row_flags(qdata) if flag is None else flag
     flag_EN = flag[None] if flag.dim() == 1 else flag
     span = next_power_of_2(blocks)
-    tile_rows = max(1, ROWS_TILE // (span * WORDS))
+    tile_rows = max(1, FP8_ROWS_WORDS // (span * WORDS))
     with on_device_of(words):
         _rows_kernel[(cdiv(experts * rows, tile_rows),)](
-            words, scale_ENB, fp8.view(torch.int32), row_scale, flag_EN, offs, experts * rows, rows, blocks,
-            *words.stride()[:2], *scale_ENB.stride()[:2], flag_EN.stride(0), SELECTIVE=offs is not None,
-            PTX=words.is_cuda, ROWS=tile_rows, BLOCKS=span, WORDS=WORDS,
-            num_warps=4 if span * WORDS <= ROWS_TILE else 8,
-        )  # fmt: skip
+            words,
+            scale_ENB,
+            fp8.view(torch.int32),
+            row_scale,
+            flag_EN,
+            offs,
+            experts * rows,
+            rows,
+            blocks,
+            words.stride()[:2],
+            scale_ENB.stride()[:2],
+            flag_EN.stride(0),
+            SELECTIVE=offs is not None,
+            PTX=words.is_cuda,
+            ROWS=tile_rows,
+            BLOCKS=span,
+            WORDS=WORDS,
+            num_warps=4 if span * WORDS <= FP8_ROWS_WORDS else 8,
+        )
     return fp8, row_scale, flag
 
 
@@ -367,14 +456,27 @@ def fp8_columns(
     flag = column_flags(scale) if flag is None else flag
     flag_EB = flag[None] if flag.dim() == 1 else flag
     largest = column_scales(scale_ENB, column_scale, flag_EB, offs)
-    tiles = cdiv(rows, COLUMNS_TILE_N) * cdiv(blocks, COLUMNS_TILE_BLOCKS)
+    tiles = cdiv(rows, FP8_COLUMNS.m) * cdiv(blocks, FP8_COLUMNS.k)
     with on_device_of(words):
         _columns_kernel[(experts * tiles,)](
-            words, scale_ENB, fp8.view(torch.int32), largest, flag_EB, offs, rows, blocks,
-            *words.stride()[:2], *scale_ENB.stride()[:2], flag_EB.stride(0), SELECTIVE=offs is not None,
-            PTX=words.is_cuda, TILE_N=COLUMNS_TILE_N, BLOCKS=COLUMNS_TILE_BLOCKS, WORDS=WORDS,
+            words,
+            scale_ENB,
+            fp8.view(torch.int32),
+            largest,
+            flag_EB,
+            offs,
+            rows,
+            blocks,
+            words.stride()[:2],
+            scale_ENB.stride()[:2],
+            flag_EB.stride(0),
+            SELECTIVE=offs is not None,
+            PTX=words.is_cuda,
+            TILE_N=FP8_COLUMNS.m,
+            BLOCKS=FP8_COLUMNS.k,
+            WORDS=WORDS,
             num_warps=4,
-        )  # fmt: skip
+        )
     return fp8, column_scale, flag
 
 

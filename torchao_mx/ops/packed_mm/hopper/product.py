@@ -14,15 +14,16 @@ from torchao_mx.ops.core.launch import (
     on_device_of,
 )
 from torchao_mx.ops.core.register import as_dense
+from torchao_mx.ops.core.tiles import (
+    BackwardTile,
+    ForwardTile,
+    Fp8Tile,
+    hopper_backward_tile,
+    hopper_forward_tile,
+    hopper_fp8_tile,
+)
 from torchao_mx.ops.moe.narrow import add_splits, partial_sums
 from torchao_mx.reference import Added, Rows
-
-# (rows a tile, rows of W a tile, stages, two operands, registers a thread or None)
-ForwardTile = tuple[int, int, int, bool, int | None]
-# (rows a tile, stages, two operands, registers a thread or None)
-BackwardTile = tuple[int, int, bool, int | None]
-# (rows a tile, columns, stages, operands, warps, registers a thread or None); backward has 32 columns a warp
-Fp8Tile = tuple[int, int, int, int, int, int | None]
 
 # A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency: its
 # reduction is cut into parts of so many chunks and more.
@@ -73,29 +74,6 @@ def paired_scales(scale: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _forward_tile(n_rows: int, n_groups: int) -> ForwardTile:
-    """Measured on an H200 for experts of 1024 x 2048 and 5760 x 2880; ``n_groups=0`` for a dense product.
-
-    Groups differ in size: narrow tiles waste less of them than they decode anew.
-    """
-    rows = n_rows / max(1, n_groups)
-    if rows <= (12 if n_groups else 16):
-        return 16, 128, 4, False, None
-    if rows <= (40 if n_groups else 32):
-        return 32, 128, 4, False, 128
-    if n_groups and rows <= 80:
-        return 32, 128, 4, False, 168
-    if rows <= 160:
-        return 64, 128, 4, False, 168
-    return 128, 128, 4, True, None
-
-
-def _backward_tile(n_rows: int, n_groups: int) -> BackwardTile:
-    if n_rows <= 40 * max(1, n_groups):
-        return 32, 4, False, 168
-    return 64, 4, True, None
-
-
 def _splits(
     n_rows: int, reduced: int, chunk: int, programs: int, two_operands: bool, sms: int
 ) -> int:
@@ -141,11 +119,11 @@ def hopper_product(
     )
     if transpose_weight:
         kernel, reduced, chunk = forward.forward_kernel, k, forward.CHUNK.value
-        tile_t, tile_columns, stages, two, registers = tile or _forward_tile(n_rows, n_groups)
+        tile_t, tile_columns, stages, two, registers = tile or hopper_forward_tile(n_rows, n_groups)
         options = dict(TILE_N=tile_columns)
     else:
         kernel, reduced, chunk = backward.backward_kernel, n, backward.CHUNK.value
-        tile_t, stages, two, registers = tile or _backward_tile(n_rows, n_groups)
+        tile_t, stages, two, registers = tile or hopper_backward_tile(n_rows, n_groups)
         tile_columns, options = backward.TILE_K.value, {}
     if registers is not None:
         options.update(maxnreg=registers)
@@ -182,22 +160,6 @@ def takes_hopper_fp8(x: torch.Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device.index)[0] == 9
 
 
-def _fp8_tile(n_rows: int, n_groups: int, transpose_weight: bool) -> Fp8Tile:
-    """Measured as :func:`_forward_tile`."""
-    rows = n_rows / max(1, n_groups)
-    if rows <= 12:
-        return 16, 128, 5, 1, 4, None
-    if rows <= 40:
-        return 32, 128, 5, 1, 4, None
-    if rows <= 160:
-        return 64, 128, 4, 1, 4, 168
-    if not transpose_weight:
-        return 128, 128, 3, 2, 4, None
-    if rows <= 1536:
-        return 128, 128, 4, 2, 4, None
-    return 256, 128, 4, 2, 8, None
-
-
 def hopper_fp8_product(
     x8: torch.Tensor,
     x_scale: torch.Tensor,
@@ -227,7 +189,7 @@ def hopper_fp8_product(
     y = torch.empty((n_rows, columns), dtype=torch.bfloat16, device=x8.device)
     qdata = as_dense(bytes_of(qdata))
     n_groups = 0 if offs is None else offs.shape[0]
-    tile = tile or _fp8_tile(n_rows, n_groups, transpose_weight)
+    tile = tile or hopper_fp8_tile(n_rows, n_groups, transpose_weight)
     tile_t, tile_columns, stages, operands, warps, registers = tile
     options = {}
     if transpose_weight:
