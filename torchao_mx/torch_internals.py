@@ -261,5 +261,5 @@ COMPILED_CALL = "_compiled_call_impl"
 
 
 def belongs_to_object(attribute: str) -> bool:
-    """Whether a module keeps ``attribute`` when it becomes another: dicts of hooks, which handles refer to."""
+    """Whether a module keeps ``attribute`` when it becomes another: dicts that handles of hooks refer to."""
     return "_hooks" in attribute or attribute == COMPILED_CALL

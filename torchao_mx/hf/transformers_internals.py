@@ -1,8 +1,8 @@
 """What this library uses of transformers beyond its documented API; no other file names any of it.
 
-Where transformers has a public way to the same answer, that is the fallback for a release without the name. The
-methods of ``HfQuantizer`` that a quantizer has to define, underscores and all, stand with ours. The gates of
-experts, which a model's own code declares, are ``nn/experts/layouts.py``'s.
+Where transformers has a public way to the same answer, that is the fallback for a release without the name.
+The methods of ``HfQuantizer`` that a quantizer has to define, underscores and all, are with our quantizers.
+``nn/experts/layouts.py`` knows the gates of experts, which a model's own code declares.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ def tied_keys(model: PreTrainedModel) -> set[str]:
 
 def declared_dtype(model: PreTrainedModel) -> torch.dtype:
     """The dtype that v4 loads in, while a quantizer puts its parameters together."""
-    return getattr(model.config, "_pre_quantization_dtype", model.dtype)
+    found = getattr(model.config, "_pre_quantization_dtype", None)
+    return model.dtype if found is None else found
 
 
 def drop_conversions(model: PreTrainedModel, is_ours: Callable[[Any], bool]) -> None:
@@ -49,9 +50,9 @@ def drop_conversions(model: PreTrainedModel, is_ours: Callable[[Any], bool]) -> 
 
 
 def mark_initialized(module: nn.Module, but_for: str) -> None:
-    """Mark ``module`` as filled if all its parameters are, but for one that is replaced: 5.8 fills a copy of it.
+    """Mark ``module`` as filled if all parameters but one, to be replaced, are: 5.8 would fill a copy of it.
 
-    A release that marks otherwise initializes what is then overwritten.
+    A release that marks otherwise spends that time and memory; the result is the same.
     """
     module._is_hf_initialized = all(
         getattr(parameter, "_is_hf_initialized", False)

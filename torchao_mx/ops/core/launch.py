@@ -131,8 +131,8 @@ class launched:
         else:
             compiled[(*grid, 1, 1)](*arguments, *values)
         if recording is not None:
-            launch = (compiled, grid, [*arguments, *values])
-            recording.append(launch if LAUNCHES_COMPILED else None)
+            recorded = (compiled, grid, [*arguments, *values])
+            recording.append(recorded if LAUNCHES_COMPILED else None)
 
 
 def runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
