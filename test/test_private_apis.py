@@ -5,6 +5,7 @@ them with the newest torchao too.
 """
 
 import ast
+import functools
 import importlib
 import inspect
 import pickle
@@ -97,10 +98,11 @@ def is_private(name):
     return name in NO_UNDERSCORE or (name.startswith("_") and name.strip("_") and not dunder)
 
 
-def own_names(trees):
+@functools.cache
+def own_names():
     """What the package defines: functions, classes, variables, attributes of self."""
     found = set(OWN)
-    for node in (node for tree in trees.values() for node in ast.walk(tree)):
+    for node in (node for tree in trees().values() for node in ast.walk(tree)):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -110,8 +112,9 @@ def own_names(trees):
     return found - {use.name for use in USES} - OVERRIDES.keys()
 
 
-def private_names(tree, own):
+def private_names(tree):
     """The private names of others in a file: (name, line); imported, read as attributes, or given as strings."""
+    own = own_names()
     parts_of_strings = {
         part for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for part in node.values
     }
@@ -137,7 +140,9 @@ def private_names(tree, own):
                 yield name, node.lineno
 
 
+@functools.cache
 def trees():
+    """Of each file of the package; read, and not changed."""
     return {
         path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
         for path in sorted(ROOT.rglob("*.py"))
@@ -146,10 +151,10 @@ def trees():
 
 def misplaced(files):
     """The private names that are in no table, or in another file than theirs."""
-    own, table = own_names(files), {use.name: use.file for use in USES}
+    table = {use.name: use.file for use in USES}
     modules = {"_C", "_utils", "_tensor"}  # of torch, that hold names of the table
     for file, tree in files.items():
-        for name, line in private_names(tree, own):
+        for name, line in private_names(tree):
             if name in OVERRIDES or (name in modules and file == TORCH):
                 continue
             if name == "_quantization_type" and file != REGISTRY:  # MXTensor's, by then
@@ -165,10 +170,9 @@ def test_private_names_stand_in_one_file_each():
 
 
 def test_the_tables_are_no_longer_than_what_is_used():
-    files = trees()
-    used = {name for tree in files.values() for name, _ in private_names(tree, own_names(files))}
+    used = {name for tree in trees().values() for name, _ in private_names(tree)}
     defined = {
-        n.name for t in files.values() for n in ast.walk(t) if isinstance(n, ast.FunctionDef)
+        n.name for t in trees().values() for n in ast.walk(t) if isinstance(n, ast.FunctionDef)
     }
     names = {use.name for use in USES} | OVERRIDES.keys()
     assert sorted(names - used - defined) == []
@@ -188,7 +192,7 @@ def test_the_tables_are_no_longer_than_what_is_used():
     ],
 )
 def test_the_test_sees(line):
-    assert list(misplaced(trees() | {"nn/ptq.py": ast.parse(line)}))
+    assert list(misplaced({"nn/ptq.py": ast.parse(line)}))
 
 
 # --- whether they are there -----------------------------------------------------------------------
