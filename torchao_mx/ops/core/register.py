@@ -114,7 +114,15 @@ def _register_autograd(
         if setup_context is not None:
             setup_context(ctx, inputs, output)
 
-    torch.library.register_autograd(qualname, backward, setup_context=setup)
+    def gradients(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        ctx.needs_input_grad = (*needed, False)  # the keyset's, which our own kernel has last
+        try:
+            return backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needed
+
+    torch.library.register_autograd(qualname, gradients, setup_context=setup)
 
 
 def _autograd_kernel(
