@@ -31,7 +31,7 @@ help:
 	@echo '             with ARGS="--method lora" train adapters on the packed experts of a tiny gpt-oss'
 	@echo 'make test    the tests and the doctests; on a GPU machine the GPU tests too'
 	@echo 'make lint    ruff'
-	@echo 'make bench   the benchmarks; they need a GPU (bench_moe_layer.py and bench_gpt_oss.py, not among them, the hf extra too)'
+	@echo 'make bench   the benchmarks; they need a GPU (layers.moe_layer and models, not among them, the hf extra too)'
 	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
 
 demo: $(installed) $(if $(wants_hf),$(hf_installed))
@@ -39,7 +39,7 @@ demo: $(installed) $(if $(wants_hf),$(hf_installed))
 
 # torchao_mx/hf needs transformers, which .ci/run installs in two versions.
 test: $(installed)
-	$(py) -m pytest -n $(JOBS) -m 'not gpu' --doctest-modules \
+	$(py) -m pytest -n $(JOBS) --dist worksteal -m 'not gpu' --doctest-modules \
 		--doctest-glob=README.md --doctest-glob=CONTRIBUTING.md \
 		--ignore=torchao_mx/hf test torchao_mx README.md CONTRIBUTING.md $(ARGS)
 	@if $(py) -c '$(has_gpu)'; then set -x; $(py) -m pytest -m gpu test $(ARGS) || test $$? = 5; fi
@@ -50,16 +50,16 @@ lint: $(installed)
 
 bench: $(installed)
 	@$(py) -c '$(has_gpu)' || { echo 'make bench needs a CUDA GPU, and torch sees none here' >&2; exit 1; }
-	$(py) benchmarks/ops/bench_quantize.py
-	$(py) benchmarks/ops/bench_swiglu.py
-	$(py) benchmarks/ops/bench_quantize_both.py
-	$(py) benchmarks/bench_qat_linear.py
-	$(py) benchmarks/bench_recipe_linear.py
-	$(py) benchmarks/fp8_accuracy.py
-	$(py) benchmarks/bench_lora_linear.py
-	$(py) benchmarks/bench_lora_linear.py --first-step
-	$(py) benchmarks/bench_lora_grouped.py
-	$(py) benchmarks/bench_lora_grouped.py --first-step
+	$(py) -m benchmarks.kernels.quantize
+	$(py) -m benchmarks.kernels.swiglu
+	$(py) -m benchmarks.kernels.quantize_both
+	$(py) -m benchmarks.layers.qat_linear
+	$(py) -m benchmarks.layers.recipe_linear
+	$(py) -m benchmarks.quality.fp8_accuracy
+	$(py) -m benchmarks.layers.lora_linear
+	$(py) -m benchmarks.layers.lora_linear --first-step
+	$(py) -m benchmarks.layers.lora_grouped
+	$(py) -m benchmarks.layers.lora_grouped --first-step
 
 # Virtual environments do not nest, so only a base interpreter can lend its torch.
 $(installed): setup.py

@@ -27,7 +27,12 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 180  # seconds for all ranks together
-PRELOADED = ["torch.distributed.fsdp", "torchao_mx.distributed"]
+# What tests import or torch imports where it first compiles, seconds a rank.
+PRELOADED = [
+    "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "fsspec", "pytest", "hypothesis",
+    "torch._dynamo.testing", "torch._inductor.lowering", "torchao_mx.distributed",
+    "transformers.models.gpt_oss.modeling_gpt_oss", "peft",  # where there are such
+]  # fmt: skip
 PATIENCE = 2  # seconds in which ranks that failed with the first are heard
 each_backend = pytest.mark.parametrize(
     "backend", ["gloo", pytest.param("nccl", marks=pytest.mark.gpu)]

@@ -1,6 +1,7 @@
 """Where the tests run: kernels on the GPU, or in Triton's interpreter where there is none."""
 
 import dataclasses
+import functools
 import os
 import types
 
@@ -10,15 +11,17 @@ import torch
 
 
 def _quicken_interpreter():
-    """Spare the interpreter of Triton 3.7, CI's, what has no effect, two thirds of the time of our kernels:
+    """Spare the interpreter of Triton 3.7, CI's, what has no effect, most of the time of our kernels:
 
     - at every call of a device function it goes over ``triton.language`` to patch what is not patched yet,
       which, but for a launch's first call into ``tl.core``, is nothing: a launch patches both here;
     - it computes whether integers overflow and, without its option ``debug``, drops the answer;
-    - it builds its table of dtypes anew at every look-up.
+    - it builds its table of dtypes anew at every look-up;
+    - for every tensor it wraps each size of its shape, twice, and gives the type a name: once a shape here.
     """
     import triton
     from triton import language as tl
+    from triton._utils import validate_block_shape
     from triton.runtime import interpreter
 
     if not triton.__version__.startswith("3.7."):  # its internals are no API
@@ -47,6 +50,53 @@ def _quicken_interpreter():
         return found[tt_dtype.name]
 
     interpreter._get_np_dtype = np_dtype_found
+
+    @functools.cache
+    def sizes(shape):
+        """As a type and as a tensor has them, and their product."""
+        wrapped = tl.core.tuple([tl.constexpr(s) for s in shape])
+        return tl.core.tuple(shape), wrapped, validate_block_shape(shape)
+
+    def block_type(self, element_ty, shape):
+        shape = tuple([s.value if isinstance(s, tl.constexpr) else s for s in shape])
+        if not shape:
+            raise TypeError("0d block_type is forbidden")
+        self.element_ty = element_ty
+        self.shape, self.tensor_shape, self.numel = sizes(shape)
+
+    no_sizes = tl.core.tuple([]), tl.constexpr(1)
+
+    def tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        if type.is_block():
+            self.shape, self.numel = type.tensor_shape, tl.constexpr(type.numel)
+        else:
+            self.shape, self.numel = no_sizes
+
+    tl.core.block_type.__init__ = block_type
+    tl.core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
+    tl.core.tensor.__init__ = tensor
+
+    semantic = interpreter.interpreter_semantic
+    broadcast = semantic.broadcast_impl_value
+
+    def broadcast_unequal(lhs, rhs):
+        left, right = lhs.type, rhs.type
+        same = left.is_block() and right.is_block() and left.shape is right.shape
+        return (lhs, rhs) if same else broadcast(lhs, rhs)
+
+    semantic.broadcast_impl_value = broadcast_unequal
+
+    def patch_attr(obj, name, member, builder, scope):
+        function = getattr(member, "__wrapped__", member)  # without a check that _semantic is there
+
+        def with_semantic(*args, **kwargs):
+            kwargs["_semantic"] = semantic
+            return function(*args, **kwargs)
+
+        scope.set_attr(obj, name, with_semantic)
+
+    interpreter._patch_attr = patch_attr
 
 
 if not torch.cuda.is_available():
@@ -79,6 +129,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
+    # Tests on several ranks come first: one of xdist's workers gets them all, and only it starts ranks.
+    items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "run_ranks"))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA GPU")

@@ -1,10 +1,8 @@
-"""benchmarks/quality.py in small, on the CPU: its gates, its verdicts, and that it stops and goes on."""
+"""benchmarks/quality/quality.py in small, on the CPU: its gates, its verdicts, and that it stops and goes on."""
 
 import copy
-import importlib
 import json
 import os
-import pathlib
 import signal
 import sys
 
@@ -20,8 +18,8 @@ ARGS = ("--tiny", "--model", "moe", "--format", "mxfp4", "--pretrain-steps", "3"
 @pytest.fixture
 def quality(monkeypatch):
     """The module, reading its text once."""
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[2] / "benchmarks"))
-    module = importlib.import_module("quality")
+    from benchmarks.quality import quality as module
+
     texts, load = {}, module.load_adaptation_corpus
 
     def load_once(*key):
@@ -112,7 +110,7 @@ def test_tells_logits_apart(quality):
 
 
 def test_balance_loss_and_its_gradient(quality):
-    from quality_model import _AddLoss, balance_loss
+    from benchmarks.quality.model import _AddLoss, balance_loss
 
     even = torch.full((4, 2), 0.5)
     assert balance_loss(even, torch.tensor([[0], [1], [0], [1]])) == 1
@@ -146,3 +144,23 @@ def test_verdicts(quality, ptq, qat, holds, reason):
     verdict = quality.Comparison("dense", "w4a8", *losses).verdict()
     assert verdict["holds"] is holds and reason in verdict["text"]
     assert ("DOES NOT HOLD" in verdict["text"]) is not holds
+
+
+class TestTrainLoop:
+    @pytest.fixture
+    def train_loop(self, quality):
+        return quality.train_loop
+
+    def test_small_updates_add_up_in_bf16(self, train_loop) -> None:
+        model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+        torch.nn.init.ones_(model.weight)
+        optimizer = train_loop.MasterAdam(model)
+        for _ in range(100):
+            model.weight.grad = torch.ones_like(model.weight)
+            optimizer.step(1e-4)  # a 78th of the distance from 1 to the next bf16 below, a step
+        assert model.weight.item() == pytest.approx(0.99, abs=2e-3)
+
+    def test_learning_rate(self, train_loop) -> None:
+        rates = [train_loop.learning_rate(step, 100, 1.0, 0.0) for step in range(101)]
+        assert rates[4] == max(rates) == 1.0
+        assert rates[100] == pytest.approx(0.0, abs=1e-12)

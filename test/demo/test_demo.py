@@ -1,38 +1,40 @@
-"""The demo: a full tiny run, stopping and going on, verification, and what it refuses."""
+"""The demo: a full tiny run, stopping and going on, what it checks and what it refuses."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import io
 import math
 import random
 import shutil
-import signal
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from _demo import results_of, stop_after
+from torchao.quantization import quantize_
+from torchao.quantization.qat import QATConfig
 
 from torchao_mx import MXTensor
-from torchao_mx.demo import main
+from torchao_mx.demo import qat
+from torchao_mx.demo.cli import main
 from torchao_mx.demo.data import load_corpus
 from torchao_mx.demo.model import build_model, heldout_losses, token_losses
-from torchao_mx.demo.quant import (
-    FORMATS,
-    convert_qat,
-    prepare_qat,
-    quantize_after_training,
-    weight_bytes,
-)
-from torchao_mx.demo.settings import Settings, UsageError
-from torchao_mx.demo.train import MasterAdam, learning_rate
+from torchao_mx.demo.quant import FORMATS, is_quantized_linear
+from torchao_mx.demo.settings import DemoError, Settings
 
-TINY = ["--quick", "--dtype", "bf16", "--device", "cpu", "--pretrain-steps", "20", "--steps", "15"]
+TINY = ["--quick", "--device", "cpu", "--pretrain-steps", "20", "--steps", "15"]
+SETTINGS = Settings(layers=1, dim=32, seq=32, device="cpu")
 
 
-def tiny_settings(**changes: object) -> Settings:
-    values = {"layers": 1, "dim": 32, "heads": 1, "seq": 32, "dtype": "bf16"}
-    values |= {"device": "cpu", "threads": 1}
-    return Settings(**{**values, **changes})
+@pytest.fixture(scope="module", autouse=True)
+def _threads() -> Iterator[None]:
+    """A run sets them for its process."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -47,23 +49,29 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that nothing interrupted."""
-    out = tmp_path_factory.mktemp("finished")
-    assert main([*TINY, "--data", str(text), "--out", str(out)]) == 0
-    return out
+def finished_and_shown(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder of a run that nothing interrupted, and what it printed."""
+    out, shown = tmp_path_factory.mktemp("finished"), io.StringIO()
+    with contextlib.redirect_stdout(shown):
+        assert main([*TINY, "--data", str(text), "--out", str(out)]) == 0
+    return out, shown.getvalue()
 
 
-def results_of(out: Path) -> dict[str, object]:
-    return json.loads((out / "results.json").read_text())
+@pytest.fixture
+def finished(finished_and_shown: tuple[Path, str]) -> Path:
+    return finished_and_shown[0]
+
+
+@pytest.fixture
+def shown(finished_and_shown: tuple[Path, str]) -> str:
+    return finished_and_shown[1]
 
 
 class TestRun:
     def test_leaves_its_files(self, finished: Path) -> None:
         assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
-        for name in ("checkpoint", "pretrained", "finetuned", "qat", "converted"):
-            assert "settings" in torch.load(finished / f"{name}.pt", weights_only=True)
-        assert not [p for p in finished.iterdir() if p.name.startswith(".")]
+        names = {path.name for path in finished.iterdir()}
+        assert names == {"settings.json", "results.json", "curves.png", "converted.pt"}
 
     def test_table(self, finished: Path) -> None:
         results = results_of(finished)
@@ -72,13 +80,12 @@ class TestRun:
         assert high["heldout_loss"] == curves["finetune"][-1][1]
         assert qat["heldout_loss"] == curves["qat"][-1][1], "converting changed the loss"
         assert curves["finetune"][0] == [0, curves["pretrain"][-1][1]]
-        assert high["linear_bytes"] * 4.25 / 16 == ptq["linear_bytes"] == qat["linear_bytes"]
-        assert high["bytes"] - ptq["bytes"] == high["linear_bytes"] - ptq["linear_bytes"]
+        assert high["linear_bytes"] * 4.25 / 32 == ptq["linear_bytes"] == qat["linear_bytes"]
 
     def test_the_checkpoint_holds_packed_weights(self, finished: Path) -> None:
-        state = torch.load(finished / "converted.pt", weights_only=True)["model"]
+        state = torch.load(finished / "converted.pt", weights_only=True)
         packed = {name for name, value in state.items() if isinstance(value, MXTensor)}
-        linears = ("attention.qkv", "attention.out", "mlp.gate_up", "mlp.down")
+        linears = ("qkv", "out", "mlp.gate_up", "mlp.down")
         assert packed == {f"blocks.{i}.{name}.weight" for i in range(2) for name in linears}
 
     def test_learns(self, finished: Path) -> None:
@@ -87,123 +94,92 @@ class TestRun:
         assert curve[0][1] == pytest.approx(math.log(256) + 0.5, abs=0.15)
         assert curve[-1][1] < 4
 
-    def test_resuming_a_finished_run_repeats_its_end(
-        self, finished: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        before = results_of(finished)
-        assert main(["--resume", str(finished)]) == 0
-        assert results_of(finished)["table"] == before["table"]
-        assert "2  QAT, then convert to mxfp4" in capsys.readouterr().out
+    def test_says_what_comes_next(self, shown: str) -> None:
+        assert "2  QAT, then convert to mxfp4" in shown
+        assert "In a fresh process: converted.pt has held-out loss " in shown
+        assert 'quantize_(model, QATConfig(mxfp4, step="convert"), filter_fn=is_experts)' in shown
+        assert shown.rstrip().endswith("vllm serve tuned")
 
 
 class TestInterrupt:
     def test_resumed_equals_uninterrupted(
-        self, text: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        self,
+        text: Path,
+        finished: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def stop_at(phase: str, step: int, how: object):
-            def on_step(name: str, done: int) -> None:
-                if (name, done) == (phase, step):
-                    how()
-
-            return on_step
-
-        def raise_interrupt() -> None:
-            raise KeyboardInterrupt
-
-        def send_interrupt() -> None:
-            signal.raise_signal(signal.SIGINT)
-
-        out = str(tmp_path / "run")
-        start = [*TINY, "--data", str(text), "--out", out]
-        assert main(start, stop_at("pretrain", 7, raise_interrupt)) == 130
-        assert f"--resume {out}" in capsys.readouterr().err
-        assert main(["--resume", out], stop_at("finetune", 15, send_interrupt)) == 130
-        assert main(["--resume", out], stop_at("qat", 13, send_interrupt)) == 130
-        assert main(["--resume", out]) == 0
-        whole, pieces = results_of(finished), results_of(Path(out))
+        start = [*TINY, "--data", str(text), "--out", str(tmp_path)]
+        for steps in (
+            17,
+            10 + 5,
+            15 + 13,
+        ):  # in pretraining, in arm 0, in arm 2; saved each 10 steps
+            with monkeypatch.context() as ctrl_c:
+                stop_after(steps, ctrl_c)
+                assert main(start) == 130
+            assert "the same command goes on from there" in capsys.readouterr().err
+        assert main(start) == 0
+        assert "arm 2, QAT for mxfp4: 15 steps, from 10" in capsys.readouterr().out
+        whole, pieces = results_of(finished), results_of(tmp_path)
         assert pieces["curves"] == whole["curves"]
         assert pieces["table"] == whole["table"]
 
-    def test_an_unfinished_run_is_not_overwritten_by_accident(
-        self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    @pytest.mark.parametrize("change", ["text", "options"])
+    def test_an_unfinished_run_is_not_mixed_with_another(
+        self,
+        change: str,
+        text: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
     ) -> None:
-        def stop(name: str, done: int) -> None:
-            raise KeyboardInterrupt
-
-        start = [*TINY, "--data", str(text), "--out", str(tmp_path)]
-        assert main(start, stop) == 130
-        assert main(start, stop) == 2
-        assert "holds an unfinished run" in capsys.readouterr().err
-        assert main([*start, "--overwrite"], stop) == 130
-
-    def test_resume_refuses_other_text(
-        self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def stop(name: str, done: int) -> None:
-            raise KeyboardInterrupt
-
         copy = shutil.copytree(text, tmp_path / "text")
-        out = tmp_path / "run"
-        assert main([*TINY, "--data", str(copy), "--out", str(out)], stop) == 130
-        (copy / "0.txt").write_text("something else")
-        assert main(["--resume", str(out)]) == 1
-        assert "is not the one this run was made with" in capsys.readouterr().err
+        start = [*TINY, "--data", str(copy), "--out", str(tmp_path / "run")]
+        stop_after(12, monkeypatch)
+        assert main(start) == 130
+        if change == "text":
+            (copy / "0.txt").write_text("something else")
+        else:
+            start += ["--seed", "1"]
+        assert main(start) == 1
+        assert "holds an unfinished run of other options or text" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
-def test_on_a_gpu(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_gpu(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Resumed equals uninterrupted, and the checkpoint verifies: the bits are the same again."""
-
-    def stop(name: str, done: int) -> None:
-        if (name, done) == ("qat", 7):
-            raise KeyboardInterrupt
-
     start = [*TINY, "--device", "cuda", "--data", str(text)]
-    assert main([*start, "--out", str(tmp_path / "whole")]) == 0
-    assert main([*start, "--out", str(tmp_path / "pieces")], stop) == 130
-    assert main(["--resume", str(tmp_path / "pieces")]) == 0
+    try:
+        assert main([*start, "--out", str(tmp_path / "whole")]) == 0
+        with monkeypatch.context() as ctrl_c:
+            stop_after(20 + 15 + 12, ctrl_c)
+            assert main([*start, "--out", str(tmp_path / "pieces")]) == 130
+        assert main([*start, "--out", str(tmp_path / "pieces")]) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
     whole, pieces = results_of(tmp_path / "whole"), results_of(tmp_path / "pieces")
     assert pieces["curves"] == whole["curves"]
     assert whole["table"][2]["heldout_loss"] == whole["curves"]["qat"][-1][1]
 
 
 class TestVerify:
-    def test_accepts_its_own(self, finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["--verify", str(finished / "converted.pt")]) == 0
-        assert "equal to the recorded one" in capsys.readouterr().out
+    def verify(self, out: Path) -> str:
+        results = results_of(out)
+        losses = [row["heldout_loss"] for row in results["table"]]
+        return qat.verify(Settings(**results["settings"]), out, losses)
 
-    def test_rejects_a_tampered_one(
-        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        record = torch.load(finished / "converted.pt", weights_only=True)
-        record["model"]["blocks.0.mlp.down.weight"].qdata[0] ^= 0x11
-        torch.save(record, tmp_path / "tampered.pt")
-        assert main(["--verify", str(tmp_path / "tampered.pt")]) == 1
-        assert "is not the recorded" in capsys.readouterr().err
+    def test_accepts_its_own(self, finished: Path) -> None:
+        assert "to the last bit" in self.verify(finished)
 
-    def test_rejects_a_truncated_one(
-        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        whole = (finished / "converted.pt").read_bytes()
-        (tmp_path / "half.pt").write_bytes(whole[: len(whole) // 2])
-        assert main(["--verify", str(tmp_path / "half.pt")]) == 1
-        assert "damaged or not a checkpoint" in capsys.readouterr().err
-
-    @pytest.mark.parametrize("name", ["pretrained.pt", "checkpoint.pt"])
-    def test_rejects_other_files(
-        self, finished: Path, name: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert main(["--verify", str(finished / name)]) == 1
-        assert "not a converted checkpoint" in capsys.readouterr().err
-
-    def test_rejects_weights_of_another_shape(
-        self, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        record = torch.load(finished / "converted.pt", weights_only=True)
-        record["settings"]["dim"] = 64
-        torch.save(record, tmp_path / "other.pt")
-        assert main(["--verify", str(tmp_path / "other.pt")]) == 1
-        assert "do not fit its settings" in capsys.readouterr().err
+    def test_rejects_a_tampered_one(self, finished: Path, tmp_path: Path) -> None:
+        copy = shutil.copytree(finished, tmp_path / "copy")
+        state = torch.load(copy / "converted.pt", weights_only=True)
+        state["blocks.0.mlp.down.weight"].qdata[0] ^= 0x11
+        torch.save(state, copy / "converted.pt")
+        with pytest.raises(DemoError, match="is not that of arm 2"):
+            self.verify(copy)
 
 
 class TestUsage:
@@ -217,78 +193,70 @@ class TestUsage:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--format", "int3"], "unknown format; choose one of mxfp4, mxfp8, w4a8, nvfp4"),
+            (["--format", "int3"], "invalid choice: 'int3' (choose from"),
             (["--dim", "100"], "not a multiple of 32"),
             (["--dim", "64", "--heads", "3"], "must divide into heads"),
-            (["--steps", "-5"], "--steps -5: must be at least 1"),
-            (["--pretrain-steps", "0"], "--pretrain-steps 0: must be at least 1"),
-            (["--threads", "-2"], "--threads -2: must be at least 1"),
-            (["--batch", "two"], "invalid int value: 'two'"),
-            (["--lr", "nan"], "must be a positive number"),
-            (["--seed", "-1"], "--seed -1: must be from 0"),
-            (["--dtype", "fp8"], "choose one of auto, bf16, fp32"),
-            (["--device", "tpu"], "--device tpu: not a device"),
-            (["--device", "meta"], "only cpu and cuda"),
+            (["--steps", "-5"], "--steps: -5: must be at least 1"),
+            (["--pretrain-steps", "0"], "--pretrain-steps: 0: must be at least 1"),
+            (["--threads", "-2"], "--threads: -2: must be at least 1"),
+            (["--batch", "two"], "invalid _count value: 'two'"),
+            (["--device", "tpu"], "--device: tpu: "),
             (["--data", "/nowhere/at/all"], "no such file or folder"),
-            (["--resume", "/nowhere"], "--resume /nowhere: no such folder"),
-            (["--resume", ".", "--steps", "3"], "--resume takes no --steps"),
-            (["--verify", "x.pt", "--quick"], "--verify takes no --quick"),
+            (["--rank", "8"], "--method qat takes no --rank"),
             (["--colour"], "unrecognized arguments: --colour"),
         ],
     )
     def test_says_what_is_wrong(
         self, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        assert main(arguments) == 2
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
         assert message in capsys.readouterr().err
 
     def test_too_little_text(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "short.txt").write_text("just a line\n")
-        assert main(["--data", str(tmp_path / "short.txt"), "--dtype", "bf16"]) == 2
+        assert main(["--data", str(tmp_path / "short.txt")]) == 1
         assert "12 bytes of text are too few" in capsys.readouterr().err
 
     def test_no_text(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "blob").write_bytes(bytes(range(256)) * 99)
-        assert main(["--data", str(tmp_path), "--dtype", "bf16"]) == 2
+        assert main(["--data", str(tmp_path)]) == 1
         assert "no UTF-8 text found" in capsys.readouterr().err
 
     def test_out_inside_data(self, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main([*TINY, "--data", str(text), "--out", str(text / "run")]) == 2
+        with pytest.raises(SystemExit, match="2"):
+            main([*TINY, "--data", str(text), "--out", str(text / "run")])
         assert "lies in --data" in capsys.readouterr().err
         assert not (text / "run").exists()
 
     def test_diverging(
         self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        lr = ["--pretrain-lr", "1e30", "--dtype", "fp32"]
+        lr = ["--pretrain-lr", "1e30"]
         assert main([*TINY, *lr, "--data", str(text), "--out", str(tmp_path)]) == 1
-        assert "start again with a lower" in capsys.readouterr().err
+        assert "give a lower --lr" in capsys.readouterr().err
 
     def test_out_is_a_file(
         self, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         (tmp_path / "file").write_text("")
         out = str(tmp_path / "file")
-        assert main([*TINY, "--data", str(text), "--out", out]) == 2
-        assert "cannot write there" in capsys.readouterr().err
-
-    def test_resume_of_an_empty_folder(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert main(["--resume", str(tmp_path)]) == 1
-        assert "no such checkpoint" in capsys.readouterr().err
+        assert main([*TINY, "--data", str(text), "--out", out]) == 1
+        assert f"File exists: '{out}'" in capsys.readouterr().err
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
     def test_no_gpu(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["--device", "cuda"]) == 2
-        assert "sees no CUDA device" in capsys.readouterr().err
+        with pytest.raises(SystemExit, match="2"):
+            main(["--device", "cuda"])
+        assert "argument --device: cuda: " in capsys.readouterr().err
 
     def test_help(self, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["--help"]) == 0
+        with pytest.raises(SystemExit, match="0"):
+            main(["--help"])
         shown = capsys.readouterr().out
-        assert "--resume DIR" in shown
-        assert "(default mxfp4)" in shown
-        assert max(map(len, shown.splitlines())) <= 100
+        assert "--out OUT" in shown
+        assert "(default: mxfp4)" in shown
+        assert max(map(len, shown.splitlines())) <= 110
 
 
 class TestCorpus:
@@ -327,48 +295,35 @@ class TestCorpus:
         assert corpus.heldout_windows(20, 32).shape == (20, 33)
 
     def test_needs_text_for_the_windows(self, text: Path) -> None:
-        with pytest.raises(UsageError, match="are too few"):
+        with pytest.raises(DemoError, match="are too few"):
             load_corpus(str(text), 10_000)
 
 
 class TestModel:
     def test_is_causal(self) -> None:
-        model = build_model(tiny_settings(dtype="fp32"))
+        model = build_model(SETTINGS)
         tokens = torch.randint(256, (2, 32), generator=torch.Generator().manual_seed(0))
         changed = tokens.clone()
         changed[:, 20:] = 7
         with torch.no_grad():
             torch.testing.assert_close(model(tokens)[:, :20], model(changed)[:, :20])
 
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
     @pytest.mark.parametrize("name", FORMATS)
-    def test_converted_equals_fake_quantized(self, name: str, text: Path) -> None:
-        settings = tiny_settings(format=name)
+    def test_converted_equals_fake_quantized(
+        self, name: str, dtype: torch.dtype, text: Path
+    ) -> None:
+        settings, config = replace(SETTINGS, format=name), FORMATS[name]
         windows = load_corpus(str(text), 32).heldout_windows(16, 32)
-        model = build_model(settings)
-        before, _ = weight_bytes(model)
-        prepare_qat(model, name)
-        optimizer = MasterAdam(model)
+        model = build_model(settings).to(dtype)
+        quantize_(model, QATConfig(config, step="prepare"), filter_fn=is_quantized_linear)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         for _ in range(2):
             token_losses(model, windows).mean().backward()
-            optimizer.step(1e-2)
+            optimizer.step()
         trained = heldout_losses(model, windows, 8)
-        reloaded = build_model(settings)
-        quantize_after_training(reloaded, name)
-        convert_qat(model, name)
+        reloaded = build_model(settings).to(dtype)
+        quantize_(reloaded, config, filter_fn=is_quantized_linear)
+        quantize_(model, QATConfig(config, step="convert"), filter_fn=is_quantized_linear)
         reloaded.load_state_dict(model.state_dict(), assign=True)
         assert torch.equal(trained, heldout_losses(reloaded, windows, 8))
-        assert weight_bytes(reloaded)[0] < before
-
-    def test_small_updates_add_up_in_bf16(self) -> None:
-        model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-        torch.nn.init.ones_(model.weight)
-        optimizer = MasterAdam(model)
-        for _ in range(100):
-            model.weight.grad = torch.ones_like(model.weight)
-            optimizer.step(1e-4)  # a 78th of the distance from 1 to the next bf16 below, a step
-        assert model.weight.item() == pytest.approx(0.99, abs=2e-3)
-
-    def test_learning_rate(self) -> None:
-        rates = [learning_rate(step, 100, 1.0, 0.0) for step in range(101)]
-        assert rates[4] == max(rates) == 1.0
-        assert rates[100] == pytest.approx(0.0, abs=1e-12)

@@ -1,6 +1,7 @@
 """load_adapter and merge_adapter of damaged and contradictory folders: what is loaded is what PEFT's layout says,
 what is refused leaves the model as it was and names the file or tensor and a remedy."""
 
+import copy
 import functools
 import tempfile
 from pathlib import Path
@@ -147,7 +148,7 @@ def run_load(folder, family):
 
 
 def run_merge(folder, family):
-    model = bare(family)
+    model = copy.deepcopy(bare(family))  # whose packed bytes are replaced in place
     before = {n: values(p) for n, p in model.named_parameters()}
     try:
         merge_adapter(model, folder)
@@ -155,7 +156,6 @@ def run_merge(folder, family):
         changed = [n for n, p in model.named_parameters() if not equal(values(p), before[n])]
         return error, f"refused, and {changed[0]} changed" if changed else ""
     after = {n: values(p) for n, p in model.named_parameters()}
-    bare.cache_clear()  # packed bytes were replaced in place
     try:
         said, updates = expected(model, family, folder)
     except Unreadable as why:

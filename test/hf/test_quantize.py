@@ -278,6 +278,8 @@ import torch
 from torchao_mx import MXWeightOnlyConfig
 from torchao_mx.hf import from_pretrained
 
+torch.set_num_threads(1)  # others would spin
+
 def anonymous():
     with open("/proc/self/status") as file:
         return 1024 * int(re.search(r"RssAnon:\\s*(\\d+) kB", file.read())[1])

@@ -1,8 +1,4 @@
-"""The end-to-end demo: pretrain a small transformer, then PTQ and QAT of it side by side.
+"""The demo: train a small model on real text, quantize it after and during training, compare.
 
-``python -m torchao_mx.demo --help`` lists the options; :func:`main` is the same as a function.
+``python -m torchao_mx.demo --help`` lists the options; ``cli.main`` is the same as a function.
 """
-
-from torchao_mx.demo.cli import main
-
-__all__ = ["main"]

@@ -14,24 +14,6 @@ from torchao_mx.demo.data import VOCAB
 from torchao_mx.demo.settings import Settings
 
 
-class Attention(nn.Module):
-    """Causal multi-head attention with rotary positions: ``[B, T, D]`` to ``[B, T, D]``."""
-
-    def __init__(self, dim: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        b, t, d = x.shape
-        qkv = self.qkv(x).view(b, t, 3, self.heads, d // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
-        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out(y.transpose(1, 2).reshape(b, t, d))
-
-
 class MLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``."""
 
@@ -46,23 +28,28 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Causal attention with rotary positions, then the MLP, each added to its input ``[B, T, D]``."""
+
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
         super().__init__()
+        self.heads = heads
         self.attention_norm = nn.RMSNorm(dim)
-        self.attention = Attention(dim, heads)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.mlp_norm = nn.RMSNorm(dim)
         self.mlp = MLP(dim, hidden)
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin)
+        qkv = self.qkv(self.attention_norm(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, H, T, D / H]
+        q, k = _rotate(q, cos, sin), _rotate(k, cos, sin)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(y.transpose(1, 2).flatten(-2))
         return x + self.mlp(self.mlp_norm(x))
 
 
 class Transformer(nn.Module):
     """Token ids ``[B, T]`` to logits ``[B, T, 256]``."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
 
     def __init__(self, layers: int, dim: int, heads: int, hidden: int, seq: int) -> None:
         super().__init__()
@@ -96,16 +83,17 @@ def build_model(settings: Settings) -> Transformer:
             # 1 at the embedding, and linears that keep the variance; GPT-2's 0.02 takes twice the
             # steps at this width.
             std = 1.0 if name.startswith("embedding") else weight.shape[1] ** -0.5
-            if name.endswith(("attention.out.weight", "mlp.down.weight")):
+            if name.endswith(("out.weight", "mlp.down.weight")):
                 std /= (2 * settings.layers) ** 0.5  # keeps the residual stream's variance level
             weight.copy_(torch.randn(weight.shape, generator=generator) * std)
-    return model.to(device=settings.device, dtype=settings.torch_dtype)
+    return model.to(settings.device)
 
 
 def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
     """Cross entropy in nats, fp32 ``[B, T]``, of each next byte of ``windows`` ``[B, T + 1]``."""
     targets = windows[:, 1:]
-    logits = model(windows[:, :-1]).flatten(0, 1).float()
+    logits = model(windows[:, :-1])
+    logits = getattr(logits, "logits", logits).flatten(0, 1).float()  # of a model of transformers
     return F.cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
 
 

@@ -1,264 +1,131 @@
-"""A run of the demo: phases of training that can stop and go on, then endpoints to compare.
+"""A run of the demo in its folder: phases of training that can stop and go on, and what comes of them.
 
-``qat.py`` and ``lora.py`` say what the phases train. Every run's folder gets::
+What is trained is in a module of the method's name: ``load_corpus(data, seq)`` and ``build(settings)``
+make the text and the first model, ``compare(run)`` trains, measures and saves, ``conclude(run, results)``
+draws the picture and returns the table, and ``verify(settings, out, losses)`` loads what was saved and
+raises DemoError unless its loss is the one measured. Every run's folder gets::
 
-    checkpoint.pt    where training is, for --resume
-    results.json     settings, curves, table
+    settings.json    the options
+    PHASE.pt         until the end: weights and optimizer of a phase, to go on from
+    results.json     options, curves, table
     curves.png       the same as a picture
 """
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
-from abc import ABC, abstractmethod
-from importlib.util import find_spec
+import importlib
+import json
+import math
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import OneCycleLR
+from tqdm import tqdm
 
-import torchao_mx
-from torchao_mx.demo import checkpoint
-from torchao_mx.demo.checkpoint import CheckpointError
-from torchao_mx.demo.data import Corpus
-from torchao_mx.demo.device import reproducible
-from torchao_mx.demo.model import heldout_losses
-from torchao_mx.demo.settings import CommonSettings, UsageError, settings_from
-from torchao_mx.demo.train import MasterAdam, OnStep, Phase, train_phase
+from torchao_mx.demo.model import heldout_losses, token_losses
+from torchao_mx.demo.settings import DemoError, Settings
 
 PRETRAIN = "pretrain"
-_CHECKPOINT, _RESULTS, _PLOT = "checkpoint.pt", "results.json", "curves.png"
-_OF_CHECKPOINT = frozenset({"settings", "corpus_digest", "current", "phases", "optimizer"})
 
 
-class VerificationError(RuntimeError):
-    """A reloaded checkpoint has not the loss it was saved with; the exit code is 1."""
+class Run:
+    """A run in the folder ``out``; :meth:`execute` does all of it."""
 
+    def __init__(self, settings: Settings, out: Path) -> None:
+        self.settings, self.out = settings, out
+        self.method = importlib.import_module(f"torchao_mx.demo.{settings.method}")
+        self.corpus = self.method.load_corpus(settings.data, settings.seq)
+        windows = self.corpus.heldout_windows(settings.eval_windows, settings.seq)
+        self.heldout = windows.to(settings.device)
+        self.curves: dict[str, list[list[float]]] = {}
+        self.key = {"settings": asdict(settings), "corpus_digest": self.corpus.digest}
+        torch.set_num_threads(settings.threads)  # on which the last bits depend
+        if settings.device != "cpu":
+            torch.use_deterministic_algorithms(True, warn_only=True)
 
-class Run(ABC):
-    """A run in the folder ``out``; ``settings`` are resolved. :meth:`execute` does all of it.
+    def execute(self) -> None:
+        """Train what is left, compare, report, and load what was saved in a fresh process.
 
-    A method is a subclass, with the phases after pretraining, the model of each, and what to make of
-    them at the end.
-    """
-
-    #: Files in ``out`` that the method writes, beside those of every run.
-    files: ClassVar[tuple[str, ...]]
-    #: What of it all is loaded in a fresh process.
-    made: ClassVar[tuple[str, ...]]
-
-    def __init__(self, settings: CommonSettings, out: Path, on_step: OnStep | None = None) -> None:
-        self.settings = settings
-        self.out = out
-        self.on_step = on_step
-        self.corpus = self.load_corpus(settings)
-        self.heldout = heldout_windows(self.corpus, settings)
-        s = settings
-        pretrain = Phase(
-            PRETRAIN, "pretraining", "pretrain", s.pretrain_steps, s.pretrain_lr, s.pretrain_lr / 10
-        )
-        self.phases = {phase.name: phase for phase in (pretrain, *self.arms())}
-        self.current = PRETRAIN
-        self.resumed: dict[str, Any] | None = None
-
-    @staticmethod
-    def check_installed() -> None:
-        """Raise UsageError if a package is missing that the method needs."""
-        missing = [name for name in ("matplotlib", "tqdm") if find_spec(name) is None]
-        if missing:
-            raise UsageError(
-                f"the demo needs {' and '.join(missing)}: pip install {' '.join(missing)}"
+        Raises:
+            DemoError: the folder holds another run, training diverged, or what was saved does not
+                have the loss measured here.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        states = [self.out / f"{name}.pt" for name in self.method.PHASES]
+        path = self.out / "settings.json"
+        if any(map(Path.exists, states)) and json.loads(path.read_text()) != self.key:
+            raise DemoError(
+                f"{self.out} holds an unfinished run of other options or text: give the options of its "
+                f"{path.name}, remove the folder, or choose another --out"
             )
+        path.write_text(json.dumps(self.key, indent=1))
+        found = self.method.compare(self)
+        tokens = self.heldout[:, 1:].numel()
+        results = {**self.key, "heldout_tokens": tokens, "curves": self.curves, **found}
+        print(f"\n{self.method.conclude(self, results)}\n")
+        (self.out / "results.json").write_text(json.dumps(results, indent=1))
+        losses = [row["heldout_loss"] for row in results["table"]]
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+            found = fresh.submit(self.method.verify, self.settings, self.out, losses).result()
+        print(f"In a fresh process: {found}")
+        for state in states:
+            state.unlink()
 
-    @staticmethod
-    @abstractmethod
-    def load_corpus(settings: CommonSettings) -> Corpus:
-        """The text of a run."""
+    def train(self, name: str, label: str, model: nn.Module) -> nn.Module:
+        """Train ``model`` to the end of a phase, from the phase's last checkpoint if there is one.
 
-    @staticmethod
-    @abstractmethod
-    def build(settings: CommonSettings) -> nn.Module:
-        """The model before pretraining, token ids ``[B, T]`` to logits, a function of the settings."""
-
-    @abstractmethod
-    def describe(self) -> dict[str, str]:
-        """What is printed at the start, each under a word."""
-
-    @abstractmethod
-    def arms(self) -> list[Phase]:
-        """The phases after pretraining."""
-
-    @abstractmethod
-    def model_of(self, phase: Phase) -> nn.Module:
-        """What ``phase`` trains, as it starts."""
-
-    @abstractmethod
-    def keep(self, phase: Phase, model: nn.Module) -> None:
-        """Save what ``phase`` has trained."""
-
-    @abstractmethod
-    def finish(self) -> dict[str, Any]:
-        """Compare and verify: ``table``, ``verification`` and more for ``results.json``.
-
-        Raises:
-            VerificationError: a saved model's loss, in a fresh process, is not the one measured here.
+        All phases but pretraining see the same batches in the same order.
         """
+        s, path, curve = self.settings, self.out / f"{name}.pt", self.curves.setdefault(name, [])
+        data, steps, lr = "finetune", s.steps, s.lr
+        if name == PRETRAIN:
+            data, steps, lr = name, s.pretrain_steps, s.pretrain_lr
+        weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.Adam(weights.values(), lr, betas=(0.9, 0.95), fused=True)
+        schedule = OneCycleLR(optimizer, lr, steps, pct_start=0.07, cycle_momentum=False)
+        if path.exists():
+            state = torch.load(path, map_location=s.device, weights_only=True)
+            model.load_state_dict(state["weights"], strict=False)
+            optimizer.load_state_dict(state["optimizer"])
+            schedule.load_state_dict(state["schedule"])
+            curve += state["curve"]
+        print(f"{label}: {steps} steps" + (f", from {curve[-1][0]}" if curve else ""), flush=True)
 
-    @staticmethod
-    @abstractmethod
-    def plot(results: dict[str, Any], path: Path) -> None:
-        """Draw what ``results.json`` holds."""
+        def evaluate(step: int) -> None:
+            loss = self.measure(model).mean().item()
+            if not math.isfinite(loss):
+                raise DemoError(f"{label}: held-out loss {loss} at step {step}; give a lower --lr")
+            tqdm.write(f"  step {step}/{steps}: held-out {loss:.4f}")
+            curve.append([step, loss])
+            states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            save(path, {"curve": curve, "weights": weights, **states})
 
-    @staticmethod
-    @abstractmethod
-    def format_table(results: dict[str, Any]) -> str:
-        """The table and what is to be said of it."""
-
-    def restore(self, record: dict[str, Any]) -> None:
-        """Go on from a record of ``checkpoint.pt``."""
-        self.current = record["current"]
-        for name, state in record["phases"].items():
-            for key, value in state.items():
-                setattr(self.phases[name], key, value)
-        self.resumed = record
-
-    def execute(self) -> dict[str, Any]:
-        """Train what is left, compare, verify, plot. Returns what ``results.json`` holds.
-
-        Raises:
-            Interrupted: Ctrl-C stopped the training; ``checkpoint.pt`` is up to date.
-            VerificationError: as :meth:`finish`.
-        """
-        with reproducible(self.settings):
-            names = list(self.phases)
-            for name in names[names.index(self.current) :]:
-                self.current = name
-                self._train(self.phases[name])
-            found = self.finish()
-        results = {
-            "settings": self.settings.to_dict(),
-            "corpus": self.corpus.describe(),
-            "heldout_tokens": self.heldout[:, 1:].numel(),
-            "curves": self.curves,
-            **found,
-            "seconds": {name: round(phase.seconds, 1) for name, phase in self.phases.items()},
-            "versions": {"torch": torch.__version__, "device": _device_name(self.settings)},
-        }
-        self.plot(results, self.out / _PLOT)
-        checkpoint.save_json(self.out / _RESULTS, results)
-        return results
-
-    @property
-    def curves(self) -> dict[str, list[list[float]]]:
-        return {name: phase.history for name, phase in self.phases.items()}
+        model.train()
+        if not curve:
+            evaluate(0)
+        for step in tqdm(range(curve[-1][0], steps), unit="step", disable=None, leave=False):
+            tokens = self.corpus.batch(data, step, s.seed, s.batch, s.seq).to(s.device)
+            token_losses(model, tokens).mean().backward()
+            nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if (step + 1) % s.eval_every == 0 or step + 1 == steps:
+                evaluate(step + 1)
+        return model
 
     def measure(self, model: nn.Module) -> torch.Tensor:
         """The mean loss of each held-out window."""
         return heldout_losses(model, self.heldout, self.settings.batch)
 
-    def _train(self, phase: Phase) -> None:
-        print(f"{phase.label}: {phase.steps} steps" + (f" from {phase.step}" * bool(phase.step)))
-        record, self.resumed = self.resumed, None
-        model = self.model_of(phase)
-        optimizer = MasterAdam(model)
-        if record is not None:
-            optimizer.load_state_dict(record["optimizer"])  # and the weights, which it has in fp32
 
-        def save() -> None:
-            self._save_checkpoint(optimizer)
-
-        if record is None:
-            save()
-        train_phase(
-            phase, model, optimizer, self.corpus, self.heldout, self.settings, save, self.on_step
-        )
-        self.keep(phase, model)
-
-    def _save_checkpoint(self, optimizer: MasterAdam) -> None:
-        record = {
-            "settings": self.settings.to_dict(),
-            "corpus_digest": self.corpus.digest,
-            "current": self.current,
-            "phases": {name: phase.state_dict() for name, phase in self.phases.items()},
-            "optimizer": optimizer.state_dict(),
-        }
-        checkpoint.save(self.out / _CHECKPOINT, record)
-
-
-def load_checkpoint(out: Path) -> tuple[CommonSettings, dict[str, Any]]:
-    """The settings and the record of ``checkpoint.pt``.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    path = out / _CHECKPOINT
-    record = checkpoint.load(path, "a training checkpoint", _OF_CHECKPOINT)
-    return settings_of(record, path), record
-
-
-def check_corpus(record: dict[str, Any], corpus: Corpus, path: Path) -> None:
-    """Refuse a record that was made with another text."""
-    if record["corpus_digest"] != corpus.digest:
-        raise CheckpointError(
-            f"{path}: the text of {corpus.name} is not the one this run was made with; put "
-            f"it back, or start a new run"
-        )
-
-
-def settings_of(record: dict[str, Any], path: Path) -> CommonSettings:
-    """The settings of a record in the file ``path``.
-
-    Raises:
-        CheckpointError: they are of another version, or of a GPU that is not here.
-    """
-    try:
-        settings = settings_from(record["settings"])
-        settings.validate()
-    except (UsageError, ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}") from error
-    if settings.device.startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError(f"{path}: made on a GPU, and torch sees none here")
-    return settings
-
-
-def heldout_windows(corpus: Corpus, settings: CommonSettings) -> torch.Tensor:
-    """The windows that every loss of a run is of."""
-    return corpus.heldout_windows(settings.eval_windows, settings.seq).to(settings.device)
-
-
-def is_unfinished(out: Path) -> bool:
-    """Whether ``out`` holds a run that stopped before its end."""
-    return (out / _CHECKPOINT).exists() and not (out / _RESULTS).exists()
-
-
-def clear(out: Path, files: tuple[str, ...]) -> None:
-    """Make ``out`` a folder without a run in it; files that are not a run's stay."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in (_RESULTS, _CHECKPOINT, _PLOT, *files):
-        (out / name).unlink(missing_ok=True)
-
-
-def verify_in_fresh_process(path: Path) -> dict[str, Any]:
-    """Run ``--verify`` on ``path`` in a new Python.
-
-    Raises:
-        VerificationError: it failed; the message is that process's.
-    """
-    package_root = Path(torchao_mx.__file__).resolve().parents[1]
-    command = [sys.executable, "-m", "torchao_mx.demo", "--verify", str(path.resolve())]
-    start = time.perf_counter()
-    done = subprocess.run(command, cwd=package_root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise VerificationError(f"fresh process, exit code {done.returncode}: {last}")
-    seconds = round(time.perf_counter() - start, 1)
-    return {"message": done.stdout.strip().splitlines()[-1], "seconds": seconds}
-
-
-def _device_name(settings: CommonSettings) -> str:
-    if settings.device.startswith("cuda"):
-        return torch.cuda.get_device_name(settings.device)
-    return "cpu"
+def save(path: Path, record: dict[str, Any]) -> None:
+    """``torch.save``, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.new")
+    torch.save(record, temporary)
+    temporary.replace(path)

@@ -1,8 +1,6 @@
-"""benchmarks/train_recipes.py in small, on the CPU: it runs to its end, stops and goes on as if it had not."""
+"""benchmarks/quality/train_recipes.py in small, on the CPU: it runs to its end, stops and goes on as if it had not."""
 
-import importlib
 import json
-import pathlib
 import sys
 
 import pytest
@@ -13,8 +11,7 @@ ARMS = ("--arm", "bf16", "--arm", "recipe-stochastic")
 @pytest.fixture
 def script(monkeypatch):
     """``main`` with arguments."""
-    monkeypatch.syspath_prepend(str(pathlib.Path(__file__).parents[3] / "benchmarks"))
-    module = importlib.import_module("train_recipes")
+    from benchmarks.quality import train_recipes as module
 
     def main(state, *args):
         command = [

@@ -26,7 +26,7 @@ class Crossover(NamedTuple):
         return n_rows < (self.over_k if transpose_weight else self.over_n) * n_groups
 
 
-# Measured on an H200 (benchmarks/bench_lora_grouped.py, bench_lora_linear.py). Where experts do not fit in the
+# Measured on an H200 (benchmarks/layers/lora_grouped.py, lora_linear.py). Where experts do not fit in the
 # scratch, slices cost a copy of y; a dense weight's decode is soon repaid.
 HOPPER_CROSSOVER = Crossover(1536, 1024, 512)
 HOPPER_FP8_CROSSOVER = Crossover(4096, 1536, 512)

@@ -30,7 +30,7 @@ from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
 from torchao_mx.ops.quantization import tile
 
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
+# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/kernels/quantize.py).
 ROW_TILE, ROW_WARPS = 64, 4
 COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_WARPS = 1, 128, 2
 

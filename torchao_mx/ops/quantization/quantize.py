@@ -44,7 +44,7 @@ from torchao_mx.ops.quantization import bf16x2
 from torchao_mx.ops.quantization import tile as _tile
 from torchao_mx.ops.quantization.amax import amax_scale
 
-# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/ops/bench_quantize.py).
+# Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/kernels/quantize.py).
 ROW_ELEMENTS, ROW_WARPS = 2048, 2
 COLUMN_BLOCKS, COLUMN_TILE_K, COLUMN_TILE_PAIRS, COLUMN_WARPS = 2, 32, 32, 1
 

@@ -59,7 +59,7 @@ class Tiling(NamedTuple):
 
 
 def _tiling(forms: list[str], row_fmt: BlockFormat, is_random: bool) -> Tiling:
-    """The fastest on an H200 (benchmarks/ops/bench_quantize_both.py --sweep); of multiples of every block size."""
+    """The fastest on an H200 (benchmarks/kernels/quantize_both.py --sweep); of multiples of every block size."""
     if is_random:
         return Tiling(32, 64, warps=2, stack=1, max_registers=80)
     if "columns" not in forms:
