@@ -30,15 +30,18 @@ setup(
     python_requires=">=3.10",
     entry_points={"console_scripts": ["torchao-mx = torchao_mx.hf.cli:main"]},  # with the hf extra
     install_requires=[
-        "torch>=2.11",  # the oldest that this is tested on (the H200's image)
+        # What tests run with; test/test_private_apis.py names what else a newer release would need to have.
+        "torch>=2.11,<2.14",  # 2.14 needs Triton 3.8
         "torchao>=0.17,<0.19",  # QATConfig's handler and prototype.mx_formats, which we extend
-        "triton>=3.6; sys_platform == 'linux'",  # the kernels; torch's CPU wheels come without it
+        # The kernels, and how compiled ones are launched; torch's CPU wheels come without it.
+        "triton>=3.6,<3.8; sys_platform == 'linux'",
         "numpy",  # torch warns without it; Triton's interpreter computes with it
     ],
     extras_require={
         "hf": [  # torchao_mx.hf
-            # the last of 4.x; 5.x from where experts implementations can be registered
-            "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,!=5.6.*,!=5.7.*",
+            # The last of 4.x; 5.x from where experts implementations can be registered, to the last whose
+            # add_adapter takes a PEFT that is out.
+            "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,!=5.6.*,!=5.7.*,<5.24",
             "peft>=0.20",  # imported by the demo alone; target_parameters on packed experts, tested with it
             "safetensors",
             "tqdm",

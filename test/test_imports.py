@@ -12,6 +12,7 @@ ROOT = Path(torchao_mx.__file__).parent
 ROOMS = [
     "formats",
     "errors",
+    "torch_internals",
     "reference",
     "ops.core",
     "ops.quantization",

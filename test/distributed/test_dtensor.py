@@ -1,6 +1,5 @@
 """DTensors of packed weights: distributed, gathered, loaded, or refused."""
 
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -19,8 +18,8 @@ from torchao_mx import (
     MXFP4,
     NVFP4,
     MXTensor,
+    torch_internals,
 )
-from torchao_mx.tensor import sharding
 
 
 def _distributed(device, fmt, shape):
@@ -61,18 +60,14 @@ def _distributed(device, fmt, shape):
         sharded + sharded
 
 
-class Recorded:
-    """The functional collectives, whose names are kept in order."""
+def recorded(op, names):
+    """The list of the operator ``op``, whose name is appended to ``names`` where it is called."""
 
-    def __init__(self, names):
-        self.names = names
+    def call(*args):
+        names.append(op.name().partition("::")[2])
+        return op(*args)
 
-    def __getattr__(self, name):
-        def default(*args):
-            self.names.append(name)
-            return getattr(torch.ops._c10d_functional, name).default(*args)
-
-        return SimpleNamespace(default=default)
+    return [call]
 
 
 def _gathers(device):
@@ -80,13 +75,15 @@ def _gathers(device):
     sharded = distribute_tensor(
         MXTensor.from_hp(randn(8, 64).to(device), NVFP4), mesh_of(device), [Shard(0)]
     )
-    with mock.patch.object(sharding, "_functional", Recorded(names)):
+    collectives = ("ALL_GATHER", "WAIT_TENSOR")
+    patches = {name: recorded(getattr(torch_internals, name)[0], names) for name in collectives}
+    with mock.patch.multiple(torch_internals, **patches):
         sharded.full_tensor()
     return names
 
 
 def test_gloo_gathers_one_tensor_at_a_time():
-    """Two that are under way at once corrupt the heap now and then; see ``_sharding.py``."""
+    """Two that are under way at once corrupt the heap now and then; see ``sharding.py``."""
     for names in run_ranks(_gathers, 2):
         under_way = 0
         for name in names:

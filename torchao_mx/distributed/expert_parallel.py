@@ -42,6 +42,7 @@ from torchao_mx import ops
 from torchao_mx.nn.experts.layouts import layout_of
 from torchao_mx.nn.experts.module import LocalExperts, MXExperts, split_experts
 from torchao_mx.ops.moe.combine import combine_op
+from torchao_mx.torch_internals import parameters_of
 
 
 class _AllToAll(torch.autograd.Function):
@@ -218,14 +219,14 @@ class ExpertParallel(ParallelStyle):
         """
         check_splittable(module, device_mesh)
         n_experts = module.n_experts
-        for name, p in module._parameters.items():
+        for name, p in parameters_of(module).items():
             if p is not None:
                 split = distribute_tensor(
                     p.detach(), device_mesh, [Shard(0)], src_data_rank=self.src_data_rank
                 )
                 local = split.to_local().contiguous()
                 split = split_experts(local, device_mesh, [Shard(0)], n_experts)
-                module._parameters[name] = nn.Parameter(split, requires_grad=p.requires_grad)
+                module.register_parameter(name, nn.Parameter(split, requires_grad=p.requires_grad))
         module.exchange = RowExchange(device_mesh, n_experts, self.sync_free)
         return module
 
@@ -243,17 +244,17 @@ def gather_experts(model: nn.Module) -> nn.Module:
     """
     split = {n: m for n, m in model.named_modules() if isinstance(m, MXExperts) and m.exchange}
     for name, module in split.items():
-        for key, p in module._parameters.items():
+        for key, p in parameters_of(module).items():
             if p is not None and p.device_mesh != module.exchange.mesh:
                 raise ValueError(
                     f"{name}.{key} is split over {p.device_mesh}, so FSDP2 holds it too: gather the entries "
                     f"of state_dict() with full_tensor()"
                 )
     for module in split.values():
-        for key, p in module._parameters.items():
+        for key, p in parameters_of(module).items():
             if p is not None:
                 whole = p.detach().full_tensor()
-                module._parameters[key] = nn.Parameter(whole, requires_grad=p.requires_grad)
+                module.register_parameter(key, nn.Parameter(whole, requires_grad=p.requires_grad))
         del module.exchange
     return model
 
@@ -272,7 +273,7 @@ def check_splittable(module: nn.Module, mesh: DeviceMesh) -> None:
             f"experts are split over one dimension, and the mesh has {mesh.ndim}, "
             f"{mesh.mesh_dim_names or tuple(mesh.shape)}: pass one of them, as mesh['ep']"
         )
-    parameters = {name: p for name, p in module._parameters.items() if p is not None}
+    parameters = {name: p for name, p in parameters_of(module).items() if p is not None}
     split = [name for name, p in parameters.items() if isinstance(p, DTensor)]
     if split:
         raise ValueError(

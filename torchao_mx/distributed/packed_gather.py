@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from torchao_mx.nn.qat import MXFakeQuantizedExperts, MXFakeQuantizedLinear
 from torchao_mx.nn.recipes import NVFP4MXFP8Experts, NVFP4MXFP8Linear
 from torchao_mx.tensor.master_tensor import MasterTensor
+from torchao_mx.torch_internals import parameters_of
 
 
 def gather_packed(model: nn.Module) -> nn.Module:
@@ -55,13 +56,13 @@ def gather_packed(model: nn.Module) -> nn.Module:
     for module in layers.values():
         transposed = isinstance(module, MXFakeQuantizedExperts) and module.layout.transposed
         for key in _weights(module):
-            weight = module._parameters[key]
+            weight = parameters_of(module)[key]
             if isinstance(weight, MasterTensor):
                 continue
             if id(weight) not in masters:
                 data = MasterTensor(weight.detach(), module.weight_config.spec, transposed)
                 masters[id(weight)] = nn.Parameter(data, weight.requires_grad)
-            module._parameters[key] = masters[id(weight)]
+            module.register_parameter(key, masters[id(weight)])
     if not layers:
         warnings.warn("gather_packed found no fake-quantized layer; nothing changed", stacklevel=2)
     return model
@@ -78,7 +79,7 @@ def _check(name: str, module: nn.Module) -> None:
             f"whole: leave gather_packed out, fully_shard gathers that weight in its own dtype"
         )
     for key in _weights(module):
-        if isinstance(module._parameters[key], DTensor):
+        if isinstance(parameters_of(module)[key], DTensor):
             raise ValueError(
                 f"{name}.{key} is a DTensor, sharded already; call gather_packed before fully_shard"
             )

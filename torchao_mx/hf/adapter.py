@@ -31,6 +31,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torchao_mx.hf.files import AGAIN, read_json, read_metadata, read_tensors
 from torchao_mx.hf.staging import save_tensors, staging, sync, writing
 from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear
+from torchao_mx.torch_internals import parameters_of
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -76,9 +77,9 @@ def _adapters(model: nn.Module) -> Iterator[Adapter]:
         if isinstance(module, MXLoRALinear):
             yield Adapter(name, f"{PREFIX}{dot}", module.lora_A, module.lora_B)
         elif isinstance(module, MXLoRAExperts):
-            weights = [n for n in module._parameters if n in module.layout.weights]
+            weights = [n for n in parameters_of(module) if n in module.layout.weights]
             for weight, key in peft_keys(name, weights).items():
-                a, b = (module._parameters[f"{weight}_lora_{s}"] for s in "AB")
+                a, b = (parameters_of(module)[f"{weight}_lora_{s}"] for s in "AB")
                 yield Adapter(f"{dot}{weight}", key, a, b, module.layout.transposed)
 
 
@@ -127,7 +128,7 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     return {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "name_or_path", None),
         "r": r,
         "lora_alpha": alpha,
         "use_rslora": use_rslora,

@@ -24,6 +24,7 @@ from torchao_mx.hf.layouts.gpt_oss import (
     packed_modules,
 )
 from torchao_mx.hf.quantizer import NAME, MXQuantizer
+from torchao_mx.hf.transformers_internals import declared_dtype
 from torchao_mx.hf.while_loading import PTQ_NAME, PTQQuantizer
 from torchao_mx.nn.experts.layouts import gpt_oss_gate, register_experts
 from torchao_mx.nn.modules import twin_of
@@ -80,10 +81,12 @@ class MXQuantizerV4(MXQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        dtype = model.config._pre_quantization_dtype
+        dtype = declared_dtype(model)
         for _, module in packed_modules(model):
             for weight in WEIGHTS:
-                pair = [module._parameters.pop(weight + suffix) for suffix in (BLOCKS, SCALES)]
+                pair = [getattr(module, weight + suffix) for suffix in (BLOCKS, SCALES)]
+                for suffix in (BLOCKS, SCALES):
+                    delattr(module, weight + suffix)
                 setattr(module, weight, assemble(*(p.data for p in pair), dtype))
         return model
 

@@ -17,6 +17,7 @@ from torchao_mx.formats import MXFP4, BlockFormat
 from torchao_mx.hf.experts import experts_forward
 from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES, WEIGHTS, assemble, is_packed_weight
 from torchao_mx.hf.quantizer import NAME, MXQuantizer
+from torchao_mx.hf.transformers_internals import drop_conversions, mark_initialized
 from torchao_mx.hf.while_loading import PTQ_NAME, PTQQuantizer
 
 try:
@@ -44,6 +45,14 @@ class Assembly(ConversionOps):
         blocks, scales = (_only(input_dict, suffix) for suffix in (BLOCKS, SCALES))
         dtype = model.get_parameter(full_layer_name).dtype
         return {full_layer_name: assemble(blocks, scales, dtype)}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        """None; see ``drop_conversions``."""
+        raise NotImplementedError(
+            "transformers' save_pretrained would undo how packed experts were loaded, which it cannot: use "
+            "torchao_mx.hf.save_pretrained"
+        )
 
 
 def _only(tensors: dict[str, Any], suffix: str) -> torch.Tensor:
@@ -75,11 +84,7 @@ class MXQuantizerV5(MXQuantizer):
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
         # Stock save_pretrained would run them backwards over what get_state_dict_and_metadata gives.
-        model._weight_conversions = [
-            conversion
-            for conversion in model._weight_conversions
-            if not any(isinstance(op, Assembly) for op in getattr(conversion, "operations", ()))
-        ]
+        drop_conversions(model, lambda operation: isinstance(operation, Assembly))
         return model
 
 
@@ -109,12 +114,7 @@ class Packing(ConversionOps):
 def _mark_initialized(model: PreTrainedModel, name: str) -> None:
     """The owner of the weight ``name``, if it lacks nothing else: 5.8 would fill a copy of its weight."""
     owner, _, weight = name.rpartition(".")
-    module = model.get_submodule(owner)
-    module._is_hf_initialized = all(
-        getattr(parameter, "_is_hf_initialized", False)
-        for other, parameter in module.named_parameters(recurse=False)
-        if other != weight
-    )
+    mark_initialized(model.get_submodule(owner), but_for=weight)
 
 
 class PTQQuantizerV5(PTQQuantizer):

@@ -227,7 +227,7 @@ def _without_new_heads(entries: dict[str, Entry], skeleton: PreTrainedModel) -> 
     for name, child in list(skeleton.named_children()):
         stored = any(f"{name}.{key}" in entries for key in child.state_dict())
         if child is not skeleton.base_model and not stored:
-            del skeleton._modules[name]
+            delattr(skeleton, name)
     names = skeleton.state_dict().keys()
     return {n: entry for n, entry in entries.items() if n in names or n.startswith(inside)}
 

@@ -33,6 +33,7 @@ from torchao_mx.hf.adapter import (
 from torchao_mx.nn.experts.module import layout_of
 from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.tensor import MXTensor
+from torchao_mx.torch_internals import parameters_of
 
 # Of sums. In RCEIL a block whose largest element is the format's gets twice the scale, and half the
 # resolution, when that grows at all; in EVEN it stays as it is.
@@ -291,7 +292,7 @@ def _adapters_in(
             continue
         transposed = len(weights) > 1 and layout_of(module).transposed
         for weight, key in peft_keys(name, named or weights).items():
-            parameter = module._parameters[weight]
+            parameter = parameters_of(module)[weight]
             problem = _refusal(parameter, transposed, uses[id(parameter)])
             if problem:
                 problems.append(f"{name}.{weight}: {problem}")
@@ -318,9 +319,9 @@ def _adapters_in(
 def _weights_of(module: nn.Module) -> list[str]:
     """The parameters that adapters may be of, in their registered order."""
     if isinstance(module, nn.Linear):
-        return ["weight"] if module._parameters.get("weight") is not None else []
+        return ["weight"] if parameters_of(module).get("weight") is not None else []
     layout = layout_of(module)
-    return [n for n in module._parameters if n in layout.weights] if layout else []
+    return [n for n in parameters_of(module) if n in layout.weights] if layout else []
 
 
 def _refusal(weight: nn.Parameter, transposed: bool, uses: int) -> str | None:

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchao_mx.hf.layouts.gpt_oss import UNPACKED_MODULES
 from torchao_mx.hf.state import adapters_in, packed_state_dict
+from torchao_mx.hf.transformers_internals import holds_adapters_of_peft
 
 NAME = "torchao_mx"
 
@@ -72,7 +73,7 @@ class MXQuantizer(HfQuantizer):
         Of a model with our adapters those alone, from which Trainer resumes: it saves in the midst of
         training, where an error would lose the run.
         """
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if holds_adapters_of_peft(model):
             return None, {}
         adapters = adapters_in(model)
         if not adapters:

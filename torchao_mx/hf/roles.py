@@ -23,6 +23,7 @@ from transformers import PreTrainedModel
 from torchao_mx.nn.experts.module import layout_of
 from torchao_mx.nn.linear_checks import is_linear
 from torchao_mx.nn.raw_reads import raw_reads
+from torchao_mx.torch_internals import parameters_of
 
 _CHOOSES = re.compile(r"(^|_)(router|gating|indexer)(_|$)")  # a name
 _CHOOSER = re.compile(r"Router|Gating|Indexer|MoE?Gate|TopK")  # a class
@@ -74,7 +75,7 @@ def _experts_beside(modules: dict[str, nn.Module]) -> dict[str, set[int]]:
         owner, _, own = name.rpartition(".")
         layout = layout_of(module)
         if layout is not None:
-            counts.setdefault(owner, set()).add(len(module._parameters[layout.weights[0]]))
+            counts.setdefault(owner, set()).add(len(parameters_of(module)[layout.weights[0]]))
         elif own == "experts" and name:
             is_list = isinstance(module, (nn.ModuleList, nn.ModuleDict))
             counts.setdefault(owner, set()).update([len(module)] if is_list else ())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-SUPPORTED = "transformers 4.57.6, or 5.8 and later"
+SUPPORTED = "transformers 4.57.6, or 5.8 – 5.23"
 
 
 def is_v5() -> bool:
@@ -20,7 +20,7 @@ def is_v5() -> bool:
             raise
         raise ImportError(
             f"torchao_mx.hf reads and writes transformers' models, and transformers is not installed; it "
-            f"works with {SUPPORTED}: pip install 'transformers>=5.8'"
+            f"works with {SUPPORTED}: pip install 'transformers>=5.8,<5.24'"
         ) from error
     return is_v5_version(version)
 
@@ -31,6 +31,6 @@ def is_v5_version(version: str) -> bool:
     if not ((4, 57, 6) <= numbers < (5,) or numbers >= (5, 8)):
         raise ImportError(
             f"torchao_mx.hf works with {SUPPORTED}, and transformers {version} is installed: pip install "
-            f"'transformers>=5.8'"
+            f"'transformers>=5.8,<5.24'"
         )
     return numbers >= (5,)

@@ -21,6 +21,7 @@ from torchao_mx.formats import BlockFormat
 from torchao_mx.hf.checkpoint import raise_problems
 from torchao_mx.hf.quantizer import MXQuantizer
 from torchao_mx.hf.roles import HEAD, kept_linears
+from torchao_mx.hf.transformers_internals import holds_adapters_of_peft
 from torchao_mx.hf.versions import is_v5
 from torchao_mx.nn.check_model import check_layers
 from torchao_mx.nn.experts.module import MXExperts, is_packed, layout_of, pack, unclaimed_experts
@@ -228,7 +229,7 @@ class PTQQuantizer(MXQuantizer):
         self, model: PreTrainedModel, *args: Any, **kwargs: Any
     ) -> tuple[None, dict]:
         """Nothing where transformers' save_pretrained takes adapters alone, else a refusal."""
-        if getattr(model, "_hf_peft_config_loaded", False):
+        if holds_adapters_of_peft(model):
             return None, {}
         raise NotImplementedError(
             f"{type(model).__name__} holds weights in {self.format.name}, and transformers' save_pretrained "

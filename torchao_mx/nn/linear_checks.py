@@ -10,6 +10,7 @@ from torchao_mx.errors import check_blocks, check_high_precision
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.nn.experts.layouts import layout_of
 from torchao_mx.nn.experts.module import is_packed
+from torchao_mx.torch_internals import parameters_of
 
 
 def is_linear(module: nn.Module, fqn: str = "") -> bool:
@@ -35,7 +36,7 @@ def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSp
         f"out_features={module.out_features})"
     )
     for what in ("weight", "bias"):
-        if what not in module._parameters:
+        if what not in parameters_of(module):
             raise TypeError(
                 f"{name}: its {what} is not a parameter but computed, as by a parametrization or "
                 f"weight_norm; remove that first, or leave this layer out with filter_fn"

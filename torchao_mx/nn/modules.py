@@ -9,6 +9,13 @@ from typing import Any
 
 from torch import nn
 
+from torchao_mx.torch_internals import (
+    COMPILED_CALL,
+    belongs_to_object,
+    is_under_fsdp,
+    parameters_of,
+)
+
 
 def twin_of(cls: type[nn.Module], module: nn.Module) -> Any:
     """A ``cls`` that shares everything ``module`` holds: parameters, buffers, hooks, training mode.
@@ -24,7 +31,7 @@ def twin_of(cls: type[nn.Module], module: nn.Module) -> Any:
         if isinstance(value, dict):
             value.update({key: _bound_to(twin, cls, v, module) for key, v in value.items()})
         vars(twin)[name] = _bound_to(twin, cls, value, module)
-    vars(twin).pop("_compiled_call_impl", None)  # module.compile()'s, of the forward of ``module``
+    vars(twin).pop(COMPILED_CALL, None)  # module.compile()'s, of the forward of ``module``
     return twin
 
 
@@ -42,7 +49,7 @@ def in_place_of(module: nn.Module, twin: nn.Module) -> nn.Module:
     check_replaceable(module)
     cls = type(twin)
     # Handles refer to the dicts of hooks, of which the twin has copies.
-    kept = {name: value for name, value in vars(module).items() if _is_own(name)}
+    kept = {name: value for name, value in vars(module).items() if belongs_to_object(name)}
     state = {name: _bound_to(module, cls, value, twin) for name, value in vars(twin).items()}
     module.__class__ = cls
     vars(module).clear()
@@ -85,17 +92,12 @@ def check_not_in_training(module: nn.Module) -> None:
 
 def _check_not_sharded(module: nn.Module) -> None:
     """FSDP2 would go on to gather into ``module`` and not into its twin."""
-    if getattr(module, "_is_fsdp_managed_module", False):
+    if is_under_fsdp(module):
         raise TypeError(
             f"{type(module).__name__} is sharded by FSDP2; call quantize_ before fully_shard, or load the "
             f"whole state (torch.distributed.checkpoint.state_dict, full_state_dict=True) into a model that "
             f"is not sharded, and quantize or convert that"
         )
-
-
-def _is_own(attribute: str) -> bool:
-    """Whether a module keeps ``attribute`` when it becomes its twin."""
-    return "_hooks" in attribute or attribute == "_compiled_call_impl"
 
 
 def _bound_to(module: nn.Module, cls: type[nn.Module], value: Any, source: nn.Module) -> Any:
@@ -120,7 +122,7 @@ def ties_of(model: nn.Module, packed: Iterable[nn.Module]) -> list[str]:
     """What to say of the weights of modules to be packed that other modules of ``model`` have too."""
     owners: dict[int, dict[str, nn.Module]] = {}
     for prefix, module in model.named_modules():
-        for key, parameter in module._parameters.items():
+        for key, parameter in parameters_of(module).items():
             if parameter is not None and parameter.dim() > 1:  # biases are not packed
                 name = f"{prefix}.{key}" if prefix else key
                 owners.setdefault(id(parameter), {})[name] = module

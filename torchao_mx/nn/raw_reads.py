@@ -14,6 +14,8 @@ import textwrap
 
 from torch import nn
 
+from torchao_mx.torch_internals import children_of
+
 # What a weight is asked for without its values being read.
 _DESCRIPTIONS = {
     "data_ptr", "device", "dim", "dtype", "element_size", "is_cpu", "is_cuda", "is_meta", "itemsize",
@@ -34,7 +36,7 @@ def raw_reads(model: nn.Module) -> dict[str, str]:
     found = {}
     for name, owner in model.named_modules():
         for child, method in _reads_of(type(owner)).items():
-            if isinstance(owner._modules.get(child), nn.Module):
+            if isinstance(children_of(owner).get(child), nn.Module):
                 found[f"{name}.{child}" if name else child] = f"{type(owner).__name__}.{method}"
     return found
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torchao
 from torch import nn
-from torchao.quantization.transform_module import (
-    _QUANTIZE_CONFIG_HANDLER,
-    register_quantize_module_handler,
-)
+from torchao.quantization import quantize_, transform_module
+from torchao.quantization.transform_module import register_quantize_module_handler
 
 from torchao_mx.formats import QuantizeSpec
+
+SUPPORTED = "torchao 0.17 and 0.18"
+# torchao's table of handlers, which it does not document; only this file names it.
+_TORCHAOS: dict[type, Any] | None = getattr(transform_module, "_QUANTIZE_CONFIG_HANDLER", None)
 
 Handler = Callable[[nn.Module, Any], nn.Module]
 Specs = tuple[QuantizeSpec | None, QuantizeSpec]
@@ -42,6 +45,7 @@ class Scheme(NamedTuple):
 
 
 _SCHEMES: dict[type, Scheme] = {}
+_HANDLERS: dict[type, Handler] = {}
 _BASES: dict[type, Callable[[Any], Specs]] = {}
 
 
@@ -56,6 +60,7 @@ def register(
         check: as :class:`Scheme` has it, like the other ``fields``.
     """
     _SCHEMES[config_type] = Scheme(check, **fields)
+    _HANDLERS[config_type] = handler
     register_quantize_module_handler(config_type)(handler)
 
 
@@ -77,6 +82,11 @@ def scheme_of(config: Any) -> Scheme | None:
     return scheme
 
 
+def is_registered(config_type: type) -> bool:
+    """Whether there is a scheme for configs of this type."""
+    return config_type in _SCHEMES
+
+
 def base_specs(config: Any) -> Specs | None:
     """``(of activations, of weights)`` of a base config; None of one that is not registered."""
     specs = _BASES.get(type(config))
@@ -84,8 +94,33 @@ def base_specs(config: Any) -> Specs | None:
 
 
 def handler_of(config_type: type) -> Handler:
-    """What ``quantize_`` gives modules to, ours or torchao's."""
-    return _QUANTIZE_CONFIG_HANDLER[config_type]
+    """What ``quantize_`` gives modules to, ours or torchao's.
+
+    Of torchao's, where it keeps them elsewhere than we know: one that calls ``quantize_``.
+    """
+    if _TORCHAOS is not None:
+        return _TORCHAOS[config_type]
+    return _HANDLERS.get(config_type, _by_quantize)
+
+
+def torchaos_handler(config_type: type) -> Handler:
+    """torchao's own handler of one of its configs, to be asked before :func:`register` replaces it."""
+    if _TORCHAOS is not None:
+        return _TORCHAOS[config_type]
+
+    def absent(module: nn.Module, config: Any, **kwargs: Any) -> nn.Module:
+        raise NotImplementedError(
+            f"torchao {torchao.__version__} has no transform_module._QUANTIZE_CONFIG_HANDLER, through which "
+            f"{config} is handed on to torchao: install one that torchao_mx is tested with, {SUPPORTED}"
+        )
+
+    return absent
+
+
+def _by_quantize(module: nn.Module, config: Any) -> nn.Module:
+    holder = nn.ModuleList([module])
+    quantize_(holder, config, filter_fn=lambda m, fqn: m is module)
+    return holder[0]
 
 
 def registered() -> list[str]:

@@ -6,15 +6,12 @@ import itertools
 
 import torch
 
+from torchao_mx import torch_internals
 from torchao_mx.tensor.dispatch import _describe, _differences
 from torchao_mx.tensor.mx_tensor import MXTensor
 
-aten = torch.ops.aten
 
-
-@MXTensor.implements(
-    [aten._foreach_lerp_.Scalar, aten._foreach_lerp_.List, aten._foreach_lerp_.ScalarList]
-)
+@MXTensor.implements(torch_internals.LERP_LISTS)
 def _foreach_lerp_(func, types, args, kwargs):
     """An AveragedModel's step, in place: packed weights, being frozen, stay as they are."""
     starts, ends, _ = args

@@ -15,12 +15,13 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch.utils._python_dispatch import return_and_correct_aliasing
 
+from torchao_mx import torch_internals
 from torchao_mx.errors import HIGH_PRECISION_DTYPES
 from torchao_mx.tensor.flat import FlatMXTensor
 from torchao_mx.tensor.fsdp import moved, noted_shard, outside_inference
 from torchao_mx.tensor.mx_tensor import MXTensor
+from torchao_mx.torch_internals import return_and_correct_aliasing, view_base
 
 aten = torch.ops.aten
 
@@ -126,7 +127,7 @@ def _set_data(func, types, args, kwargs):
             f".data of {x} was to be {_describe(value)}: quantize it with MXTensor.from_hp, or "
             f"replace the parameter"
         )
-    with torch._C.DisableTorchFunctionSubclass():
+    with torch_internals.WithoutTorchFunction():
         func(x, value)
     for name, field in value.fields().items():
         setattr(x, name, field)
@@ -143,7 +144,7 @@ def _logical_dtype(x: MXTensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-@_implements(aten._to_copy.default)
+@_implements(*torch_internals.TO_COPY)
 def _to_copy(
     x,
     *,
@@ -159,7 +160,9 @@ def _to_copy(
     options = {"device": device, "pin_memory": pin_memory, "non_blocking": non_blocking}
 
     def move(t):
-        return _map_all(t, lambda d: aten._to_copy.default(d, **options)).replace(orig_dtype=dtype)
+        return _map_all(t, lambda d: torch_internals.TO_COPY[0](d, **options)).replace(
+            orig_dtype=dtype
+        )
 
     return moved(x, move)
 
@@ -178,7 +181,7 @@ def _is_pinned(x, device=None):
     return all(t.is_pinned() for t in x.parts())
 
 
-@_implements(aten._pin_memory.default)
+@_implements(*torch_internals.PIN_MEMORY)
 def _pin_memory(x, device=None):
     return moved(x, lambda t: _map_all(t, lambda d: d.pin_memory()))
 
@@ -216,7 +219,8 @@ def _copy_(x, src, non_blocking=False):
             f"copy_ into {x} from {src}: they differ in {', '.join(differences)}; quantize both "
             f"alike, or assign instead of copying: load_state_dict(..., assign=True)"
         )
-    base = x._base if x._is_view() else x
+    base = view_base(x)
+    base = x if base is None else base
     is_shard = getattr(base, "is_padded_shard", False)  # whose other rows are padding
     if _values_a_scale(x) < _values_a_scale(base) and not is_shard:
         raise ValueError(
@@ -289,7 +293,7 @@ def _squeeze(x, dim):
     return _select(x, dim, 0) if x.shape[_axis(dim, x.dim())] == 1 else _alias(x)
 
 
-@MXTensor.implements([aten.view.default, aten._unsafe_view.default])
+@MXTensor.implements([aten.view.default, *torch_internals.UNSAFE_VIEW])
 def _view(func, types, args, kwargs):
     x, size = args
     with outside_inference(func, args):

@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
+from torchao_mx.torch_internals import view_base
+
 _ALIGNMENT = 16  # bytes, what kernels may load at a time
 # Noted on a tensor and not part of it: that it is what new_zeros made, or that moved; the padded tensor that
 # it is the first rows of, where torch does not say.
@@ -74,7 +76,7 @@ class PackedAllGather:
 
 def padded_shard(shard: Any) -> Any:
     """The tensor with FSDP2's padding that ``shard`` is the first rows of; itself where there is none."""
-    base = shard._base if shard._is_view() else None
+    base = view_base(shard)
     return base if getattr(base, "is_padded_shard", False) else getattr(shard, "padded", shard)
 
 

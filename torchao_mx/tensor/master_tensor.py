@@ -12,20 +12,20 @@ rank, unless it is one per expert.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils._python_dispatch import return_and_correct_aliasing
-from torch.utils._pytree import tree_map_only
 
-from torchao_mx import ops
+from torchao_mx import ops, torch_internals
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.tensor.fsdp import moved, noted_shard, outside_inference, padded_shard
 from torchao_mx.tensor.mx_tensor import MXTensor
 from torchao_mx.tensor.storage import wrapper
+from torchao_mx.torch_internals import return_and_correct_aliasing, tree_map
 
 aten = torch.ops.aten
 
@@ -44,7 +44,7 @@ _KEPT = {
     aten.view.default,
 }
 
-_MOVES = {aten._pin_memory.default, aten._to_copy.default}
+_MOVES = {*torch_internals.PIN_MEMORY, *torch_internals.TO_COPY}
 
 
 class MasterTensor(torch.Tensor):
@@ -71,7 +71,7 @@ class MasterTensor(torch.Tensor):
         self.transposed = transposed
         return self
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch_internals.no_torch_function
 
     @classmethod
     def __torch_dispatch__(
@@ -95,21 +95,25 @@ class MasterTensor(torch.Tensor):
             return out
         found: list[MasterTensor] = []
 
-        def unwrap(x: MasterTensor) -> torch.Tensor:
+        def unwrap(x: Any) -> Any:
+            if not isinstance(x, MasterTensor):
+                return x
             found.append(x)
             return x.data_
 
-        plain = tree_map_only(MasterTensor, unwrap, (args, kwargs or {}))
+        plain = tree_map(unwrap, (args, kwargs or {}))
         with outside_inference(func, args):
             out = func(*plain[0], **plain[1])
             if func in _KEPT:
                 spec, transposed = found[0].spec, found[0].transposed
-                out = tree_map_only(torch.Tensor, lambda t: cls(t, spec, transposed), out)
+                out = tree_map(
+                    lambda t: cls(t, spec, transposed) if isinstance(t, torch.Tensor) else t, out
+                )
         if func is aten.new_zeros.default:
             out.is_padded_shard = True  # see _fsdp.py
         elif func is aten.slice.Tensor and args[1:3] == (0, 0):
             noted_shard(out, args[0])
-        elif func not in _KEPT and not (func._schema.is_mutable and isinstance(args[0], cls)):
+        elif func not in _KEPT and not (_writes(func) and isinstance(args[0], cls)):
             return out
         return return_and_correct_aliasing(func, args, kwargs or {}, out)
 
@@ -142,6 +146,13 @@ class MasterTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"MasterTensor(shape={tuple(self.shape)}, {dtype}, gathered as {self.spec})"
+
+
+@functools.cache
+def _writes(func: Any) -> bool:
+    """Whether the operator changes an argument, by its name: ``aten::add_.Tensor``, ``aten::add.out``."""
+    name, _, overload = func.name().partition("::")[2].partition(".")
+    return name.endswith("_") or "out" in overload
 
 
 def _of_data(name: str) -> Callable[..., Any]:

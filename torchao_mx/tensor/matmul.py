@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from torchao_mx import ops
+from torchao_mx import ops, torch_internals
 from torchao_mx.tensor.lora_tensor import LoRATensor
 from torchao_mx.tensor.mx_tensor import MXTensor
 
@@ -261,8 +261,8 @@ _FUNCTIONS = {
     _baddbmm: ([], [aten.baddbmm.default]),
     _baddbmm_or_update: ([torch.baddbmm, torch.Tensor.baddbmm], []),
     _grouped_mm: (
-        [torch._grouped_mm, *([F.grouped_mm] if hasattr(F, "grouped_mm") else [])],
-        [aten._grouped_mm.default],
+        torch_internals.GROUPED_MMS,
+        torch_internals.ATEN_GROUPED_MM,
     ),
 }
 

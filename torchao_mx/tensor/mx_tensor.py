@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torchao.prototype.mx_formats.mx_tensor import MXTensor as TorchAOMXTensor
@@ -20,7 +22,7 @@ from torchao.prototype.mx_formats.utils import from_blocked
 from torchao.quantization.quantize_.common import KernelPreference
 from torchao.utils import TorchAOBaseTensor
 
-from torchao_mx import ops
+from torchao_mx import ops, torch_internals
 from torchao_mx.errors import check_axis, check_blocks, check_high_precision
 from torchao_mx.formats import (
     MXFP4,
@@ -33,6 +35,8 @@ from torchao_mx.formats import (
 )
 from torchao_mx.tensor.fsdp import UNSAVED, PackedAllGather
 from torchao_mx.tensor.storage import not_implemented, wrapper
+
+_OPERATORS: dict[Any, Callable[..., Any]] = {}  # what MXTensor.implements registered
 
 
 class MXTensor(PackedAllGather, TorchAOBaseTensor):
@@ -298,6 +302,17 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         """
         return type(self)(**self.fields() | fields)
 
+    @classmethod
+    def implements(cls, operators: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Register ``(func, types, args, kwargs)`` for operators: a table of our own beside torchao's."""
+
+        def decorator(function: Callable[..., Any]) -> Callable[..., Any]:
+            single = not isinstance(operators, (list, tuple))
+            _OPERATORS.update(dict.fromkeys([operators] if single else operators, function))
+            return function
+
+        return decorator
+
     def __repr__(self, *, tensor_contents: object = None) -> str:
         fields = [f"shape={tuple(self.shape)}", self._quantization_type(), f"device={self.device}"]
         return f"{type(self).__name__}({', '.join(fields)})"
@@ -316,7 +331,7 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args, kwargs=None):
         kwargs = kwargs or {}
-        implementation = cls._ATEN_OP_TABLE[cls].get(func)
+        implementation = _OPERATORS.get(func)
         if implementation is not None:
             return implementation(func, types, args, kwargs)
         # inference_mode sends composite operators (reshape, chunk) here whole.
@@ -341,8 +356,8 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         # As torch reduces wrapper subclasses; torch itself does so only where data_ptr() == 0.
         wrapper = (type(self), self.dtype, self.size(), self.stride(), self.storage_offset())
         wrapper += (self.layout, self.device, self.requires_grad)
-        args = (torch._utils._rebuild_wrapper_subclass, type(self), wrapper, self.__getstate__())
-        return torch._tensor._rebuild_from_type_v2, args
+        args = (torch_internals.rebuild_wrapper, type(self), wrapper, self.__getstate__())
+        return torch_internals.rebuild, args
 
     def __getstate__(self) -> dict:
         """The fields in plain types, so that loading has no class to trust but this one.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._prims_common import make_contiguous_strides_for
 
+from torchao_mx import torch_internals
 from torchao_mx.tensor.dispatch import (
     _alias,
     _implements,
@@ -88,7 +88,9 @@ def _as_strided(x, size, stride, storage_offset=None):
     size, stride = list(size), tuple(stride)
     if (size, stride, storage_offset or 0) == (list(x.shape), x.stride(), x.storage_offset()):
         return _alias(x)
-    dense = _is_dense(x) and not storage_offset and stride == make_contiguous_strides_for(size)
+    dense = (
+        _is_dense(x) and not storage_offset and stride == torch.empty(size, device="meta").stride()
+    )
     if dense and size[1:] == list(x.shape[1:]) and _packed(x) != 0:
         return _slice(x, 0, 0, size[0])
     raise _refuse(
@@ -112,19 +114,13 @@ def _constant_pad_nd(x, pad, value=0):
 
 # --- collectives ----------------------------------------------------------------------------------
 
-_functional = torch.ops._c10d_functional
 
-
-# Newer versions of torch have an operator that makes the result one to wait for when it is first used.
-_WRAP = getattr(_functional, "_wrap_tensor_autograd", None)
-
-
-@_implements(_functional.wait_tensor.default, *([_WRAP.default] if _WRAP else []))
+@_implements(*torch_internals.WAIT_TENSOR, *torch_internals.WRAP_TENSOR)
 def _wait_tensor(x):
-    return _map_all(x, _functional.wait_tensor.default)
+    return _map_all(x, torch_internals.WAIT_TENSOR[0])
 
 
-@_implements(_functional.all_gather_into_tensor.default)
+@_implements(*torch_internals.ALL_GATHER)
 def _all_gather_into_tensor(x, group_size, group_name):
     """Rows of all ranks behind one another."""
     if _packed(x) == 0:
@@ -132,9 +128,9 @@ def _all_gather_into_tensor(x, group_size, group_name):
 
     def gather(t: torch.Tensor) -> torch.Tensor:
         t = t.contiguous()
-        out = _functional.all_gather_into_tensor.default(t, group_size, group_name)
+        out = torch_internals.ALL_GATHER[0](t, group_size, group_name)
         # Two of gloo's under way at once corrupt the heap now and then, of plain tensors too (torch 2.13).
-        return _functional.wait_tensor.default(out) if t.device.type == "cpu" else out
+        return torch_internals.WAIT_TENSOR[0](out) if t.device.type == "cpu" else out
 
     def gather_bytes(span, b):
         return gather(b) if x.packed_axis == -1 else gather(b.mT).mT
@@ -162,7 +158,7 @@ def _waited(func: Any, device: torch.device, args: tuple, kwargs: dict[str, Any]
     NCCL, asked to wait itself, returns none: an object that must not be touched. (Gloo is left as it is: its
     threads, if not waited for at once, free tensors of Python's, which crashed now and then.)
     """
-    given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    given = dict(zip(torch_internals.argument_names(func), args, strict=False)) | kwargs
     if device.type == "cuda":
         given["async_op"] = True
     _, work = func(**given)

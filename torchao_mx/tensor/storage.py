@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
+
+from torchao_mx import torch_internals
 
 Tensor = torch.Tensor
 
@@ -57,18 +58,18 @@ def wrapper(
     device: torch.device, storage_offset: int = 0,
 ) -> Any:  # fmt: skip
     """A tensor of ``cls`` that has this shape and no memory."""
-    self = Tensor._make_wrapper_subclass(
+    self = torch_internals.make_wrapper_subclass(
         cls, shape, strides=strides, storage_offset=storage_offset, dtype=dtype, device=device,
         storage_size=0,
     )  # fmt: skip
-    torch._C._set_throw_on_mutable_data_ptr(self)
+    torch_internals.forbid_address(self)
     return self
 
 
 def not_implemented(func: Any, args: Any, kwargs: Any, cls: type) -> NotImplementedError:
     """The error of the operator ``func``, one of whose arguments is a ``cls``; it says what to do instead."""
-    tensor = next(t for t in tree_leaves((args, kwargs)) if isinstance(t, cls))
-    way_out = _WAYS_OUT.get(func._schema.name.removeprefix("aten::"), "")
+    tensor = next(t for t in torch_internals.tree_iter((args, kwargs)) if isinstance(t, cls))
+    way_out = _WAYS_OUT.get(func.name().removeprefix("aten::").split(".")[0], "")
     return NotImplementedError(
         f"{func} is not implemented for {tensor}: call .dequantize() on it first{way_out}"
     )
@@ -82,7 +83,7 @@ class _NoMemory:
 
     def __init__(self, owner: Tensor, storage: torch.UntypedStorage) -> None:
         self._owner, self.device = owner, storage.device
-        self._cdata, self._weak_ref = storage._cdata, storage._weak_ref
+        vars(self).update(torch_internals.identity_of(storage))
         self.size = self.nbytes = storage.nbytes
 
     def resize_(self, nbytes: int) -> None:
@@ -120,7 +121,7 @@ def answers(parts: Callable[[Any], list[Tensor]]) -> dict[Callable[..., Any], Ca
         return 0
 
     def untyped_storage(x: Tensor) -> _NoMemory:
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_internals.WithoutTorchFunction():
             return _NoMemory(x, x.untyped_storage())
 
     def storage(x: Tensor) -> None:
@@ -162,7 +163,7 @@ class Unread(Tensor):
         implementation = cls.functions.get(func)
         if implementation is not None:
             return implementation(*args, **(kwargs or {}))
-        with torch._C.DisableTorchFunctionSubclass():
+        with torch_internals.WithoutTorchFunction():
             return func(*args, **(kwargs or {}))
 
     @classmethod

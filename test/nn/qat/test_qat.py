@@ -40,7 +40,6 @@ from torchao.quantization.qat import (
     QATConfig,
 )
 from torchao.quantization.quantize_.common import KernelPreference
-from torchao.quantization.transform_module import _QUANTIZE_CONFIG_HANDLER
 
 from torchao_mx import (
     MXFakeQuantizeConfig,
@@ -49,6 +48,7 @@ from torchao_mx import (
     ScaleCalculationMode,
     register_qat_handler,
 )
+from torchao_mx.nn.registry import handler_of
 
 K, N = 64, 96
 W4A16, W4A4, W8A8, W4A8 = (BASES[name] for name in ("w4a16", "w4a4", "w8a8", "w4a8"))
@@ -411,9 +411,9 @@ def test_preparing_twice_is_once_with_a_warning():
 
 
 def test_registering_again_changes_nothing():
-    handler = _QUANTIZE_CONFIG_HANDLER[QATConfig]
+    handler = handler_of(QATConfig)
     register_qat_handler()
-    assert _QUANTIZE_CONFIG_HANDLER[QATConfig] is handler
+    assert handler_of(QATConfig) is handler
 
 
 class Doubling(nn.Linear):

@@ -22,7 +22,9 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from torchao_mx.errors import check_blocks
 from torchao_mx.formats import MXFP4
+from torchao_mx.hf.transformers_internals import tied_keys
 from torchao_mx.tensor import MXTensor
+from torchao_mx.torch_internals import children_of
 
 WEIGHTS = ("gate_up_proj", "down_proj")
 BLOCKS, SCALES = "_blocks", "_scales"
@@ -79,7 +81,7 @@ def tied_names(model: PreTrainedModel) -> set[str]:
     """The tensors that are others under a second name, and so not in a checkpoint."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return set()
-    return set(getattr(model, "_tied_weights_keys", None) or ())  # a list in v4, a dict in v5
+    return tied_keys(model)
 
 
 def has_owner(model: PreTrainedModel, name: str) -> bool:
@@ -91,8 +93,8 @@ def has_owner(model: PreTrainedModel, name: str) -> bool:
     """
     *owners, _ = parts = name.split(".")
     module, depth = model, 0
-    while depth < len(owners) and module._modules.get(owners[depth]) is not None:
-        module = module._modules[owners[depth]]
+    while depth < len(owners) and children_of(module).get(owners[depth]) is not None:
+        module = children_of(module)[owners[depth]]
         depth += 1
     if isinstance(module, nn.ModuleList) and parts[depth].isdecimal():
         more = getattr(model.config, "num_nextn_predict_layers", None)

@@ -29,6 +29,7 @@ from torch import nn
 
 from torchao_mx import ops
 from torchao_mx.nn.experts import pipeline
+from torchao_mx.torch_internals import parameters_of
 
 if TYPE_CHECKING:
     from torchao_mx.nn.experts.module import MXExperts
@@ -186,7 +187,7 @@ class TitanLayout(GroupedLayout):
 
     @classmethod
     def of(cls, module: nn.Module) -> TitanLayout:
-        if "w1_EFD" in module._parameters:
+        if "w1_EFD" in parameters_of(module):
             return cls(("w1_EFD", "w3_EFD", "w2_EDF"))
         return cls(("w1", "w3", "w2"))
 
@@ -205,7 +206,7 @@ class TitanGptOssLayout(GroupedLayout):
     def of(cls, module: nn.Module) -> TitanGptOssLayout:
         if not hasattr(module, "swiglu_limit"):
             raise ValueError("it has no swiglu_limit, which gpt-oss's activation takes")
-        if "mlp1_weight_EGD" in module._parameters:
+        if "mlp1_weight_EGD" in parameters_of(module):
             return cls(("mlp1_weight_EGD", "mlp2_weight_EDF"), ("mlp1_bias_EG", "mlp2_bias_ED"))
         return cls(("mlp1_weight", "mlp2_weight"), ("mlp1_bias", "mlp2_bias"))
 
@@ -228,7 +229,7 @@ class Llama4Layout(GroupedLayout):
 
     def forward(self, module: MXExperts, hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        n_experts = module._parameters[self.weights[0]].shape[0]  # on all ranks
+        n_experts = parameters_of(module)[self.weights[0]].shape[0]  # on all ranks
         counts = torch.full((n_experts,), len(rows) // n_experts, device=rows.device)
         return super().forward(module, rows, counts)
 
@@ -418,7 +419,7 @@ def layout_of(module: nn.Module) -> Layout | None:
     own = module.__dict__.get("layout")  # of ours
     if isinstance(own, Layout):
         return own
-    if not any(p is not None and p.dim() == 3 for p in module._parameters.values()):
+    if not any(p is not None and p.dim() == 3 for p in parameters_of(module).values()):
         return None
     try:
         return _layout_of(module)
@@ -439,7 +440,7 @@ def _layout_of(module: nn.Module) -> Layout | None:
                 f"it overrides {', '.join(overridden)} of {base.__name__}, which is known"
             )
         found = layout if isinstance(layout, Layout) else layout.of(module)
-        parameters = ((name, module._parameters.get(name)) for name in found.weights)
+        parameters = ((name, parameters_of(module).get(name)) for name in found.weights)
         missing = [name for name, p in parameters if p is None or p.dim() != 3]
         if missing:
             raise ValueError(

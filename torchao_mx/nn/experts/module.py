@@ -24,6 +24,7 @@ from torchao_mx.nn.experts import pipeline
 from torchao_mx.nn.experts.layouts import Layout, _layout_of, layout_of
 from torchao_mx.nn.modules import twin_of
 from torchao_mx.tensor import MXTensor
+from torchao_mx.torch_internals import parameters_of
 
 
 class LocalExperts(Protocol):
@@ -99,7 +100,7 @@ class MXExperts(nn.Module):
 
     def local_parameter(self, name: str) -> torch.Tensor:
         """The parameter ``name``; of a DTensor its part on this rank, through which gradients go."""
-        return local_of(self._parameters[name])
+        return local_of(parameters_of(self)[name])
 
     def operand(self, name: str) -> pipeline.Weight:
         """What the products take for the weight ``name``, stored as the source stores it."""
@@ -116,7 +117,7 @@ class MXExperts(nn.Module):
 
     def shapes_repr(self) -> str:
         """The source's name and its weights' shapes."""
-        shapes = [f"{n}={tuple(self._parameters[n].shape)}" for n in self.layout.weights]
+        shapes = [f"{n}={tuple(parameters_of(self)[n].shape)}" for n in self.layout.weights]
         if self.exchange is not None:
             shapes.append(str(self.exchange))
         return f"{self.source_class.__name__}: {', '.join(shapes)}"
@@ -197,8 +198,8 @@ def quantize_experts(
     check_experts(module, weight, activation)
     twin = MXExperts.stand_in(module)
     for name in layout.weights:
-        packed = pack(module._parameters[name].detach(), layout.transposed, weight, activation)
-        twin._parameters[name] = nn.Parameter(packed, requires_grad=False)
+        packed = pack(parameters_of(module)[name].detach(), layout.transposed, weight, activation)
+        twin.register_parameter(name, nn.Parameter(packed, requires_grad=False))
     return twin
 
 
@@ -207,7 +208,7 @@ def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeS
     check_parameters(module)
     layout, kind = layout_of(module), type(module).__name__
     for name in layout.weights:
-        data, what = local_of(module._parameters[name]).detach(), f"{kind}.{name}"
+        data, what = local_of(parameters_of(module)[name]).detach(), f"{kind}.{name}"
         if isinstance(data, MXTensor):
             raise TypeError(
                 f"{what} is an MXTensor already; quantize from high-precision weights, or leave this module "
@@ -228,16 +229,16 @@ def check_parameters(module: nn.Module) -> None:
             f"{kind} is no module of experts that is known; select them with "
             f"quantize_(..., filter_fn=torchao_mx.is_experts)"
         )
-    missing = [n for n in layout.biases if module._parameters.get(n) is None]
+    missing = [n for n in layout.biases if parameters_of(module).get(n) is None]
     if missing:
         raise ValueError(f"{kind} has no {' and no '.join(missing)}, which its flags promise")
     for name in (*layout.weights, *layout.biases):
-        check_placements(module._parameters[name], f"{kind}.{name}")
+        check_placements(parameters_of(module)[name], f"{kind}.{name}")
 
 
 def is_packed(module: nn.Module) -> bool:
     """Whether all weights of a module of experts are MXTensors."""
-    weights = (module._parameters[name] for name in layout_of(module).weights)
+    weights = (parameters_of(module)[name] for name in layout_of(module).weights)
     return all(isinstance(local_of(weight), MXTensor) for weight in weights)
 
 
@@ -291,18 +292,23 @@ def unclaimed_experts(model: nn.Module) -> dict[str, str]:
     return {name: reason for name, reason in reasons if reason is not None}
 
 
+_CONVOLUTIONS = (
+    nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d,
+)  # fmt: skip
+
+
 def _unclaimed(module: nn.Module) -> str | None:
     """Why a module that may be one of experts is not claimed; None of any other."""
     cls = type(module)
     if cls.__module__.startswith("torch.nn.") or layout_of(module) is not None:
         return None
     # isinstance: of what torch.nn defines, and FSDP2 or a parametrization gave a class of its own
-    if isinstance(module, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear)):
+    if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.Bilinear)):
         return None
     by_name = "expert" in cls.__name__.lower()
     held = {
         name: p
-        for name, p in module._parameters.items()
+        for name, p in parameters_of(module).items()
         if _may_be_experts(name, p, 2 if by_name else 3)
     }
     if not held:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from torchao_mx import ops
+from torchao_mx import ops, torch_internals
 from torchao_mx.formats import BlockFormat
 from torchao_mx.ops.moe.gather import tokens_of
 from torchao_mx.tensor import LoRATensor, MXTensor
@@ -134,7 +134,7 @@ def _plain_grouped_mm(
     if len(rows) == 0:
         return rows @ weight.sum(0)  # zero gradients rather than none
     owned = (torch.arange(len(rows), device=x.device) < offs[-1])[:, None]
-    y = torch._grouped_mm(rows.where(owned, 0), weight.to(x.dtype), offs=offs)
+    y = torch_internals.grouped_mm(rows.where(owned, 0), weight.to(x.dtype), offs=offs)
     if bias is not None:
         expert = torch.searchsorted(offs, torch.arange(len(rows), device=x.device), right=True)
         y = y + bias.to(y.dtype)[expert.clamp(max=len(bias) - 1)]

@@ -30,6 +30,7 @@ from torchao_mx.nn.modules import check_not_in_training
 from torchao_mx.ops.packed_mm.strategy import compute_names
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
+from torchao_mx.torch_internals import parameters_of
 
 
 class MXLoRAExperts(MXExperts):
@@ -77,10 +78,10 @@ class MXLoRAExperts(MXExperts):
         twin = cls.stand_in(module)
         twin.lora_config = config
         for name in twin.layout.weights:
-            twin._add_weight(name, module._parameters[name].detach())
+            twin._add_weight(name, parameters_of(module)[name].detach())
         for name in twin.layout.biases:
-            bias = nn.Parameter(module._parameters[name].detach(), requires_grad=False)
-            twin._parameters[name] = bias
+            bias = nn.Parameter(parameters_of(module)[name].detach(), requires_grad=False)
+            twin.register_parameter(name, bias)
         twin.reset_parameters()
         return twin
 
@@ -88,7 +89,7 @@ class MXLoRAExperts(MXExperts):
         config = self.lora_config
         if not isinstance(local_of(weight), MXTensor):
             weight = pack(weight, self.layout.transposed, config.weight_spec)
-        self._parameters[name] = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter(name, nn.Parameter(weight, requires_grad=False))
         experts, n, k = self.base(name).shape
         options = {"device": weight.device, "dtype": config.adapter_dtype or weight.dtype}
         a, b = (
@@ -154,7 +155,7 @@ def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> Non
         )
     layout = layout_of(module)
     for weight_name in layout.weights:
-        weight = local_of(module._parameters[weight_name]).detach()
+        weight = local_of(parameters_of(module)[weight_name]).detach()
         _check_weight(f"{name}.{weight_name}", weight, layout, config)
 
 

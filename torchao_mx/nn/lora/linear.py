@@ -28,6 +28,7 @@ from torchao_mx.ops.packed_mm.strategy import compute_names
 from torchao_mx.tensor import LoRATensor, MXTensor
 from torchao_mx.tensor.lora_tensor import check_base
 from torchao_mx.tensor.matmul import check_frozen
+from torchao_mx.torch_internals import parameters_of
 
 
 class MXLoRALinear(nn.Linear):
@@ -111,7 +112,7 @@ class MXLoRALinear(nn.Linear):
 
     def reset_parameters(self) -> None:
         """Initialise the adapters; the weight and the bias are not this layer's to choose."""
-        if "lora_A" not in self._parameters:  # nn.Linear's constructor
+        if "lora_A" not in parameters_of(self):  # nn.Linear's constructor
             super().reset_parameters()
             return
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -200,7 +201,7 @@ def check_lora_linear(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None
     if isinstance(module, MXLoRALinear):
         raise TypeError(f"{module} has adapters already: train these, or leave this layer out")
     check_not_in_training(module)
-    if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), MXTensor):
+    if isinstance(module, nn.Linear) and isinstance(parameters_of(module).get("weight"), MXTensor):
         _check_packed_weight(module, config)
     else:
         check_linear(module, config.weight_spec, None)

@@ -30,6 +30,7 @@ from torchao_mx.ops.moe.gather import tokens_of
 from torchao_mx.ops.moe.group_sum import group_outer_op
 from torchao_mx.ops.packed_mm.matmul import fake_quantize_activation
 from torchao_mx.tensor import MXTensor
+from torchao_mx.torch_internals import parameters_of
 
 
 class _WeightGradient(torch.autograd.Function):
@@ -178,10 +179,10 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         del twin.activation_fake_quantizer, twin.weight_fake_quantizer
         for name in self.layout.weights:
             packed = pack(
-                self._parameters[name].detach(), self.layout.transposed, self.weight_config.spec,
+                parameters_of(self)[name].detach(), self.layout.transposed, self.weight_config.spec,
                 self.activation_spec,
             )  # fmt: skip
-            twin._parameters[name] = nn.Parameter(packed, requires_grad=False)
+            twin.register_parameter(name, nn.Parameter(packed, requires_grad=False))
         return twin
 
     def extra_repr(self) -> str:

@@ -32,7 +32,15 @@ from torchao_mx.nn.qat.config import MXFakeQuantizeConfig
 from torchao_mx.nn.qat.experts import MXFakeQuantizedExperts, check_fake_quantized_experts
 from torchao_mx.nn.qat.fake_quantizer import FakeQuantized
 from torchao_mx.nn.qat.linear import MXFakeQuantizedLinear, check_fake_quantized_linear
-from torchao_mx.nn.registry import Specs, base_specs, handler_of, register, register_base
+from torchao_mx.nn.registry import (
+    Specs,
+    base_specs,
+    handler_of,
+    is_registered,
+    register,
+    register_base,
+    torchaos_handler,
+)
 
 _Configs = tuple[MXFakeQuantizeConfig | None, MXFakeQuantizeConfig | None]
 
@@ -176,9 +184,9 @@ register_base(TorchaoMXDynamicActivationMXWeightConfig, _torchaos_specs)
 
 def register_qat_handler() -> None:
     """Put our handler of ``QATConfig`` in front of torchao's; calling it again changes nothing."""
-    torchao_handler = handler_of(QATConfig)
-    if getattr(torchao_handler, "_is_torchao_mx", False):
+    if is_registered(QATConfig):
         return
+    torchao_handler = torchaos_handler(QATConfig)
 
     def handler(module: nn.Module, config: QATConfig, **kwargs: Any) -> nn.Module:
         if config.step == "convert":
@@ -193,7 +201,6 @@ def register_qat_handler() -> None:
                 return in_place_of(module, _prepare(module, configs, config))
         return torchao_handler(module, config, **kwargs)
 
-    handler._is_torchao_mx = True
     register(
         QATConfig, handler, check_qat_module, claims=_is_ours, is_in_training=is_fake_quantized
     )

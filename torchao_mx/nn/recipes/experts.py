@@ -23,7 +23,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torchao.quantization.quantize_.common.kernel_preference import KernelPreference
 
-from torchao_mx import ops
+from torchao_mx import ops, torch_internals
 from torchao_mx.errors import check_blocks
 from torchao_mx.formats import QuantizeSpec
 from torchao_mx.nn.experts.layouts import layout_of
@@ -44,6 +44,7 @@ from torchao_mx.ops.moe.groups import completed_groups
 from torchao_mx.ops.quantization.fake_quantize import fake_quantize_op
 from torchao_mx.ops.quantization.quantize import per_tensor_scale_op, quantize_op
 from torchao_mx.ops.quantization.quantize_both import quantize_both_op, unflattened
+from torchao_mx.torch_internals import parameters_of
 
 
 class _Native(NamedTuple):
@@ -172,7 +173,7 @@ def _gradients(
             )
         else:
             wq_ENK = fake_quantize_op(w_ENK, *backward, -2, None).to(dtype)
-            dx_RK = torch._grouped_mm(dy.row_values, wq_ENK, offs=offs)
+            dx_RK = torch_internals.grouped_mm(dy.row_values, wq_ENK, offs=offs)
             # torch leaves the rows behind the last group as it found them.
             is_owned = torch.arange(n_rows, device=offs.device) < offs[-1]
             dx = dx_RK.where(is_owned[:, None], 0)
@@ -271,5 +272,5 @@ def check_recipe_experts(module: nn.Module, config: NVFP4ForwardMXFP8BackwardCon
     check_experts(module, config.forward_spec, config.forward_spec)
     layout = layout_of(module)
     for name in layout.weights:
-        n = module._parameters[name].shape[-1 if layout.transposed else -2]
+        n = parameters_of(module)[name].shape[-1 if layout.transposed else -2]
         check_blocks((n,), config.grad_spec.format, -1, f"{kind}.{name}: its output")

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torchao.prototype.mx_formats.utils import to_blocked
 
+from torchao_mx import torch_internals
 from torchao_mx.formats import MXFP8_E4M3, NVFP4, BlockFormat, format_by_name
 from torchao_mx.ops.block_scaled import native
 from torchao_mx.ops.block_scaled.dense import ROW_BYTES, scaling_of
@@ -135,7 +136,7 @@ def _decoded_product(*args: Any) -> torch.Tensor:
     t = Arguments(*args)
     a = dequantize_op(t.a_qdata, t.a_scale, t.fmt, t.dtype, -1, t.a_per_tensor)
     b = dequantize_op(t.b_qdata, t.b_scale, t.fmt, t.dtype, -1, t.b_per_tensor)
-    y = torch._grouped_mm(a, b.mT, offs=t.offs)
+    y = torch_internals.grouped_mm(a, b.mT, offs=t.offs)
     if t.groups_rows:
         finish(y, y, t.offs, Added(bias=t.bias))
     return y

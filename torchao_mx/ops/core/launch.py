@@ -62,6 +62,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+# What Triton does not document (``compiled[grid]``, its ``run``, knobs) stands in this file alone. How arguments are
+# passed is known of these releases; every other one gets Triton's own ``kernel[grid]``, and no recordings.
+SUPPORTED = ("3.6", "3.7")
+LAUNCHES_COMPILED = ".".join(triton.__version__.split(".")[:2]) in SUPPORTED
+
 Launch = tuple[Any, tuple[int, ...], list[Any]]  # compiled kernel, grid, all arguments
 
 
@@ -121,11 +126,14 @@ class launched:
         values = [constants[name] for name in self.constants]
         if compiled is None:
             capability(torch.cuda.current_device())  # before Triton sees the kernel
-            compiled = self.compiled[key] = self.kernel[grid](*arguments, **constants)
+            compiled = self.kernel[grid](*arguments, **constants)
+            if LAUNCHES_COMPILED:
+                self.compiled[key] = compiled
         else:
             compiled[(*grid, 1, 1)](*arguments, *values)
         if recording is not None:
-            recording.append((compiled, grid, [*arguments, *values]))
+            recorded = (compiled, grid, [*arguments, *values])
+            recording.append(recorded if LAUNCHES_COMPILED else None)
 
 
 def runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
+
+from torchao_mx import torch_internals
 
 NAMESPACE = "torchao_mx"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as it does
-_BELOW_AUTOGRAD = torch._C._after_autograd_keyset
 _ALIGNMENT = 16  # bytes: the widest load of a kernel
 implementations: dict[tuple[Any, str], Callable[..., Any]] = {}  # by op and type of device
 
@@ -41,20 +41,23 @@ def define_op(
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
-    dense = _dense_operands(op, strided)
+    dense = _dense_operands(op, schema, strided)
     for device, implementation in (("cpu", cpu), ("cuda", cuda)):
         entry = implementations[op, device] = _entry(implementation, device, dense)
         torch.library.impl(qualname, device)(entry)
     torch.library.register_fake(qualname)(fake)
-    if backward is not None:
+    if backward is not None and torch_internals.HAS_AUTOGRAD_KERNELS:
         kernel = _autograd_kernel(name, op, setup_context, backward)
         _LIBRARY.impl(name, kernel, "Autograd", with_keyset=True)
+    elif backward is not None:
+        _register_autograd(qualname, setup_context, backward)
     return op
 
 
-def _dense_operands(op: Any, strided: tuple[str, ...]) -> tuple[int, ...]:
+def _dense_operands(op: Any, schema: str, strided: tuple[str, ...]) -> tuple[int, ...]:
     """The places of the tensors of ``op`` that its implementations take contiguous and aligned."""
-    tensors = {a.name: i for i, a in enumerate(op._schema.arguments) if "Tensor" in str(a.type)}
+    arguments = [a.split() for a in schema[1 : schema.index(")")].split(",") if a.strip() != "*"]
+    tensors = {a[1].split("=")[0]: i for i, a in enumerate(arguments) if a[0].startswith("Tensor")}
     unknown = set(strided) - tensors.keys()
     if unknown:
         raise ValueError(
@@ -71,19 +74,28 @@ def _entry(
     Autocast is for an op's arguments; what is computed with them keeps its dtypes.
     """
 
+    below_autograd = torch_internals.BELOW_AUTOGRAD or torch.no_grad
+
     @functools.wraps(implementation)
     def run(*args: Any) -> Any:
         for i in dense:
             t = args[i]
             if t is not None and not (t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0):
                 args = (*args[:i], as_dense(t), *args[i + 1 :])
-        with torch._C._AutoDispatchBelowADInplaceOrView():
+        with below_autograd():
             if not torch.is_autocast_enabled(device):
                 return implementation(*args)
             with torch.autocast(device, enabled=False):
                 return implementation(*args)
 
-    return run
+    if torch_internals.BELOW_AUTOGRAD is not None:
+        return run
+    return lambda *args: torch_internals.tree_map(_no_view, run(*args))
+
+
+def _no_view(result: Any) -> Any:
+    """``result``; of a view, the tensor that shares its memory and is none."""
+    return result.data if isinstance(result, torch.Tensor) else result
 
 
 def as_dense(t: torch.Tensor) -> torch.Tensor:
@@ -93,12 +105,32 @@ def as_dense(t: torch.Tensor) -> torch.Tensor:
     return t.clone(memory_format=torch.contiguous_format)
 
 
+def _register_autograd(
+    qualname: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> None:
+    """The public way, at some microseconds more per call."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs, output)
+
+    def gradients(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        needed = ctx.needs_input_grad
+        ctx.needs_input_grad = (*needed, False)  # the keyset's, which our own kernel has last
+        try:
+            return backward(ctx, *grads)
+        finally:
+            ctx.needs_input_grad = needed
+
+    torch.library.register_autograd(qualname, gradients, setup_context=setup)
+
+
 def _autograd_kernel(
     name: str, op: Any, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
 ) -> Callable[..., Any]:
     def forward(ctx: Any, *args: Any) -> Any:
         *inputs, keyset = args
-        output = op.redispatch(keyset & _BELOW_AUTOGRAD, *inputs)
+        output = op.redispatch(keyset & torch_internals.AFTER_AUTOGRAD, *inputs)
         if setup_context is not None:
             setup_context(ctx, inputs, output)
         return output
@@ -113,7 +145,7 @@ def _autograd_kernel(
     )
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        if torch_internals.differentiates_otherwise():
             raise NotImplementedError(
                 f"torchao_mx::{name} has gradients by backward() and torch.autograd.grad alone, and none in "
                 f"torch.func or forward-mode differentiation: use those, or compute from .dequantize()"
@@ -122,6 +154,6 @@ def _autograd_kernel(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args
         ):
             return function.apply(*args, keyset)
-        return op.redispatch(keyset & _BELOW_AUTOGRAD, *args)
+        return op.redispatch(keyset & torch_internals.AFTER_AUTOGRAD, *args)
 
     return kernel

@@ -20,11 +20,10 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
 
 from torchao_mx.ops.core.launch import Launch, launches, on_device_of, runner
 from torchao_mx.ops.core.register import implementations
+from torchao_mx.torch_internals import TorchDispatchMode, tree_iter, tree_map
 
 MAX_RECORDINGS = 512  # of an op; the oldest goes first
 _ALLOCATIONS = {
@@ -165,7 +164,7 @@ class _Recording:
         return self.kind(outputs) if self.kind in (tuple, list) else outputs[0]
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(TorchDispatchMode or object):
     """Turns the launches and calls under it into steps, as they happen."""
 
     def __init__(self, inputs: list[torch.Tensor]) -> None:
@@ -371,7 +370,8 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(op)
     def call(*args: Any) -> Any:
-        if launches.recording is not None:  # a part of another op, which records what this one does
+        # The second: a part of another op, which records what this one does.
+        if TorchDispatchMode is None or launches.recording is not None:
             return op(*args)
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
         key = tuple(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchao_mx import torch_internals
 from torchao_mx.ops.core.operands import aligned_rows
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.moe.rows import rows_functions
@@ -35,7 +36,7 @@ def _group_outer(
         return dy.new_zeros((len(offs), dy.shape[1], x.shape[1]), dtype=dtype)
     # Along its groups, whose ends may be anywhere, neither operand is contiguous: a tensor core's loads want
     # groups of 16 bytes there.
-    return torch._grouped_mm(aligned_rows(dy).mT, aligned_rows(x), offs=offs).to(dtype)
+    return torch_internals.grouped_mm(aligned_rows(dy).mT, aligned_rows(x), offs=offs).to(dtype)
 
 
 def _group_outer_fake(

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from torchao_mx import reference
+from torchao_mx import reference, torch_internals
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops.core.launch import (
     bytes_of,
@@ -154,14 +154,8 @@ def _product_cuda(
 ) -> torch.Tensor:
     x8, x_scale, x_flag = fp8_rows(xq, xs)
     w8, w_scale, w_flag = fp8_rows(wq, ws)
-    y = torch._scaled_mm(
-        x8,
-        w8.t(),
-        x_scale[:, None],
-        w_scale[None, :],
-        bias=bias,
-        out_dtype=torch.bfloat16,
-        use_fast_accum=False,
+    y = torch_internals.scaled_mm(
+        x8, w8.t(), x_scale[:, None], w_scale[None, :], bias=bias, use_fast_accum=False
     )
     recompute_flagged(y, (xq, xs), (wq, ws), bias, x_flag, w_flag)
     return y

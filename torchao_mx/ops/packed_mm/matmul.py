@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from torchao_mx import reference
+from torchao_mx import reference, torch_internals
 from torchao_mx.formats import BlockFormat, QuantizeSpec, format_by_name
 from torchao_mx.ops.core.arguments import (
     NO_ACTIVATION,
@@ -155,7 +155,7 @@ def _grouped_mm(*args: Any) -> torch.Tensor:
     w = a.values(x.dtype).mT
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
-    out = torch._grouped_mm(aligned_rows(x), w, offs=offs).contiguous()
+    out = torch_internals.grouped_mm(aligned_rows(x), w, offs=offs).contiguous()
     zero_behind(out, offs)  # they belong to no expert; torch leaves them as it found them
     return out
 

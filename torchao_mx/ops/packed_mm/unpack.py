@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from torchao_mx import reference
+from torchao_mx import reference, torch_internals
 from torchao_mx.ops.core.launch import (
     bytes_of,
     cdiv,
@@ -307,7 +307,7 @@ def _products(
             wanted_EDC[..., reduced + rank].copy_(bias[:, first:end])
         if depth > used:
             wanted_EDC[..., used:].zero_()
-        product = torch._grouped_mm(x_RD, w_ECD, offs=rows.offs)
+        product = torch_internals.grouped_mm(x_RD, w_ECD, offs=rows.offs)
         yield first, end, product if product.stride(1) == 1 else product.contiguous()
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 import torch
 import triton.language as tl
 
+from torchao_mx import torch_internals
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops.core.launch import capability, cdiv
 from torchao_mx.ops.core.operands import Packed
@@ -196,12 +197,10 @@ def _scaled_product(
     rows of 2,048 columns to 1,024 took 1.65 ms, of a training step of 4.2 ms that now takes 3.0 (H200).
     """
     if offs is not None:
-        return torch._scaled_grouped_mm(
-            x8, w8.mT, x_scale, w_scale, offs=offs, out_dtype=torch.bfloat16, use_fast_accum=True
+        return torch_internals.scaled_grouped_mm(
+            x8, w8.mT, x_scale, w_scale, offs, use_fast_accum=True
         )
-    return torch._scaled_mm(
-        x8, w8[0].t(), x_scale[:, None], w_scale, out_dtype=torch.bfloat16, use_fast_accum=True
-    )
+    return torch_internals.scaled_mm(x8, w8[0].t(), x_scale[:, None], w_scale, use_fast_accum=True)
 
 
 def _check(x: torch.Tensor, w: Packed, grouped: bool) -> None:
