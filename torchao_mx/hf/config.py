@@ -7,23 +7,20 @@ that names the file, with transformers' own error as its cause.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from torchao_mx.hf.files import Entry, read_json
-from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES, skeleton_of
+from torchao_mx.hf.files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, Entry, read_json
+from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES
 
-CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-)
 # In v5, files of a rank each, which transformers reads before any other.
 _RANK_FILE = "shard-[0-9]*-model-*.safetensors"
 _COUNTS = re.compile(
@@ -112,6 +109,40 @@ def build_skeleton(auto_class: Any, config: Any, folder: Path, **options: Any) -
     build = functools.partial(auto_class.from_config, **options)
     with from_transformers(folder / CONFIG, _REMEDY):
         return skeleton_of(build, config)
+
+
+def skeleton_of(build: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
+    """``build(config)`` without memory: what the model's tensors are called, and their shapes."""
+    with torch.device("meta"):
+        return build(copy.deepcopy(config))
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """The tensors that are others under a second name, and so not in a checkpoint."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return set(getattr(model, "_tied_weights_keys", None) or ())  # a list in v4, a dict in v5
+
+
+def has_owner(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor that ``model`` lacks belongs to a module that it has, and changes what that computes.
+
+    A bias that the module was built without, or a layer beyond the last one: yes. A part beside the layers,
+    such as an image encoder, a head for another task or, as DeepSeek-V3 counts them, layers that predict
+    further tokens: no.
+    """
+    *owners, _ = parts = name.split(".")
+    module, depth = model, 0
+    while depth < len(owners) and module._modules.get(owners[depth]) is not None:
+        module = module._modules[owners[depth]]
+        depth += 1
+    if isinstance(module, nn.ModuleList) and parts[depth].isdecimal():
+        more = getattr(model.config, "num_nextn_predict_layers", None)
+        more = more if isinstance(more, int) else 0
+        further = {str(i) for i in range(len(module), len(module) + more)}
+        return parts[depth] not in further
+    holds_layers = any(isinstance(child, nn.ModuleList) for child in module.modules())
+    return any(part.isdecimal() for part in parts[:depth]) or not holds_layers
 
 
 def quant_method(config: Any) -> str | None:

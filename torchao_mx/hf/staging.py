@@ -16,15 +16,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-CONFIG = "config.json"
-# transformers' own key, in both versions: the weights to load in the place of model.safetensors or its index.
-# It drops the key when it saves a config.
-WEIGHTS_KEY = "transformers_weights"
+from torchao_mx.hf.files import CONFIG, WEIGHTS_KEY
+
 _TOKEN = "[0-9a-f]{8}"
 _PENDING = re.compile(rf"model-saving-({_TOKEN})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # The second is what earlier versions called an adapter's.
@@ -182,6 +181,16 @@ def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[st
     with writing(file, sum(tensor.nbytes for tensor in tensors.values())):
         save_file(tensors, file, metadata=metadata)
         file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors has others read nothing
+
+
+def write_json(record: dict[str, Any], file: Path, sort_keys: bool = False) -> None:
+    """``record`` as a file in a stage.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    with writing(file):
+        file.write_text(json.dumps(record, indent=2, sort_keys=sort_keys) + "\n")
 
 
 @contextlib.contextmanager
