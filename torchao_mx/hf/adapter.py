@@ -43,9 +43,8 @@ from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear
 PREFIX = "base_model.model."
 _MARK = "torchao_mx"  # of the weights' metadata: the config's _PAIRED as JSON
 _PAIRED = {"r": None, "lora_alpha": None, "use_rslora": False, "target_parameters": None}
-_INTERRUPTED = (
-    "INTERRUPTED_SAVE"  # as peft_type, which PEFT refuses; with the configs "before" and "after"
-)
+# As peft_type, which PEFT refuses; with the configs "before" and "after".
+_INTERRUPTED = "INTERRUPTED_SAVE"
 
 _Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
 
@@ -182,7 +181,7 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
     with staging(folder, size) as stage:
         mark = {"format": "pt", _MARK: json.dumps(_paired(config))}
         save_tensors(tensors, stage / ADAPTER_WEIGHTS, mark)
-        _write_config(config, stage / ADAPTER_CONFIG)
+        write_json(config, stage / ADAPTER_CONFIG, sort_keys=True)
         sync(stage / ADAPTER_WEIGHTS)
         target = stage.parent
         try:
@@ -191,17 +190,12 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
             before = None
         if before is not None and _paired(before) != _paired(config):
             both = {"peft_type": _INTERRUPTED, "before": before, "after": config}
-            _write_config(both, stage / "both.json")
+            write_json(both, stage / "both.json", sort_keys=True)
             os.replace(stage / "both.json", target / ADAPTER_CONFIG)
             sync(target)
         for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             os.replace(stage / name, target / name)
             sync(target)
-
-
-def _write_config(config: dict[str, Any], file: Path) -> None:
-    write_json(config, file, sort_keys=True)
-    sync(file)
 
 
 def _paired(config: dict[str, Any]) -> dict[str, Any]:

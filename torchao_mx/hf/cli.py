@@ -49,9 +49,8 @@ from torchao_mx.hf.save import save_model
 from torchao_mx.hf.write import bytes_of
 
 _Columns = dict[str, Callable[[Row], str]]
-_Result = tuple[
-    list[Row], Row, _Columns, str
-]  # rows, totals; how a table shows them, its last line
+# Rows, totals; how a table shows them, its last line.
+_Result = tuple[list[Row], Row, _Columns, str]
 
 _NAME: _Columns = {"weight": lambda row: row["name"]}
 _SHAPE: _Columns = {"shape": lambda row: " x ".join(map(str, row["shape"]))}

@@ -23,9 +23,8 @@ from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES
 
 # In v5, files of a rank each, which transformers reads before any other.
 _RANK_FILE = "shard-[0-9]*-model-*.safetensors"
-_COUNTS = re.compile(
-    r".*(layers?|experts|labels)"
-)  # of what a model's constructor makes one by one
+# Of what a model's constructor makes one by one.
+_COUNTS = re.compile(r".*(layers?|experts|labels)")
 _REMEDY = "use the files that were published with these weights"
 _PASSED = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -43,9 +42,7 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else f"{text[:400]}..."
-        if isinstance(
-            error, ImportError
-        ):  # of a kind of attention, or of code that the config names
+        if isinstance(error, ImportError):  # for a kind of attention, or for code of the config's
             remedy = "install that package, or use a config.json that does without"
         raise ValueError(
             f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"
@@ -145,31 +142,19 @@ def has_owner(model: PreTrainedModel, name: str) -> bool:
     return any(part.isdecimal() for part in parts[:depth]) or not holds_layers
 
 
-def quant_method(config: Any) -> str | None:
-    """What a model's config says of its quantization; None where it says nothing.
+def checked_method(config: Any, entries: Collection[str], folder: Path) -> str | None:
+    """The ``quant_method`` of a checkpoint's config; None where it says nothing of a quantization.
 
     Raises:
-        ValueError: it says something that names no method.
+        ValueError: it names no method; packed tensors without a word of it there, or the reverse.
     """
     record = getattr(config, "quantization_config", None)
-    if record is None:
-        return None
     method = record.get("quant_method") if isinstance(record, dict) else None
-    if not isinstance(method, str):
+    if record is not None and not isinstance(method, str):
         raise ValueError(
             f"quantization_config in config.json is {record!r} and names no quant_method; use the "
             f"config.json of this checkpoint, which for gpt-oss's layout has {{'quant_method': 'mxfp4'}}"
         )
-    return method
-
-
-def checked_method(config: Any, entries: Collection[str], folder: Path) -> str | None:
-    """:func:`quant_method` of a checkpoint whose tensors are as that says.
-
-    Raises:
-        ValueError: packed tensors without a word in ``config.json``, or the reverse.
-    """
-    method = quant_method(config)
     packed = sorted(name for name in entries if name.endswith((BLOCKS, SCALES)))
     if method is None and packed:
         raise ValueError(

@@ -34,11 +34,14 @@ def replacing(path: str | Path, size: int) -> Iterator[Path]:
         ValueError, OSError: as :func:`check_target`; too little room; another save into it is under way.
     """
     target = check_target(path)
-    _restore(target)
+    for folder in () if target.exists() else _siblings(target):
+        if folder.name.endswith(".old"):  # an earlier version had moved it away when it was killed
+            folder.rename(target)
     with staging(target, size) as stage:
         yield stage
         _publish(stage)
-    _remove_siblings(target)
+    for folder in _siblings(target):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_target(path: str | Path, merged: bool = False) -> Path:
@@ -100,13 +103,11 @@ def _pending_config(stage: Path) -> Path:
         record["weight_map"] = {key: pending_name(stage, name) for key, name in places.items()}
         file = stage / pending_name(stage, INDEX)
         write_json(record, file)
-        sync(file)
         os.replace(file, target / file.name)
     record = json.loads((stage / CONFIG).read_text())
     record[WEIGHTS_KEY] = pending_name(stage, INDEX if index.is_file() else SINGLE)
     switch = stage / f"pending-{CONFIG}"
     write_json(record, switch)
-    sync(switch)
     return switch
 
 
@@ -131,16 +132,3 @@ def _siblings(target: Path) -> list[Path]:
 def _is_ours(folder: Path) -> bool:
     names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else ["a file"]
     return not names or any(map(_REPLACED.fullmatch, names))
-
-
-def _restore(target: Path) -> None:
-    """Put back the checkpoint that an earlier version had moved away when it was killed."""
-    if not target.exists():
-        for folder in _siblings(target):
-            if folder.name.endswith(".old"):
-                folder.rename(target)
-
-
-def _remove_siblings(target: Path) -> None:
-    for folder in _siblings(target):
-        shutil.rmtree(folder, ignore_errors=True)

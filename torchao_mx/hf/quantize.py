@@ -37,6 +37,24 @@ def quantize_checkpoint(
         ValueError: ``source`` cannot be read, is packed already, is of another architecture, or has tensors
             that are missing, misshapen, of another dtype or not finite; the message names each.
     """
+    rows: list[Row] = []
+    made_of = folder_source(source, scaling_mode, rows)
+    write(made_of, gpt_oss, target, limit, "Quantizing")
+    total = {
+        "quantized_weights": len(rows),
+        "bytes_before": sum(row["bytes_before"] for row in rows),
+        "bytes_after": sum(row["bytes_after"] for row in rows),
+        "other_tensors": len(made_of.tensors) - len(rows),
+    }
+    return rows, total
+
+
+def folder_source(source: Path, scaling_mode: ScaleCalculationMode, rows: list[Row]) -> Source:
+    """The tensors of a checkpoint in high precision; ``rows`` gets one for each weight that is quantized.
+
+    Raises:
+        ValueError: as :func:`quantize_checkpoint`.
+    """
     entries = read_folder(source)
     config, _ = load_config(source, entries.values())
     method = checked_method(config, entries, source)
@@ -53,7 +71,6 @@ def quantize_checkpoint(
     weights, tied = gpt_oss.packed_weights(skeleton), tied_names(skeleton)
     tensors = {name: entries[name].empty() for name in skeleton.state_dict() if name not in tied}
     spec = MXWeightOnlyConfig(scaling_mode=scaling_mode).weight_spec
-    rows: list[Row] = []
 
     def read(name: str) -> torch.Tensor:
         tensor = read_tensor(entries, name)
@@ -79,12 +96,4 @@ def quantize_checkpoint(
         return packed
 
     record = read_json(source / CONFIG)
-    made_of = Source(f"{source}", skeleton, tensors, read, record, others=source)
-    write(made_of, gpt_oss, target, limit, "Quantizing")
-    total = {
-        "quantized_weights": len(rows),
-        "bytes_before": sum(row["bytes_before"] for row in rows),
-        "bytes_after": sum(row["bytes_after"] for row in rows),
-        "other_tensors": len(tensors) - len(rows),
-    }
-    return rows, total
+    return Source(f"{source}", skeleton, tensors, read, record, others=source)

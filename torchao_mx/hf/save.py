@@ -79,7 +79,7 @@ def save_model(
 ) -> dict[str, MergeError]:
     """:func:`save_pretrained` with ``updates`` merged, and files as those of the folder ``others`` beside."""
     errors: dict[str, MergeError] = {}
-    source = _source(model, updates, errors)._replace(others=others)
+    source = model_source(model, updates, errors)._replace(others=others)
     write(source, gpt_oss, path, limit)
     warn_of_lost(errors)
     return errors
@@ -91,11 +91,11 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         NotImplementedError, ValueError: as :func:`save_pretrained`.
     """
-    _, tensors = contents(_source(model, {}, {}), gpt_oss)
+    _, tensors = contents(model_source(model, {}, {}), gpt_oss)
     return dict(tensors)
 
 
-def _source(
+def model_source(
     model: PreTrainedModel, updates: Mapping[str, Update], errors: dict[str, MergeError]
 ) -> Source:
     """The model's tensors; without its adapters if there are ``updates``, which are merged as they are read.

@@ -61,8 +61,21 @@ def save_distributed(
         save_distributed("step-100", "gpt-oss-20b-tuned", model.config, prefix="model.")   # on one
     """
     limit = bytes_of(max_shard_size)
-    _check_quantize(quantize)
+    if quantize is not None and not (
+        isinstance(quantize, MXWeightOnlyConfig) and quantize.weight_spec.format == MXFP4
+    ):
+        raise ValueError(
+            f"quantize={quantize!r}; the layout holds experts in {MXFP4.name}: give MXWeightOnlyConfig(), "
+            f"with the scaling_mode of the training"
+        )
     check_target(path)
+    write(sharded_source(checkpoint, config, prefix, quantize), gpt_oss, path, limit)
+
+
+def sharded_source(
+    checkpoint: str | Path, config: Any, prefix: str, quantize: MXWeightOnlyConfig | None
+) -> Source:
+    """The tensors of a checkpoint, for the arguments of :func:`save_distributed`."""
     model = skeleton_of(AutoModelForCausalLM.from_config, config)
     weights = gpt_oss.packed_weights(model)
     tensors = {
@@ -90,17 +103,8 @@ def save_distributed(
 
     unpacked = (name for name in model.state_dict() if name in tensors and name not in weights)
     model = model.to(next((tensors[name].dtype for name in unpacked), None))
-    write(Source(f"{checkpoint}", model, tensors, read), gpt_oss, path, limit)
-
-
-def _check_quantize(quantize: Any) -> None:
-    if quantize is None:
-        return
-    if not isinstance(quantize, MXWeightOnlyConfig) or quantize.weight_spec.format != MXFP4:
-        raise ValueError(
-            f"quantize={quantize!r}; the layout holds experts in {MXFP4.name}: give MXWeightOnlyConfig(), "
-            f"with the scaling_mode of the training"
-        )
+    what = f"{checkpoint} (names after {prefix!r})" if prefix else f"{checkpoint}"
+    return Source(what, model, tensors, read)
 
 
 def _records(checkpoint: str | Path, prefix: str) -> dict[str, TensorStorageMetadata]:

@@ -66,12 +66,7 @@ def write(
 ) -> None:
     """Write ``source`` in ``layout`` into the folder ``path``, in files of up to ``limit`` bytes.
 
-    Args:
-        source: of tensors in memory or not.
-        layout: a module of ``layouts/``.
-        path: new or existing; on any error it stays as it was.
-        limit: a larger tensor has a file of its own.
-        title: of the progress bar.
+    On any error ``path`` stays as it was. A tensor that is larger has a file of its own.
 
     Raises:
         NotImplementedError, ValueError: as :func:`contents`; ``path`` is no place for a checkpoint.
@@ -132,16 +127,15 @@ def contents(
             empty = torch.empty(shape, dtype=dtype, device="meta")
         sizes |= {key: part.nbytes for key, part in layout.stored(name, empty).items()}
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names:
-            tensor = source.read(name)
-            if name in weights:
-                raise_problems(layout.weight_problems(name, tensor), what)
-            elif isinstance(tensor, MXTensor):
-                tensor = tensor.dequantize()
-            yield from layout.stored(name, tensor).items()
+    def parts(name: str) -> Iterable[tuple[str, torch.Tensor]]:
+        tensor = source.read(name)
+        if name in weights:
+            raise_problems(layout.weight_problems(name, tensor), what)
+        elif isinstance(tensor, MXTensor):
+            tensor = tensor.dequantize()
+        return layout.stored(name, tensor).items()
 
-    return sizes, tensors()
+    return sizes, (part for name in names for part in parts(name))
 
 
 def bytes_of(size: int | str) -> int:
@@ -160,29 +154,23 @@ def _write_tensors(
     title: str,
 ) -> None:
     """Write ``tensors``, of these names in this order and of ``sizes`` in bytes, drawn a shard at a time."""
-    shards = _split(sizes, limit)
-    names = [SINGLE]
-    if len(shards) > 1:
-        names = [
-            f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-        ]
-    total, stream = sum(sizes.values()), iter(tensors)
+    shards, total, stream = _shards(sizes, limit), sum(sizes.values()), iter(tensors)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as progress:
-        for name, shard in zip(names, shards, strict=True):
+        for file, names in shards.items():
             held = {}
-            for key, tensor in itertools.islice(stream, len(shard)):
+            for key, tensor in itertools.islice(stream, len(names)):
                 # A copy unless it is contiguous and on the CPU.
                 held[key] = tensor.to("cpu").contiguous()
                 progress.update(tensor.nbytes)
-            save_tensors(held, folder / name, {"format": "pt"})
+            save_tensors(held, folder / file, {"format": "pt"})
     if len(shards) > 1:
-        places = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+        places = {key: file for file, names in shards.items() for key in names}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
         write_json(index, folder / INDEX)
 
 
-def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
-    """Names in their order, cut where a shard would pass ``limit`` bytes."""
+def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
+    """The tensors of each file: names in their order, cut where a file would pass ``limit`` bytes."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -191,7 +179,10 @@ def _split(sizes: dict[str, int], limit: int) -> list[list[str]]:
             held = 0
         shards[-1].append(name)
         held += size
-    return shards
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    file = f"model-{{:05d}}-of-{len(shards):05d}.safetensors"
+    return {file.format(i): names for i, names in enumerate(shards, 1)}
 
 
 def _write_configs(source: Source, layout: Layout, folder: Path) -> None:
