@@ -115,7 +115,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
 def pytest_addoption(parser):
-    group = parser.getgroup("fuzz", "the fuzzers, test_hf_fuzz_*.py")
+    group = parser.getgroup("fuzz", "the fuzzers, test_fuzz_*.py")
     group.addoption("--fuzz", type=int, metavar="N", help="cases of each, instead of the few of CI")
     group.addoption(
         "--fuzz-seed", type=int, default=0, metavar="SEED", help="of the cases; default 0"

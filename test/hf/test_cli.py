@@ -36,11 +36,12 @@ from torchao_mx.hf import (
     cli,
     from_pretrained,
     merge_adapter,
-    save,
+    publish,
     save_adapter,
     save_pretrained,
     staging,
 )
+from torchao_mx.hf import write as writer
 
 NAMES = [
     f"model.layers.{i}.mlp.experts.{w}" for i in range(2) for w in ("down_proj", "gate_up_proj")
@@ -343,7 +344,7 @@ def test_quantize_refuses_other_checkpoints(folder, tmp_path, capsys):
     assert not target.exists()
 
 
-@pytest.mark.parametrize("step", ["save_file", "copy_others", "sync"])
+@pytest.mark.parametrize("step", ["save_file", "_copy_others", "sync"])
 def test_a_failing_disk_leaves_the_folder_as_it_was(step, tmp_path, monkeypatch, capsys):
     folder, target = write_unpacked(tmp_path / "unpacked", config_of()), tmp_path / "target"
     run(capsys, "quantize", folder, target)
@@ -352,9 +353,7 @@ def test_a_failing_disk_leaves_the_folder_as_it_was(step, tmp_path, monkeypatch,
     def fail(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    from torchao_mx.hf import quantize
-
-    module = {"copy_others": quantize, "save_file": staging, "sync": save}[step]
+    module = {"_copy_others": writer, "save_file": staging, "sync": publish}[step]
     monkeypatch.setattr(module, step, fail)
     code, _, err = run(capsys, "quantize", folder, target)
     assert code == 1 and "No space left on device" in err and contents(tmp_path) == before

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from torchao_mx import MXWeightOnlyConfig
 from torchao_mx.hf import from_pretrained, load
 from torchao_mx.hf.checkpoint import read_folder
-from torchao_mx.hf.layouts.gpt_oss import skeleton_of
+from torchao_mx.hf.config import skeleton_of
 
 PTQ = MXWeightOnlyConfig()
 LLAMA = {

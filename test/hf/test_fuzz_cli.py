@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 pytest.importorskip("transformers")
 import _fuzz
 import huggingface_hub.constants
-import test_hf_fuzz_adapters as adapters
-import test_hf_fuzz_checkpoints as checkpoints
+import test_fuzz_adapters as adapters
+import test_fuzz_checkpoints as checkpoints
 from _fuzz_cases import several
 from _fuzz_files import OUTSIDE, mutated, write
 from _fuzz_oracle import (

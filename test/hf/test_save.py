@@ -25,7 +25,8 @@ from torchao.quantization.qat import QATConfig
 from transformers import AutoModelForCausalLM, GptOssForCausalLM, LlamaConfig
 
 from torchao_mx import MXFP4, MXFP8_E4M3, MXTensor, MXWeightOnlyConfig, is_experts
-from torchao_mx.hf import from_pretrained, save, save_pretrained, staging
+from torchao_mx.hf import from_pretrained, publish, save_pretrained, staging
+from torchao_mx.hf import write as writer
 
 
 @pytest.fixture(params=[96, 64], ids=["I96", "square"])
@@ -189,7 +190,9 @@ def test_a_model_can_replace_the_folder_it_was_loaded_from(source):
     assert torch.equal(from_pretrained(source)(inputs()).logits, want)
 
 
-STEPS = ("staging", "_write_configs", "save_file", "sync", "_pending_config")
+STEPS = {
+    "staging": publish, "_write_configs": writer, "save_file": staging, "sync": publish, "_pending_config": publish,
+}  # fmt: skip
 FAILURES = [
     (step, old) for step in STEPS for old in (True, False) if old or step != "_pending_config"
 ]
@@ -206,7 +209,7 @@ def test_a_failure_leaves_the_folder_as_it_was(model, step, existing, tmp_path, 
     def fail(*args, **kwargs):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(staging if step == "save_file" else save, step, fail)
+    monkeypatch.setattr(STEPS[step], step, fail)
     with pytest.raises(OSError, match="Input/output error"):
         save_pretrained(model, target)
     assert contents(tmp_path) == before

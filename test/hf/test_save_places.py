@@ -25,12 +25,12 @@ from torchao_mx.hf import (
     cli,
     from_pretrained,
     load_adapter,
+    publish,
     save_adapter,
     save_distributed,
     save_pretrained,
     staging,
 )
-from torchao_mx.hf import save as _save
 
 assert disk  # a fixture
 CHECKPOINT = {"config.json", "generation_config.json", "model.safetensors"}
@@ -316,7 +316,7 @@ def test_leftovers_of_earlier_versions(name, fails, sources, tmp_path, monkeypat
     (tmp_path / ".target.89abcdef").mkdir()
     (tmp_path / ".target.89abcdef" / "notes").write_text("")
     if fails:
-        monkeypatch.setattr(_save, "_publish", never)
+        monkeypatch.setattr(publish, "_publish", never)
         with pytest.raises((AssertionError, SystemExit)):  # SystemExit of the command line
             WRITERS[name](sources, target)
         assert contents(target) == before and not old.exists()  # which can be loaded again

@@ -28,18 +28,24 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from torchao_mx.hf.files import AGAIN, read_json, read_metadata, read_tensors
-from torchao_mx.hf.staging import save_tensors, staging, sync, writing
+from torchao_mx.hf.files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    AGAIN,
+    read_json,
+    read_metadata,
+    read_tensors,
+)
+from torchao_mx.hf.problems import raise_problems
+from torchao_mx.hf.staging import save_tensors, staging, sync, write_json
 from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear
 from torchao_mx.torch_internals import parameters_of
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 _MARK = "torchao_mx"  # of the weights' metadata: the config's _PAIRED as JSON
 _PAIRED = {"r": None, "lora_alpha": None, "use_rslora": False, "target_parameters": None}
-_INTERRUPTED = (
-    "INTERRUPTED_SAVE"  # as peft_type, which PEFT refuses; with the configs "before" and "after"
-)
+# As peft_type, which PEFT refuses; with the configs "before" and "after".
+_INTERRUPTED = "INTERRUPTED_SAVE"
 
 _Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
 
@@ -175,9 +181,9 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
     size = sum(tensor.nbytes for tensor in tensors.values())
     with staging(folder, size) as stage:
         mark = {"format": "pt", _MARK: json.dumps(_paired(config))}
-        save_tensors(tensors, stage / WEIGHTS_FILE, mark)
-        _write_config(config, stage / CONFIG_FILE)
-        sync(stage / WEIGHTS_FILE)
+        save_tensors(tensors, stage / ADAPTER_WEIGHTS, mark)
+        write_json(config, stage / ADAPTER_CONFIG, sort_keys=True)
+        sync(stage / ADAPTER_WEIGHTS)
         target = stage.parent
         try:
             before = _read_config(target)
@@ -185,18 +191,12 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
             before = None
         if before is not None and _paired(before) != _paired(config):
             both = {"peft_type": _INTERRUPTED, "before": before, "after": config}
-            _write_config(both, stage / "both.json")
-            os.replace(stage / "both.json", target / CONFIG_FILE)
+            write_json(both, stage / "both.json", sort_keys=True)
+            os.replace(stage / "both.json", target / ADAPTER_CONFIG)
             sync(target)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
+        for name in (ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             os.replace(stage / name, target / name)
             sync(target)
-
-
-def _write_config(config: dict[str, Any], file: Path) -> None:
-    with writing(file):
-        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    sync(file)
 
 
 def _paired(config: dict[str, Any]) -> dict[str, Any]:
@@ -248,30 +248,30 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
     """
     folder = Path(path)
     config = _read_config(folder)
-    return config, read_tensors(folder / WEIGHTS_FILE)
+    return config, read_tensors(folder / ADAPTER_WEIGHTS)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
     """The config that the weights in ``folder`` were saved with; of theirs only the header is read."""
-    config = read_json(folder / CONFIG_FILE)
-    mark = read_metadata(folder / WEIGHTS_FILE).get(_MARK, "null")
+    config = read_json(folder / ADAPTER_CONFIG)
+    mark = read_metadata(folder / ADAPTER_WEIGHTS).get(_MARK, "null")
     try:
         saved = json.loads(mark)
     except (ValueError, RecursionError) as error:
         raise ValueError(
-            f"{folder / WEIGHTS_FILE}: {_MARK} in its metadata is not JSON ({error}); {AGAIN}"
+            f"{folder / ADAPTER_WEIGHTS}: {_MARK} in its metadata is not JSON ({error}); {AGAIN}"
         ) from error
     if config.get("peft_type") == _INTERRUPTED:
         before, after = config.get("before"), config.get("after")
         config = after if isinstance(after, dict) and _paired(after) == saved else before
         if not isinstance(config, dict):
             raise ValueError(
-                f"{folder / CONFIG_FILE}: of an interrupted save; save the adapter again"
+                f"{folder / ADAPTER_CONFIG}: of an interrupted save; save the adapter again"
             )
     targets = config.get("target_parameters")
     if not isinstance(targets, (list, type(None))):
         raise ValueError(
-            f"{folder / CONFIG_FILE}: target_parameters={targets!r}; it must be a list of names: save the "
+            f"{folder / ADAPTER_CONFIG}: target_parameters={targets!r}; it must be a list of names: save the "
             f"adapter again"
         )
     found = _paired(config)
@@ -283,8 +283,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if found[name] != there.get(name)
         )
         raise ValueError(
-            f"{folder}: {CONFIG_FILE} and {WEIGHTS_FILE} are of different saves, with {differences}; copy "
-            f"both files again, or save the adapter again"
+            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are of different saves, with {differences}; "
+            f"copy both files again, or save the adapter again"
         )
     return config
 
@@ -297,7 +297,7 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{CONFIG_FILE}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded: give "
+            f"{ADAPTER_CONFIG}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded: give "
             f"the folder of one"
         )
     problems = [
@@ -325,7 +325,7 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
             f"the model in high precision"
         )
     if problems:
-        raise ValueError(f"{CONFIG_FILE}: " + "\n".join(problems))
+        raise ValueError(f"{ADAPTER_CONFIG}: " + "\n".join(problems))
 
 
 def checked_pairs(
@@ -359,12 +359,11 @@ def checked_pairs(
         ]
         pairs.append((a, b))
     problems += [f"{key}: the model has no {place} there" for key in tensors if key not in known]
-    if problems:
-        lines = "\n".join(problems)
-        raise ValueError(
-            f"{WEIGHTS_FILE} does not fit the model; use the model that it was trained on, adapted in the "
-            f"same places, or save the adapter again:\n{lines}"
-        )
+    raise_problems(
+        problems,
+        f"{ADAPTER_WEIGHTS} does not fit the model; use the model that it was trained on, adapted in the "
+        f"same places, or save the adapter again",
+    )
     convert = _conversion(adapters, pairs)
     return [
         pair if adapter.lora_a.dim() == 2 else convert(adapter, *pair)
@@ -393,14 +392,14 @@ def _conversion(
     }
     if len(found) > 1:
         raise ValueError(
-            f"{WEIGHTS_FILE}: some adapters have the shapes that PEFT gives them under transformers 5 and "
+            f"{ADAPTER_WEIGHTS}: some adapters have the shapes that PEFT gives them under transformers 5 and "
             f"some those of transformers 4: save them all again under one"
         )
     transposed = [adapter.weight for adapter in adapters if adapter.transposed]
     if transposed and not found:
         raise ValueError(
-            f"{WEIGHTS_FILE}: {transposed[0]} is square, so that its adapters have the same shapes from PEFT "
-            f"under transformers 5 and 4, which mean different things: add adapters of the module's other "
-            f"weight, whose shapes tell (zeros will do)"
+            f"{ADAPTER_WEIGHTS}: {transposed[0]} is square, so that its adapters have the same shapes from "
+            f"PEFT under transformers 5 and 4, which mean different things: add adapters of the module's "
+            f"other weight, whose shapes tell (zeros will do)"
         )
     return _from_peft_v4 if found == {False} else _from_peft

@@ -7,30 +7,35 @@ scales are all zero.
 
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Callable
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from torchao_mx.hf.files import Entry, read_header, read_json, read_tensor, same_bytes
+from torchao_mx.hf.config import has_owner, tied_names
+from torchao_mx.hf.files import (
+    CONFIG,
+    INDEX,
+    SINGLE,
+    WEIGHTS_KEY,
+    Entry,
+    read_header,
+    read_json,
+    read_tensor,
+    same_bytes,
+)
 from torchao_mx.hf.layouts.gpt_oss import (
     BLOCKS,
     SCALES,
     block_shapes,
-    has_owner,
     packed_weights,
-    tied_names,
+    value_problems,
 )
+from torchao_mx.hf.problems import misshapen, missing, mistyped, raise_problems, unplaced
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-NAN_SCALE = 255
-_LINES = 12  # of an error's list
 FLOATS = ("BF16", "F16", "F32")
-_CONFIG, _WEIGHTS_KEY = "config.json", "transformers_weights"
 _FILE = re.compile(r"[^/\\\0]+\.safetensors")
 
 
@@ -48,7 +53,7 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     """
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; give that of a checkpoint")
-    named = _named_weights(folder / _CONFIG)
+    named = _named_weights(folder / CONFIG)
     if named is not None:
         read = _read_shards if named.suffix == ".json" else read_header
         return read(named)
@@ -69,12 +74,12 @@ def read_folder(folder: Path) -> dict[str, Entry]:
 
 def _named_weights(config: Path) -> Path | None:
     """The file that ``transformers_weights`` names, which transformers reads before any other."""
-    name = read_json(config).get(_WEIGHTS_KEY) if config.exists() else None
+    name = read_json(config).get(WEIGHTS_KEY) if config.exists() else None
     if name is None:
         return None
     if not isinstance(name, str) or not _FILE.fullmatch(name.removesuffix(".index.json")):
         raise ValueError(
-            f"{config}: {_WEIGHTS_KEY}={name!r}; it names a *.safetensors file, or an index of such, in the "
+            f"{config}: {WEIGHTS_KEY}={name!r}; it names a *.safetensors file, or an index of such, in the "
             f"same folder: remove it, or correct it"
         )
     return config.with_name(name)
@@ -147,22 +152,17 @@ def check_checkpoint(entries: dict[str, Entry], skeleton: PreTrainedModel, folde
     weights = packed_weights(skeleton)
     if not weights:
         raise NotImplementedError(
-            f"{folder / _CONFIG}: {type(skeleton).__name__} has no experts that are read from MXFP4 "
+            f"{folder / CONFIG}: {type(skeleton).__name__} has no experts that are read from MXFP4 "
             f"checkpoints; those of gpt-oss are. For another architecture load a bf16 checkpoint with "
             f"config=MXWeightOnlyConfig()"
         )
     problems = header_problems(entries, skeleton, weights)
     if not problems:
         for weight in tqdm(weights, desc="Checking scales", disable=None):
-            problems += _data_problems(entries, weight)
-    if problems:
-        raise_problems(problems, f"{folder} cannot be loaded")
-
-
-def raise_problems(problems: list[str], what: str) -> None:
-    """One error of them all."""
-    more = [f"... and {len(problems) - _LINES} more"] if len(problems) > _LINES else []
-    raise ValueError("\n".join([f"{what}:", *problems[:_LINES], *more]))
+            scales = read_tensor(entries, weight + SCALES)
+            blocks = functools.partial(read_tensor, entries, weight + BLOCKS)
+            problems += value_problems(weight, blocks, scales)
+    raise_problems(problems, f"{folder} cannot be loaded")
 
 
 def header_problems(
@@ -180,23 +180,15 @@ def header_problems(
     for name, (dtypes, shape) in wanted.items():
         entry = entries.get(name)
         if entry is None:
-            problems.append(f"{name}: missing{_partner(name, entries)}")
+            problems.append(_missing(name, entries))
         elif entry.shape != shape:
-            problems.append(
-                f"{name}: has shape {entry.shape} and config.json asks for {shape}; use the config.json of "
-                f"this checkpoint, or export the tensor again"
-            )
+            problems.append(misshapen(name, entry.shape, shape))
         elif entry.dtype not in dtypes:
-            problems.append(
-                f"{name}: has dtype {entry.dtype} and needs {' or '.join(dtypes)}; export it again"
-            )
+            problems.append(mistyped(name, entry.dtype, dtypes))
     problems += tied_problems(entries, skeleton).values()
     for name in sorted(entries.keys() - wanted.keys() - tied):
         if has_owner(skeleton, name) or name.endswith((BLOCKS, SCALES)):
-            problems.append(
-                f"{name}: the model of config.json has no place for it; use the config.json of this "
-                f"checkpoint, or remove the tensor"
-            )
+            problems.append(unplaced(name))
     return problems
 
 
@@ -218,40 +210,12 @@ def tied_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[
     }
 
 
-def _partner(name: str, entries: dict[str, Entry]) -> str:
-    """What a message says of a missing tensor's kin."""
+def _missing(name: str, entries: dict[str, Entry]) -> str:
+    """Of a missing tensor, and of its kin that is there."""
     for suffix, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
-        if name.endswith(suffix):
-            stem = name.removesuffix(suffix)
-            if stem in entries:
-                return f", and {stem} is there unpacked; export it as blocks and scales"
-            if stem + other in entries:
-                return f", and {stem + other} is there: download both again, they belong together"
-    return "; download or export the checkpoint again"
-
-
-def _data_problems(entries: dict[str, Entry], weight: str) -> list[str]:
-    scales = read_tensor(entries, weight + SCALES)
-    return value_problems(weight, lambda: read_tensor(entries, weight + BLOCKS), scales)
-
-
-def value_problems(
-    weight: str, blocks: Callable[[], torch.Tensor], scales: torch.Tensor
-) -> list[str]:
-    """A line for a weight that is zeros throughout, or some of whose scales are NaN; ``blocks`` if needed."""
-    largest = int(scales.max()) if scales.numel() else None
-    if largest == 0 and not blocks().any():
-        problem = (
-            f"{weight}{BLOCKS}: it and {weight.rpartition('.')[2]}{SCALES} are zero throughout, "
-            f"placeholders that nothing was written to; download or export the checkpoint again"
-        )
-    elif largest == NAN_SCALE:
-        places = (scales == NAN_SCALE).nonzero()
-        problem = (
-            f"{weight}{SCALES}: {len(places)} of {scales.numel()} scales are NaN (byte {NAN_SCALE}), the "
-            f"first at {tuple(places[0].tolist())}; the weights were quantized from NaN or Inf, or the file "
-            f"is damaged: export it again"
-        )
-    else:
-        return []
-    return [problem]
+        stem = name.removesuffix(suffix)
+        if stem != name and stem in entries:
+            return f"{name}: missing, and {stem} is there unpacked; export it as blocks and scales"
+        if stem != name and stem + other in entries:
+            return f"{name}: missing, and {stem + other} is there: download both again, they belong together"
+    return missing(name)

@@ -43,13 +43,14 @@ from torchao_mx.hf.config import checked_method, load_config
 from torchao_mx.hf.inspection import Row, inspect
 from torchao_mx.hf.load import from_pretrained
 from torchao_mx.hf.merge import SCALING_MODE, MergeWarning, lost_updates, merge_adapter
+from torchao_mx.hf.publish import check_target
 from torchao_mx.hf.quantize import quantize_checkpoint
-from torchao_mx.hf.save import bytes_of, check_target, save_model
+from torchao_mx.hf.save import save_model
+from torchao_mx.hf.write import bytes_of
 
 _Columns = dict[str, Callable[[Row], str]]
-_Result = tuple[
-    list[Row], Row, _Columns, str
-]  # rows, totals; how a table shows them, its last line
+# Rows, totals; how a table shows them, its last line.
+_Result = tuple[list[Row], Row, _Columns, str]
 
 _NAME: _Columns = {"weight": lambda row: row["name"]}
 _SHAPE: _Columns = {"shape": lambda row: " x ".join(map(str, row["shape"]))}

@@ -14,18 +14,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from torchao_mx.hf.checkpoint import FLOATS, raise_problems, tied_problems
-from torchao_mx.hf.config import from_transformers
-from torchao_mx.hf.files import DTYPES, Entry
-from torchao_mx.hf.layouts.gpt_oss import has_owner
+from torchao_mx.hf.checkpoint import FLOATS, tied_problems
+from torchao_mx.hf.config import from_transformers, has_owner
+from torchao_mx.hf.files import Entry
+from torchao_mx.hf.problems import FIT, misshapen, missing, mistyped, raise_problems, unplaced
 from torchao_mx.hf.versions import is_v5
 
 _NUMBERED = re.compile(r"(.+\.experts)\.(\d{1,9})\.(.+)")
-_FIT = "use the config.json of this checkpoint, or export the tensor again"
 Report = dict[str, Any]  # transformers' output_loading_info
 
 
@@ -57,8 +55,7 @@ def check_complete(
     report = None if problems and not is_v5() else _dry_run(entries, skeleton)
     if report is not None:
         problems |= report_problems(report, entries, skeleton, new_head, ignore_mismatched)
-    if problems:
-        raise_problems(list(problems.values()), f"{folder} cannot be loaded")
+    raise_problems(problems.values(), f"{folder} cannot be loaded")
 
 
 def report_problems(
@@ -76,19 +73,17 @@ def report_problems(
         if not new_head or name.startswith(inside):
             near = difflib.get_close_matches(name, unexpected, 1) if len(problems) < 12 else []
             kin = f", and {near[0]} is there, which the model does not have" if near else ""
-            problems[name] = f"{name}: missing{kin}; download or export the checkpoint again"
+            problems[name] = missing(name, kin)
     for name in unexpected:
         if has_owner(model, name):
-            problems[name] = f"{name}: the model of config.json has no place for it; {_FIT}"
+            problems[name] = unplaced(name)
     if not ignore_mismatched:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         for mismatch in report["mismatched_keys"]:  # with two shapes in v5
             name = mismatch if isinstance(mismatch, str) else mismatch[0]
             found = entries[name].shape if name in entries else "another"
             found = found if isinstance(mismatch, str) else tuple(mismatch[1])
-            problems[name] = (
-                f"{name}: has shape {found} and config.json asks for {tuple(shapes[name])}; {_FIT}"
-            )
+            problems[name] = misshapen(name, found, shapes[name])
     return problems
 
 
@@ -106,21 +101,17 @@ def _dtype_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dic
                 f"{name}: there twice, as {prefix + name} too; export the checkpoint again"
             )
         elif wanted is not None and wanted.is_floating_point() and entry.dtype not in FLOATS:
-            problems[name] = _not_floating(name, entry)
+            problems[name] = mistyped(name, entry.dtype, FLOATS)
     return problems
 
 
 def _shape_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
     """Shapes under v4, which transposes and merges nothing."""
     return {
-        name: f"{name}: has shape {entries[name].shape} and config.json asks for {shape}; {_FIT}"
+        name: misshapen(name, entries[name].shape, tensor.shape)
         for name, tensor in skeleton.state_dict().items()
-        if name in entries and entries[name].shape != (shape := tuple(tensor.shape))
+        if name in entries and entries[name].shape != tensor.shape
     }
-
-
-def _not_floating(name: str, entry: Entry) -> str:
-    return f"{name}: has dtype {entry.dtype} and needs {' or '.join(FLOATS)}; export it again"
 
 
 def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
@@ -140,16 +131,16 @@ def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> di
             shape = entries[next(iter(names.values()))].shape
             for number in set(range(experts)) - names.keys():
                 name = f"{stem}.{number}.{kind}"
-                problems[name] = f"{name}: missing; download or export the checkpoint again"
+                problems[name] = missing(name)
             for number, name in names.items():
                 if number >= experts:
-                    problems[name] = f"{name}: there are {experts} experts, from 0 on; {_FIT}"
+                    problems[name] = f"{name}: there are {experts} experts, from 0 on; {FIT}"
                 elif entries[name].shape != shape:
                     problems[name] = (
-                        f"{name}: has shape {entries[name].shape}, others {shape}; {_FIT}"
+                        f"{name}: has shape {entries[name].shape}, others {shape}; {FIT}"
                     )
                 elif entries[name].dtype not in FLOATS:
-                    problems[name] = _not_floating(name, entries[name])
+                    problems[name] = mistyped(name, entries[name].dtype, FLOATS)
     return problems
 
 
@@ -159,10 +150,7 @@ def _dry_run(entries: dict[str, Entry], skeleton: PreTrainedModel) -> Report | N
     It needs Accelerate for that, and operations that have no kernel there cannot be run. Then the report of
     the load itself decides.
     """
-    state = {
-        name: torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="meta")
-        for name, entry in entries.items()
-    }
+    state = {name: entry.empty() for name, entry in entries.items()}
     try:
         with _quiet():
             _, report = type(skeleton).from_pretrained(
@@ -209,6 +197,5 @@ def load_whole(
         )
     ignore_mismatched = bool(options.get("ignore_mismatched_sizes"))
     problems = report_problems(report, entries, model, new_head, ignore_mismatched)
-    if problems:
-        raise_problems(list(problems.values()), f"{folder} cannot be loaded")
+    raise_problems(problems.values(), f"{folder} cannot be loaded")
     return model

@@ -7,28 +7,26 @@ that names the file, with transformers' own error as its cause.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from torchao_mx.hf.files import Entry, read_json
-from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES, skeleton_of
+from torchao_mx.hf.files import ADAPTER_CONFIG, CONFIG, GENERATION_CONFIG, Entry, read_json
+from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES
+from torchao_mx.hf.transformers_internals import tied_keys
+from torchao_mx.torch_internals import children_of
 
-CONFIG, GENERATION_CONFIG, ADAPTER_CONFIG = (
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-)
 # In v5, files of a rank each, which transformers reads before any other.
 _RANK_FILE = "shard-[0-9]*-model-*.safetensors"
-_COUNTS = re.compile(
-    r".*(layers?|experts|labels)"
-)  # of what a model's constructor makes one by one
+# Of what a model's constructor makes one by one.
+_COUNTS = re.compile(r".*(layers?|experts|labels)")
 _REMEDY = "use the files that were published with these weights"
 _PASSED = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 
@@ -46,9 +44,7 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else f"{text[:400]}..."
-        if isinstance(
-            error, ImportError
-        ):  # of a kind of attention, or of code that the config names
+        if isinstance(error, ImportError):  # for a kind of attention, or for code of the config's
             remedy = "install that package, or use a config.json that does without"
         raise ValueError(
             f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"
@@ -114,31 +110,53 @@ def build_skeleton(auto_class: Any, config: Any, folder: Path, **options: Any) -
         return skeleton_of(build, config)
 
 
-def quant_method(config: Any) -> str | None:
-    """What a model's config says of its quantization; None where it says nothing.
+def skeleton_of(build: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
+    """``build(config)`` without memory: what the model's tensors are called, and their shapes."""
+    with torch.device("meta"):
+        return build(copy.deepcopy(config))
+
+
+def tied_names(model: PreTrainedModel) -> set[str]:
+    """The tensors that are others under a second name, and so not in a checkpoint."""
+    if not getattr(model.config, "tie_word_embeddings", False):
+        return set()
+    return tied_keys(model)
+
+
+def has_owner(model: PreTrainedModel, name: str) -> bool:
+    """Whether a tensor that ``model`` lacks belongs to a module that it has, and changes what that computes.
+
+    A bias that the module was built without, or a layer beyond the last one: yes. A part beside the layers,
+    such as an image encoder, a head for another task or, as DeepSeek-V3 counts them, layers that predict
+    further tokens: no.
+    """
+    *owners, _ = parts = name.split(".")
+    module, depth = model, 0
+    while depth < len(owners) and children_of(module).get(owners[depth]) is not None:
+        module = children_of(module)[owners[depth]]
+        depth += 1
+    if isinstance(module, nn.ModuleList) and parts[depth].isdecimal():
+        more = getattr(model.config, "num_nextn_predict_layers", None)
+        more = more if isinstance(more, int) else 0
+        further = {str(i) for i in range(len(module), len(module) + more)}
+        return parts[depth] not in further
+    holds_layers = any(isinstance(child, nn.ModuleList) for child in module.modules())
+    return any(part.isdecimal() for part in parts[:depth]) or not holds_layers
+
+
+def checked_method(config: Any, entries: Collection[str], folder: Path) -> str | None:
+    """The ``quant_method`` of a checkpoint's config; None where it says nothing of a quantization.
 
     Raises:
-        ValueError: it says something that names no method.
+        ValueError: it names no method; packed tensors without a word of it there, or the reverse.
     """
     record = getattr(config, "quantization_config", None)
-    if record is None:
-        return None
     method = record.get("quant_method") if isinstance(record, dict) else None
-    if not isinstance(method, str):
+    if record is not None and not isinstance(method, str):
         raise ValueError(
             f"quantization_config in config.json is {record!r} and names no quant_method; use the "
             f"config.json of this checkpoint, which for gpt-oss's layout has {{'quant_method': 'mxfp4'}}"
         )
-    return method
-
-
-def checked_method(config: Any, entries: Collection[str], folder: Path) -> str | None:
-    """:func:`quant_method` of a checkpoint whose tensors are as that says.
-
-    Raises:
-        ValueError: packed tensors without a word in ``config.json``, or the reverse.
-    """
-    method = quant_method(config)
     packed = sorted(name for name in entries if name.endswith((BLOCKS, SCALES)))
     if method is None and packed:
         raise ValueError(

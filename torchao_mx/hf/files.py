@@ -18,6 +18,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+# What transformers and PEFT call the files of a folder.
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# transformers' own key of config.json, in both versions: the weights to load in the place of SINGLE or INDEX.
+# It drops the key when it saves a config.
+WEIGHTS_KEY = "transformers_weights"
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
     "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64, "I64": torch.int64,
@@ -43,6 +50,10 @@ class Entry:
     shape: tuple[int, ...]
     begin: int  # bytes from the start of the file
     end: int
+
+    def empty(self) -> torch.Tensor:
+        """A tensor of this dtype and shape on ``meta``."""
+        return torch.empty(self.shape, dtype=DTYPES[self.dtype], device="meta")
 
 
 @contextlib.contextmanager

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from torchao_mx.hf.checkpoint import NAN_SCALE, read_folder
+from torchao_mx.hf.checkpoint import read_folder
 from torchao_mx.hf.files import Entry, read_tensor
-from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES
+from torchao_mx.hf.layouts.gpt_oss import BLOCKS, NAN_SCALE, SCALES
 from torchao_mx.reference.fp8 import fits_fp8
 from torchao_mx.tensor import MXTensor
 

@@ -153,15 +153,11 @@ def from_pretrained(
             f"{folder}: config.json says quant_method={method!r}; 'mxfp4' is read here, and checkpoints in "
             f"high precision with config=: load this one with transformers' own from_pretrained"
         )
-    elif config is not None:
+    elif config is not None or filter_fn is not None:
         raise ValueError(
-            f"{folder}: packed in mxfp4 already, and config={config} would quantize it again; leave config "
-            f"out, and give it to quantize_ for the layers that are not packed"
-        )
-    elif filter_fn is not None:
-        raise ValueError(
-            f"{folder}: packed in mxfp4 already, and filter_fn chooses what config quantizes; leave it out, "
-            f"and give it to quantize_ for the layers that are not packed"
+            f"{folder}: packed in mxfp4 already; config={config} would quantize it again, and filter_fn "
+            f"chooses what config quantizes: leave both out, and give them to quantize_ for the layers that "
+            f"are not packed"
         )
     else:
         model = _load_packed(folder, entries, model_config, auto_class, options)

@@ -21,15 +21,15 @@ from tqdm import tqdm
 from torchao_mx.errors import HIGH_PRECISION_DTYPES
 from torchao_mx.formats import ScaleCalculationMode, check_scaling_mode
 from torchao_mx.hf.adapter import (
-    CONFIG_FILE,
     PREFIX,
-    WEIGHTS_FILE,
     Adapter,
     check_config,
     checked_pairs,
     peft_keys,
     read_adapter,
 )
+from torchao_mx.hf.files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from torchao_mx.hf.problems import listed, raise_problems
 from torchao_mx.nn.experts.module import layout_of
 from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConfig
 from torchao_mx.tensor import MXTensor
@@ -40,7 +40,6 @@ from torchao_mx.torch_internals import parameters_of
 SCALING_MODE = ScaleCalculationMode.EVEN
 # A weight that keeps less than this share of its update has lost it.
 LOST = 0.1
-_LINES = 12  # of a warning's list
 _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_[AB]\.weight")
 
 
@@ -143,9 +142,7 @@ def lost_updates(errors: dict[str, MergeError]) -> str | None:
     lost = {name: error.kept for name, error in errors.items() if error.kept < LOST}
     if not lost:
         return None
-    shown = [f"{name}: {100 * kept:.1f} % is kept" for name, kept in list(lost.items())[:_LINES]]
-    more = [f"... and {len(lost) - _LINES} more"] if len(lost) > _LINES else []
-    lines = "\n".join([*shown, *more])
+    lines = listed([f"{name}: {100 * kept:.1f} % is kept" for name, kept in lost.items()])
     return (
         f"rounding takes back the update of {len(lost)} of {len(errors)} weights; serve the adapter beside "
         f"the packed weights, which loses nothing:\n{lines}"
@@ -247,7 +244,7 @@ def _scaling(config: dict[str, Any]) -> float:
     try:
         ours = MXWeightOnlyLoRAConfig(use_rslora=config.get("use_rslora", False), **fields)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{CONFIG_FILE}: {error}; save the adapter again") from None
+        raise ValueError(f"{ADAPTER_CONFIG}: {error}; save the adapter again") from None
     return ours.scaling
 
 
@@ -285,8 +282,8 @@ def _adapters_in(
         named = [w for w in weights if f".{name}.{w}".endswith(tuple(f".{t}" for t in targets))]
         if len(weights) > 1 and not named and len(found[name]) < len(weights):
             problems.append(
-                f"{name}: {WEIGHTS_FILE} has adapters of {len(found[name])} of {', '.join(weights)}, and "
-                f"target_parameters={config.get('target_parameters')!r} in {CONFIG_FILE} does not tell of "
+                f"{name}: {ADAPTER_WEIGHTS} has adapters of {len(found[name])} of {', '.join(weights)}, and "
+                f"target_parameters={config.get('target_parameters')!r} in {ADAPTER_CONFIG} does not tell of "
                 f"which: name them there"
             )
             continue
@@ -306,13 +303,12 @@ def _adapters_in(
         linear = isinstance(name, str) and isinstance(modules.get(name), nn.Linear)
         if linear and name not in found:
             problems.append(
-                f"{name}: target_modules in {CONFIG_FILE} names it, and its adapter is missing; copy both "
+                f"{name}: target_modules in {ADAPTER_CONFIG} names it, and its adapter is missing; copy both "
                 f"files again, or save the adapter again"
             )
-    if problems:
-        raise ValueError(f"{WEIGHTS_FILE} cannot be merged:\n" + "\n".join(problems))
+    raise_problems(problems, f"{ADAPTER_WEIGHTS} cannot be merged")
     if not tensors:
-        raise ValueError(f"{WEIGHTS_FILE} is empty; save the adapter again")
+        raise ValueError(f"{ADAPTER_WEIGHTS} is empty; save the adapter again")
     return adapters
 
 
@@ -349,8 +345,4 @@ def _check_size(updates: dict[str, Update]) -> None:
         limit = torch.finfo(update.weight.dtype).max / 2
         if not update.scaling * update.lora_a.shape[-2] * a * b < limit:  # NaN is not less either
             problems.append(f"{name}: lora_A of up to {a:g} and lora_B of up to {b:g}")
-    if problems:
-        lines = "\n".join(problems)
-        raise ValueError(
-            f"adapters that overflow; take them from before training diverged:\n{lines}"
-        )
+    raise_problems(problems, "adapters that overflow; take them from before training diverged")

@@ -14,8 +14,8 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from torchao_mx.hf.layouts.gpt_oss import UNPACKED_MODULES
-from torchao_mx.hf.state import adapters_in, packed_state_dict
+from torchao_mx.hf.layouts import gpt_oss
+from torchao_mx.hf.save import adapters_in, packed_state_dict
 from torchao_mx.hf.transformers_internals import holds_adapters_of_peft
 
 NAME = "torchao_mx"
@@ -36,13 +36,10 @@ class MXQuantizationConfig(QuantizationConfigMixin):
         **kwargs: Any,
     ) -> None:
         self.quant_method = NAME
-        self.modules_to_not_convert = list(modules_to_not_convert or UNPACKED_MODULES)
+        self.modules_to_not_convert = list(modules_to_not_convert or gpt_oss.UNPACKED_MODULES)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "quant_method": "mxfp4",
-            "modules_to_not_convert": list(self.modules_to_not_convert),
-        }
+        return gpt_oss.quantization_config(self)
 
 
 class MXQuantizer(HfQuantizer):

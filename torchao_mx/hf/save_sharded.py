@@ -7,30 +7,21 @@ them, and holds one output file's tensors at most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from torchao_mx.formats import MXFP4
-from torchao_mx.hf.checkpoint import raise_problems, value_problems
-from torchao_mx.hf.layouts.gpt_oss import (
-    BLOCKS,
-    SCALES,
-    block_shapes,
-    packed_weights,
-    skeleton_of,
-    tied_names,
-)
-from torchao_mx.hf.save import _write_configs, bytes_of, check_target, replacing, write_tensors
-from torchao_mx.hf.state import stored
-from torchao_mx.nn.experts.module import pack
+from torchao_mx.hf.config import skeleton_of
+from torchao_mx.hf.layouts import gpt_oss
+from torchao_mx.hf.publish import check_target
+from torchao_mx.hf.write import Source, bytes_of, write
+from torchao_mx.nn.experts.module import pack_singly
 from torchao_mx.nn.ptq import MXWeightOnlyConfig
-from torchao_mx.tensor import MXTensor
 
 
 def save_distributed(
@@ -70,44 +61,50 @@ def save_distributed(
         save_distributed("step-100", "gpt-oss-20b-tuned", model.config, prefix="model.")   # on one
     """
     limit = bytes_of(max_shard_size)
-    _check_quantize(quantize)
-    check_target(path)
-    records = _records(checkpoint, prefix)
-    skeleton = skeleton_of(AutoModelForCausalLM.from_config, config)
-    weights = packed_weights(skeleton)
-    if not weights:
-        raise NotImplementedError(
-            f"{type(skeleton).__name__} has no experts that MXFP4 checkpoints hold; those of gpt-oss are held"
-        )
-    names = _checked_names(records, skeleton, checkpoint, prefix)
-    sizes = {}
-    for name in names:
-        record = records[name]
-        if name in weights:
-            sizes |= {
-                name + k: torch.Size(s).numel() for k, s in block_shapes(record.size, name).items()
-            }
-        else:
-            sizes[name] = record.size.numel() * record.properties.dtype.itemsize
-
-    def tensors() -> Iterator[tuple[str, torch.Tensor]]:
-        for name in names:
-            yield from _drawn(checkpoint, prefix, name, records[name], name in weights, quantize)
-
-    with replacing(path, sum(sizes.values())) as folder:
-        unpacked = next(name for name in names if name not in weights)
-        _write_configs(skeleton.to(records[unpacked].properties.dtype), folder)
-        write_tensors(sizes, tensors(), folder, limit, "Saving")
-
-
-def _check_quantize(quantize: Any) -> None:
-    if quantize is None:
-        return
-    if not isinstance(quantize, MXWeightOnlyConfig) or quantize.weight_spec.format != MXFP4:
+    if quantize is not None and not (
+        isinstance(quantize, MXWeightOnlyConfig) and quantize.weight_spec.format == MXFP4
+    ):
         raise ValueError(
             f"quantize={quantize!r}; the layout holds experts in {MXFP4.name}: give MXWeightOnlyConfig(), "
             f"with the scaling_mode of the training"
         )
+    check_target(path)
+    write(sharded_source(checkpoint, config, prefix, quantize), gpt_oss, path, limit)
+
+
+def sharded_source(
+    checkpoint: str | Path, config: Any, prefix: str, quantize: MXWeightOnlyConfig | None
+) -> Source:
+    """The tensors of a checkpoint, for the arguments of :func:`save_distributed`."""
+    model = skeleton_of(AutoModelForCausalLM.from_config, config)
+    weights = gpt_oss.packed_weights(model)
+    tensors = {
+        name: torch.empty(record.size, dtype=record.properties.dtype, device="meta")
+        for name, record in _records(checkpoint, prefix).items()
+    }
+
+    def read(name: str) -> torch.Tensor:
+        shape, dtype = tensors[name].shape, tensors[name].dtype
+        if name in weights and quantize is None:
+            tensor = gpt_oss.empty(name, shape, dtype, "cpu")
+        else:
+            tensor = torch.empty(shape, dtype=dtype)
+        try:
+            dcp.load({prefix + name: tensor}, checkpoint_id=checkpoint, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise ValueError(
+                f"{prefix}{name}: {cause}. Experts are read as {MXFP4.name} or, with quantize, in high "
+                f"precision"
+            ) from error
+        if name in weights and quantize is not None:
+            tensor = pack_singly(tensor, True, quantize.weight_spec)
+        return tensor
+
+    unpacked = (name for name in model.state_dict() if name in tensors and name not in weights)
+    model = model.to(next((tensors[name].dtype for name in unpacked), None))
+    what = f"{checkpoint} (names after {prefix!r})" if prefix else f"{checkpoint}"
+    return Source(what, model, tensors, read)
 
 
 def _records(checkpoint: str | Path, prefix: str) -> dict[str, TensorStorageMetadata]:
@@ -118,70 +115,14 @@ def _records(checkpoint: str | Path, prefix: str) -> dict[str, TensorStorageMeta
             f"folder of a save that was finished"
         )
     found = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    return {
+    records = {
         name.removeprefix(prefix): record
         for name, record in found.items()
         if name.startswith(prefix) and isinstance(record, TensorStorageMetadata)
     }
-
-
-def _checked_names(
-    records: dict[str, TensorStorageMetadata],
-    skeleton: PreTrainedModel,
-    checkpoint: str | Path,
-    prefix: str,
-) -> list[str]:
-    tied, wanted = tied_names(skeleton), skeleton.state_dict()
-    names = [name for name in wanted if name not in tied]
-    problems = []
-    for name in names:
-        if name not in records:
-            others = "" if records else f"; no name there begins with prefix={prefix!r}"
-            problems.append(f"{prefix}{name}: missing{others}")
-        elif records[name].size != wanted[name].shape:
-            problems.append(
-                f"{prefix}{name}: has shape {tuple(records[name].size)} and config asks for "
-                f"{tuple(wanted[name].shape)}; give the config that the model was made with"
-            )
-    for name in records.keys() - wanted.keys():
-        problems.append(
-            f"{prefix}{name}: {type(skeleton).__name__} has no such tensor; save adapters alone with "
-            f"save_adapter, or merge them before saving"
-        )
-    if problems:
-        raise_problems(problems, f"{checkpoint} cannot be saved in gpt-oss's layout")
-    return names
-
-
-def _drawn(
-    checkpoint: str | Path,
-    prefix: str,
-    name: str,
-    record: TensorStorageMetadata,
-    packed: bool,
-    quantize: MXWeightOnlyConfig | None,
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors that a checkpoint of the layout has for one."""
-    dtype = record.properties.dtype
-    if not packed or quantize is not None:
-        tensor = torch.empty(record.size, dtype=dtype)
-    else:
-        shapes = block_shapes(record.size, name)
-        blocks, scales = (torch.empty(shapes[k], dtype=torch.uint8) for k in (BLOCKS, SCALES))
-        tensor = MXTensor.from_blocks(blocks, scales, dtype).mT
-    try:
-        dcp.load({prefix + name: tensor}, checkpoint_id=checkpoint, no_dist=True)
-    except dcp.api.CheckpointException as error:
-        cause = next(iter(error.failures.values()))[0]
+    if not records:
         raise ValueError(
-            f"{prefix}{name}: {cause}. Experts are read as {MXFP4.name} or, with quantize, in high precision"
-        ) from error
-    if packed and quantize is not None:
-        tensor = pack(tensor, True, quantize.weight_spec)
-    parts = stored(name, tensor)
-    if packed:
-        blocks, scales = parts.values()
-        problems = value_problems(name, lambda: blocks, scales)
-        if problems:
-            raise_problems(problems, f"{checkpoint} cannot be saved in gpt-oss's layout")
-    yield from parts.items()
+            f"{checkpoint}: no name there begins with prefix={prefix!r}; give what those of the model begin "
+            f"with, as {next(iter(found), 'nothing')} does"
+        )
+    return records

@@ -16,15 +16,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-CONFIG = "config.json"
-# transformers' own key, in both versions: the weights to load in the place of model.safetensors or its index.
-# It drops the key when it saves a config.
-WEIGHTS_KEY = "transformers_weights"
+from torchao_mx.hf.files import CONFIG, WEIGHTS_KEY
+
 _TOKEN = "[0-9a-f]{8}"
 _PENDING = re.compile(rf"model-saving-({_TOKEN})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 # The second is what earlier versions called an adapter's.
@@ -112,8 +111,10 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def clean(folder: Path) -> None:
     """Remove what saves left: their hidden folders, and weights that config.json does not name as pending."""
-    live = named_weights(folder)
-    token = live and _PENDING.fullmatch(live)
+    try:
+        token = _PENDING.fullmatch(json.loads((folder / CONFIG).read_text())[WEIGHTS_KEY])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        token = None
     for entry in list(folder.iterdir()):
         match = _PENDING.fullmatch(entry.name)
         if match and not (token and token[1] == match[1]):
@@ -121,15 +122,6 @@ def clean(folder: Path) -> None:
                 entry.unlink()
         elif _STAGE.fullmatch(entry.name):
             shutil.rmtree(entry, ignore_errors=True)
-
-
-def named_weights(folder: Path) -> str | None:
-    """The file of weights that config.json of ``folder`` names; None where it names none."""
-    try:
-        name = json.loads((folder / CONFIG).read_text()).get(WEIGHTS_KEY)
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    return name if isinstance(name, str) else None
 
 
 def pending_name(stage: Path, name: str) -> str:
@@ -174,14 +166,17 @@ def writing(file: Path, size: int = 0) -> Iterator[None]:
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """A file of safetensors in a stage, readable by those who may read its folder.
-
-    Raises:
-        OSError: it could not be written.
-    """
+    """A file of safetensors in a stage, readable by those who may read its folder."""
     with writing(file, sum(tensor.nbytes for tensor in tensors.values())):
         save_file(tensors, file, metadata=metadata)
         file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors has others read nothing
+
+
+def write_json(record: dict[str, Any], file: Path, sort_keys: bool = False) -> None:
+    """A file of JSON in a stage, synced."""
+    with writing(file):
+        file.write_text(json.dumps(record, indent=2, sort_keys=sort_keys) + "\n")
+    sync(file)
 
 
 @contextlib.contextmanager

@@ -18,13 +18,19 @@ from transformers import PreTrainedModel
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from torchao_mx.formats import BlockFormat
-from torchao_mx.hf.checkpoint import raise_problems
+from torchao_mx.hf.problems import misshapen, missing, raise_problems
 from torchao_mx.hf.quantizer import MXQuantizer
 from torchao_mx.hf.roles import HEAD, kept_linears
 from torchao_mx.hf.transformers_internals import holds_adapters_of_peft
 from torchao_mx.hf.versions import is_v5
 from torchao_mx.nn.check_model import check_layers
-from torchao_mx.nn.experts.module import MXExperts, is_packed, layout_of, pack, unclaimed_experts
+from torchao_mx.nn.experts.module import (
+    MXExperts,
+    is_packed,
+    layout_of,
+    pack_singly,
+    unclaimed_experts,
+)
 from torchao_mx.nn.linear_checks import is_linear
 from torchao_mx.nn.ptq import MXDynamicActivationMXWeightConfig, MXWeightOnlyConfig, quantize_linear
 from torchao_mx.tensor import MXTensor
@@ -183,18 +189,12 @@ class PTQQuantizer(MXQuantizer):
         module = model.get_submodule(owner)
         shape = getattr(module, weight).shape
         if value.shape != shape:
-            raise ValueError(
-                f"{name}: has shape {tuple(value.shape)} and config.json asks for {tuple(shape)}; use the "
-                f"config.json of this checkpoint, or export the tensor again"
-            )
+            raise ValueError(misshapen(name, tuple(value.shape), shape))
         config = self.quantization_config.config
         specs = config.weight_spec, config.activation_spec
         if isinstance(module, MXExperts):
             transposed = module.layout.transposed
-            # An expert at a time, as quantizing on the CPU takes 8 times the memory of what it is given.
-            parts = [pack(part, transposed, *specs) for part in value.split(1)]
-            whole = torch.cat([part.mT for part in parts]).mT if transposed else torch.cat(parts)
-            return nn.Parameter(whole, requires_grad=False)
+            return nn.Parameter(pack_singly(value, transposed, *specs), requires_grad=False)
         module.weight = nn.Parameter(value, requires_grad=False)
         return quantize_linear(module, *specs).weight
 
@@ -220,10 +220,8 @@ class PTQQuantizer(MXQuantizer):
         Raises:
             ValueError: some are in ``unpacked``.
         """
-        missing = "missing; download or export the checkpoint again"
-        problems = [self.problems.get(name, f"{name}: {missing}") for name in unpacked]
-        if problems:
-            raise_problems(problems, f"{model.name_or_path} cannot be loaded")
+        problems = [self.problems.get(name, missing(name)) for name in unpacked]
+        raise_problems(problems, f"{model.name_or_path} cannot be loaded")
 
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any, **kwargs: Any

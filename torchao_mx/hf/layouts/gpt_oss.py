@@ -6,28 +6,27 @@ For a weight ``x @ w[e]`` that the model holds as ``NAME [E, in, out]`` a checkp
     NAME_scales  uint8 [E, out, in / 32]         E8M0
 
 so the packed bytes are the *transpose* of what the model declares: ``MXTensor.from_blocks(...).mT``. Nothing
-here looks at a shape to tell which way round a weight is; where H = I it could not.
+here looks at a shape to tell which way round a weight is; where H = I it could not. All else is the same in
+both.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
 from torchao_mx.errors import check_blocks
 from torchao_mx.formats import MXFP4
-from torchao_mx.hf.transformers_internals import tied_keys
 from torchao_mx.tensor import MXTensor
-from torchao_mx.torch_internals import children_of
 
+NAME = "gpt-oss's layout"
 WEIGHTS = ("gate_up_proj", "down_proj")
 BLOCKS, SCALES = "_blocks", "_scales"
+NAN_SCALE = 255
 UNPACKED_MODULES = (  # as in the published checkpoints
     "model.layers.*.self_attn",
     "model.layers.*.mlp.router",
@@ -71,35 +70,60 @@ def assemble(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> 
     return nn.Parameter(MXTensor.from_blocks(blocks, scales, dtype).mT, requires_grad=False)
 
 
-def skeleton_of(build: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
-    """``build(config)`` without memory: what the model's tensors are called, and their shapes."""
-    with torch.device("meta"):
-        return build(copy.deepcopy(config))
+def empty(name: str, shape: torch.Size, dtype: torch.dtype, device: str = "meta") -> torch.Tensor:
+    """A packed weight ``[E, in, out]`` to be read into, or on ``meta`` to tell its sizes."""
+    shapes = block_shapes(shape, name).values()
+    pair = (torch.empty(s, dtype=torch.uint8, device=device) for s in shapes)
+    return MXTensor.from_blocks(*pair, dtype).mT
 
 
-def tied_names(model: PreTrainedModel) -> set[str]:
-    """The tensors that are others under a second name, and so not in a checkpoint."""
-    if not getattr(model.config, "tie_word_embeddings", False):
-        return set()
-    return tied_keys(model)
+def stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a checkpoint has for a parameter, without a copy; blocks and scales of a packed one."""
+    if not isinstance(tensor, MXTensor):
+        return {name: tensor}
+    blocks, scales = tensor.mT.to_blocks()
+    return {name + BLOCKS: blocks, name + SCALES: scales}
 
 
-def has_owner(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor that ``model`` lacks belongs to a module that it has, and changes what that computes.
+def weight_problems(name: str, weight: torch.Tensor) -> list[str]:
+    """Why the layout cannot hold ``weight [E, in, out]``, or why what is stored could not be loaded."""
+    if not isinstance(weight, MXTensor) or weight.format != MXFP4 or weight.packed_axis != -2:
+        what = weight if isinstance(weight, MXTensor) else f"a plain {weight.dtype} tensor"
+        problem = (
+            f"{name}: {what}; this layout holds it in {MXFP4.name}, in blocks along the input axis: "
+            f"quantize experts with MXWeightOnlyConfig()"
+        )
+        return [problem]
+    blocks, scales = stored(name, weight).values()
+    return value_problems(name, lambda: blocks, scales)
 
-    A bias that the module was built without, or a layer beyond the last one: yes. A part beside the layers,
-    such as an image encoder, a head for another task or, as DeepSeek-V3 counts them, layers that predict
-    further tokens: no.
-    """
-    *owners, _ = parts = name.split(".")
-    module, depth = model, 0
-    while depth < len(owners) and children_of(module).get(owners[depth]) is not None:
-        module = children_of(module)[owners[depth]]
-        depth += 1
-    if isinstance(module, nn.ModuleList) and parts[depth].isdecimal():
-        more = getattr(model.config, "num_nextn_predict_layers", None)
-        more = more if isinstance(more, int) else 0
-        further = {str(i) for i in range(len(module), len(module) + more)}
-        return parts[depth] not in further
-    holds_layers = any(isinstance(child, nn.ModuleList) for child in module.modules())
-    return any(part.isdecimal() for part in parts[:depth]) or not holds_layers
+
+def value_problems(
+    weight: str, blocks: Callable[[], torch.Tensor], scales: torch.Tensor
+) -> list[str]:
+    """A line for a weight that is zeros throughout, or some of whose scales are NaN; ``blocks`` if needed."""
+    largest = int(scales.max()) if scales.numel() else None
+    if largest == 0 and not blocks().any():
+        problem = (
+            f"{weight}{BLOCKS}: it and {weight.rpartition('.')[2]}{SCALES} are zero throughout, "
+            f"placeholders that nothing was written to; download or export the checkpoint again"
+        )
+    elif largest == NAN_SCALE:
+        places = (scales == NAN_SCALE).nonzero()
+        problem = (
+            f"{weight}{SCALES}: {len(places)} of {scales.numel()} scales are NaN (byte {NAN_SCALE}), the "
+            f"first at {tuple(places[0].tolist())}; the weights were quantized from NaN or Inf, or the file "
+            f"is damaged: export it again"
+        )
+    else:
+        return []
+    return [problem]
+
+
+def quantization_config(loaded: Any = None) -> dict[str, Any]:
+    """What config.json says; of modules that are not packed, what a config that was ``loaded`` said."""
+    unpacked = getattr(loaded, "modules_to_not_convert", None)
+    return {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": list(unpacked or UNPACKED_MODULES),
+    }

@@ -183,6 +183,17 @@ def pack(
     return packed.mT if transposed else packed
 
 
+def pack_singly(
+    weight: torch.Tensor,
+    transposed: bool,
+    spec: QuantizeSpec,
+    activation: QuantizeSpec | None = None,
+) -> torch.Tensor:
+    """:func:`pack`, an expert at a time: on the CPU, quantizing takes 8 times the memory of its input."""
+    parts = [pack(part, transposed, spec, activation) for part in weight.split(1)]
+    return torch.cat([part.mT for part in parts]).mT if transposed else torch.cat(parts)
+
+
 def quantize_experts(
     module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
 ) -> MXExperts:
