@@ -27,11 +27,11 @@ from torchao_mx.formats import MXFP8_E4M3, NVFP4, BlockFormat, format_by_name
 from torchao_mx.ops.block_scaled import native
 from torchao_mx.ops.block_scaled.dense import ROW_BYTES, scaling_of
 from torchao_mx.ops.core.launch import bytes_of
+from torchao_mx.ops.core.operands import Added
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.moe.groups import completed_groups
 from torchao_mx.ops.packed_mm.epilogue import finish
 from torchao_mx.ops.quantization.dequantize import dequantize_op
-from torchao_mx.reference import Added
 
 TILE_ROWS, TILE_COLUMNS = 128, 4  # of block scales
 TILE_BYTES = TILE_ROWS * TILE_COLUMNS

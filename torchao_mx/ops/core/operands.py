@@ -1,4 +1,4 @@
-"""A packed weight as the products' launchers take it."""
+"""What launchers of products take: a packed weight, which rows meet which expert, and what is added."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import NamedTuple
 import torch
 
 from torchao_mx.formats import BlockFormat
+from torchao_mx.reference import Added, Rows  # defined where they are explained
+
+__all__ = ["Added", "Packed", "Rows", "aligned_rows"]
 
 
 class Packed(NamedTuple):

@@ -18,9 +18,9 @@ import triton.language as tl
 
 from torchao_mx import reference
 from torchao_mx.ops.core.launch import DOT_DTYPES, cdiv, launched, next_power_of_2, on_device_of
+from torchao_mx.ops.core.operands import Added
 from torchao_mx.ops.core.tiles import ADD, ZERO_ROWS, rank_tile
 from torchao_mx.ops.moe import groups
-from torchao_mx.reference import Added
 
 
 class _Strides(NamedTuple):

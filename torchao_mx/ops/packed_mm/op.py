@@ -23,7 +23,7 @@ import torch
 
 from torchao_mx import reference
 from torchao_mx.formats import format_by_name
-from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.core.operands import Added, Packed, Rows
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.core.replay import replayed
 from torchao_mx.ops.core.tiles import MAX_RANKS
@@ -33,7 +33,6 @@ from torchao_mx.ops.packed_mm import portable, unpack
 from torchao_mx.ops.packed_mm.fp8.product import fp8_product
 from torchao_mx.ops.packed_mm.hopper.product import hopper_product, takes_hopper, takes_hopper_fp8
 from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, choose_strategy
-from torchao_mx.reference import Added, Rows
 
 # Rows of a dense product up to which an adapter's part is ours: a launch costs the host less than a torch.mm.
 SKINNY_UP_TO = 512

@@ -41,12 +41,11 @@ from torchao_mx.ops.core.launch import (
     on_device_of,
     per_tensor_kind,
 )
-from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.core.operands import Added, Packed, Rows
 from torchao_mx.ops.core.tiles import PORTABLE_BAND, PORTABLE_MAX_RANKS, portable_tile, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import with_unit_rows
 from torchao_mx.ops.quantization import tile as _tile
-from torchao_mx.reference import Added, Rows
 
 BAND = tl.constexpr(PORTABLE_BAND)
 

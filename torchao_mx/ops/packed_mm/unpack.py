@@ -33,13 +33,12 @@ from torchao_mx.ops.core.launch import (
     on_device_of,
     per_tensor_kind,
 )
-from torchao_mx.ops.core.operands import Packed, aligned_rows
+from torchao_mx.ops.core.operands import Added, Packed, Rows, aligned_rows
 from torchao_mx.ops.core.tiles import DEQUANTIZE_ROWS, WIDE_ROWS
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.moe.gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops.packed_mm.epilogue import finish
 from torchao_mx.ops.quantization import tile
-from torchao_mx.reference import Added, Rows
 
 ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
 SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows

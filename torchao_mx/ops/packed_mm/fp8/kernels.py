@@ -18,11 +18,11 @@ from torchao_mx.ops.core.launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.operands import Added, Rows
 from torchao_mx.ops.core.tiles import FLAGGED_COLUMNS, FP8_GATHER, FP8_QUANTIZE_ELEMENTS, rank_tile
 from torchao_mx.ops.moe import groups
 from torchao_mx.ops.packed_mm.fp8.weight import load_values, words_of
 from torchao_mx.ops.quantization import tile
-from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 
 _MIN_ROW_SCALE = tl.constexpr(definition.MIN_ROW_SCALE)

@@ -29,14 +29,13 @@ import triton.language as tl
 from torchao_mx import torch_internals
 from torchao_mx.formats import MXFP4
 from torchao_mx.ops.core.launch import capability, cdiv
-from torchao_mx.ops.core.operands import Packed
+from torchao_mx.ops.core.operands import Added, Packed, Rows
 from torchao_mx.ops.moe.gather import with_unit_rows
 from torchao_mx.ops.packed_mm.epilogue import finish
 from torchao_mx.ops.packed_mm.fp8.kernels import permuted_rows, quantize_rows, recompute_flagged
 from torchao_mx.ops.packed_mm.fp8.lowered import lowered_columns, lowered_rows
 from torchao_mx.ops.packed_mm.fp8.weight import column_flags, fp8_columns, fp8_rows, row_flags
 from torchao_mx.ops.packed_mm.hopper.product import hopper_fp8_product, takes_hopper_fp8
-from torchao_mx.reference import Added, Rows
 from torchao_mx.reference import fp8 as definition
 
 MAX_SCRATCH_BYTES = 256 * 2**20

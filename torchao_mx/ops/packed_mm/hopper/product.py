@@ -13,6 +13,7 @@ from torchao_mx.ops.core.launch import (
     next_power_of_2,
     on_device_of,
 )
+from torchao_mx.ops.core.operands import Added, Rows
 from torchao_mx.ops.core.register import as_dense
 from torchao_mx.ops.core.tiles import (
     BackwardTile,
@@ -23,7 +24,6 @@ from torchao_mx.ops.core.tiles import (
     hopper_fp8_tile,
 )
 from torchao_mx.ops.moe.narrow import add_splits, partial_sums
-from torchao_mx.reference import Added, Rows
 
 # A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency: its
 # reduction is cut into parts of so many chunks and more.
