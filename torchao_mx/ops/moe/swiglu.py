@@ -107,10 +107,11 @@ def _swiglu_kernel(
     alpha, limit, up_offset = activation
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
+    STEPS: tl.constexpr = TILE.steps
     expert, first_row, end, first = _tile_of_program(offs_ptr, n_rows, C, E, GROUPED, E_SPAN, TILE)
     gate_bias, up_bias = _load_bias(bias_ptr, expert, expert < E, first, C, TILE, INTERLEAVED)
     column = first + tl.arange(0, COLUMNS)[None, :]
-    for step in tl.static_range(TILE.steps):
+    for step in tl.static_range(STEPS):
         row = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
         owned = (row < end) & (expert < E)
         gate, up = _load_halves(x_ptr + row * stride_x, owned, first, C, TILE, INTERLEAVED)
@@ -144,10 +145,11 @@ def _swiglu_backward_kernel(
     alpha, limit, up_offset = activation
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
+    STEPS: tl.constexpr = TILE.steps
     expert, first_row, end, first = _tile_of_program(offs_ptr, n_rows, C, E, GROUPED, E_SPAN, TILE)
     gate_bias, up_bias = _load_bias(bias_ptr, expert, expert < E, first, C, TILE, INTERLEAVED)
     column = first + tl.arange(0, COLUMNS)[None, :]
-    for step in tl.static_range(TILE.steps):
+    for step in tl.static_range(STEPS):
         row = first_row + step * ROWS + tl.arange(0, ROWS)[:, None]
         owned = (row < end) & (expert < E)
         gate_in, up_in = _load_halves(x_ptr + row * stride_x, owned, first, C, TILE, INTERLEAVED)
