@@ -69,7 +69,7 @@ def _normalized_dim(dim: int, rank: int) -> int:
     return dim % rank
 
 
-def _packed_dim(x: MXTensor) -> int:
+def _packed_at(x: MXTensor) -> int:
     return x.dim() + x.packed_axis
 
 
@@ -77,7 +77,7 @@ def _has_expert_scales(x: MXTensor) -> bool:
     return x.per_tensor_scale is not None and x.per_tensor_scale.dim() == 3
 
 
-def _result_packed_axis(op: str, x: MXTensor, position: int, rank: int) -> int:
+def _packed_axis(op: str, x: MXTensor, position: int, rank: int) -> int:
     """Return the ``packed_axis`` of a result of ``rank`` axes whose packed axis is at ``position``."""
     if rank < 2:
         raise _refusal(op, x, "the result would have one dimension; an MXTensor has two or more")
@@ -254,7 +254,7 @@ def _permute(x, dims):
     dims = [_normalized_dim(d, rank) for d in dims]
     if _has_expert_scales(x) and dims[0] != 0:
         raise _refusal("permute", x, "each expert has a per_tensor_scale, so axis 0 must stay")
-    packed_axis = _result_packed_axis("permute", x, dims.index(_packed_dim(x)), rank)
+    packed_axis = _packed_axis("permute", x, dims.index(_packed_at(x)), rank)
     fields = _map_bytes(lambda span, b: b.permute(dims), x)
     return x.replace(**fields, packed_axis=packed_axis)
 
@@ -279,9 +279,7 @@ def _unsqueeze(x, dim):
     if _has_expert_scales(x):
         raise _refusal("unsqueeze", x, "each expert has a per_tensor_scale, so axis 0 must stay")
     dim = _normalized_dim(dim, x.dim() + 1)
-    packed_axis = _result_packed_axis(
-        "unsqueeze", x, _packed_dim(x) + (dim <= _packed_dim(x)), x.dim() + 1
-    )
+    packed_axis = _packed_axis("unsqueeze", x, _packed_at(x) + (dim <= _packed_at(x)), x.dim() + 1)
     fields = _map_bytes(lambda span, b: b.unsqueeze(dim), x)
     return x.replace(**fields, packed_axis=packed_axis)
 
@@ -328,7 +326,7 @@ def _view_axes(x: MXTensor, size: list[int]) -> MXTensor:
 
 
 def _check_not_packed(op: str, x: MXTensor, dim: int) -> None:
-    if dim == _packed_dim(x):
+    if dim == _packed_at(x):
         raise _refusal(f"{op} along axis {dim}", x, "this would cut blocks of the packed axis")
 
 
@@ -355,9 +353,7 @@ def _select(x, dim, index):
         if dim:
             raise _refusal(f"select along axis {dim}", x, "each expert has a per_tensor_scale")
         fields["per_tensor_scale"] = x.per_tensor_scale.select(0, index).view(())
-    packed_axis = _result_packed_axis(
-        "select", x, _packed_dim(x) - (dim < _packed_dim(x)), x.dim() - 1
-    )
+    packed_axis = _packed_axis("select", x, _packed_at(x) - (dim < _packed_at(x)), x.dim() - 1)
     return x.replace(**fields, packed_axis=packed_axis)
 
 
@@ -369,7 +365,7 @@ def _unbind(x, dim=0):
 @_implements(aten.slice.Tensor)
 def _slice(x, dim=0, start=None, end=None, step=1):
     dim = _normalized_dim(dim, x.dim())
-    if dim != _packed_dim(x):
+    if dim != _packed_at(x):
         out = _along_axis(x, dim, lambda t: aten.slice.Tensor(t, dim, start, end, step))
         return note_padding(out, x) if dim == 0 and not start else out
     length, block = x.shape[dim], x.format.block_size

@@ -18,7 +18,7 @@ from torchao_mx.tensor.dispatch import (
     _logical_dtype,
     _map_all,
     _map_bytes,
-    _packed_dim,
+    _packed_at,
     _refusal,
     _slice,
 )
@@ -70,7 +70,7 @@ def _new(x: MXTensor, size: list[int], make: Any, dtype, device, pin_memory) -> 
 
 @_implements(aten.new_zeros.default)
 def _new_zeros(x, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    if _packed_dim(x) == 0:
+    if _packed_at(x) == 0:
         raise _refusal("new_zeros", x, "axis 0 is packed, and FSDP2 would cut blocks along it")
     out = _new(x, size, torch.zeros, dtype, device, pin_memory)
     out.is_padded_shard = True  # for padded_shard in fsdp.py
@@ -89,12 +89,10 @@ def _as_strided(x, size, stride, storage_offset=None):
     if (size, stride, storage_offset or 0) == (list(x.shape), x.stride(), x.storage_offset()):
         return _alias(x)
     dense = _is_dense(x) and not storage_offset and stride == make_contiguous_strides_for(size)
-    if dense and size[1:] == list(x.shape[1:]) and _packed_dim(x) != 0:
+    if dense and size[1:] == list(x.shape[1:]) and _packed_at(x) != 0:
         return _slice(x, 0, 0, size[0])
     raise _refusal(
-        f"as_strided to {tuple(size)}, strides {stride}",
-        x,
-        "the result must be the first rows, dense",
+        f"as_strided to {tuple(size)}, strides {stride}", x, "only dense first rows are possible"
     )
 
 
@@ -102,7 +100,7 @@ def _as_strided(x, size, stride, storage_offset=None):
 def _constant_pad_nd(x, pad, value=0):
     """Append rows of zeros, with which DTensor pads uneven shards."""
     rows = pad[-1] if len(pad) == 2 * x.dim() else 0
-    if value or rows < 0 or sum(map(abs, pad)) != rows or (rows and _packed_dim(x) == 0):
+    if value or rows < 0 or sum(map(abs, pad)) != rows or (rows and _packed_at(x) == 0):
         why = "the padding must be rows of zeros after the last row"
         raise _refusal(f"pad by {list(pad)} with {value}", x, why)
     if not rows:
@@ -129,7 +127,7 @@ def _wait_tensor(x):
 @_implements(_functional.all_gather_into_tensor.default)
 def _all_gather_into_tensor(x, group_size, group_name):
     """Concatenate the rows of all ranks, in the order of the ranks."""
-    if _packed_dim(x) == 0:
+    if _packed_at(x) == 0:
         raise _refusal("all_gather", x, "axis 0 is packed")
 
     def gather(t: torch.Tensor) -> torch.Tensor:
