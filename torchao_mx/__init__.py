@@ -1,4 +1,4 @@
-"""torchao_mx: training in microscaling formats, as configs for torchao's ``quantize_``."""
+"""Train in microscaling formats (MXFP4, MXFP8, NVFP4) with configs for torchao's ``quantize_``."""
 
 from torchao_mx import ops
 from torchao_mx.formats import (

@@ -1,4 +1,4 @@
-"""The errors that several layers share. Each says what came, what is needed and what to do."""
+"""Argument checks that several layers share. Each error says what came, what is needed and what to do."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _DEVICES = ("cpu", "cuda", "meta")
 
 
 def check_tensors(*, optional: dict[str, Any] | None = None, **tensors: Any) -> None:
-    """Refuse operands of an op that are no dense tensors on a device that has kernels.
+    """Raise unless every operand of an op is a dense tensor on a device that has kernels.
 
     Args:
-        optional: operands by name that may be None.
+        optional: operands by name; each may be None.
         tensors: operands by name.
 
     Raises:
-        TypeError: something that is no tensor.
-        NotImplementedError: a sparse or nested tensor, or one on another kind of device.
+        TypeError: an operand is not a tensor.
+        NotImplementedError: an operand is sparse or nested, or lies on another kind of device.
     """
     for name, t in tensors.items():
         if not isinstance(t, torch.Tensor):
@@ -36,7 +36,7 @@ def check_tensors(*, optional: dict[str, Any] | None = None, **tensors: Any) -> 
             )
         if t.device.type not in _DEVICES:
             raise NotImplementedError(
-                f"{name} is on {t.device}; kernels are for the CPU and for CUDA: move it with .to(device)"
+                f"{name} is on {t.device}; the kernels run on CPU and CUDA: move it with .to(device)"
             )
     if optional:
         check_tensors(**{name: t for name, t in optional.items() if t is not None})
@@ -49,7 +49,7 @@ def check_format(fmt: Any) -> None:
 
 
 def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
-    """Raise ValueError unless ``other``, called ``name``, is on x's device."""
+    """Raise ValueError unless ``other`` is on x's device; the message calls it ``name``."""
     if other.device != x.device:
         raise ValueError(
             f"{name} is on {other.device} and x on {x.device}; move one with .to(device)"
@@ -57,19 +57,19 @@ def check_on_device_of(x: torch.Tensor, other: torch.Tensor, name: str) -> None:
 
 
 def check_offs(offs: torch.Tensor, x: torch.Tensor) -> None:
-    """Refuse what cannot be the end offsets of groups of rows of ``x``; their values are not looked at."""
+    """Raise unless ``offs`` has the dtype, device and shape of group end offsets; values are not read."""
     if offs.dtype != torch.int32:
         raise TypeError(f"offs has dtype {offs.dtype}; end offsets are int32: use offs.int()")
     check_on_device_of(x, offs, "offs")
     if offs.dim() != 1 or offs.shape[0] == 0:
         raise ValueError(
-            f"offs has shape {tuple(offs.shape)}; it is [E], the end offsets of at least one group: use the "
-            f"cumulative sum of the groups' row counts"
+            f"offs has shape {tuple(offs.shape)}; it must be [E], the end offsets of one group or more: use "
+            f"the cumulative sum of the groups' row counts"
         )
 
 
 def check_high_precision(dtype: torch.dtype, what: str) -> None:
-    """Raise TypeError unless ``dtype`` is one that the quantizers read."""
+    """Raise TypeError unless ``dtype`` is bfloat16, float16 or float32."""
     if dtype not in HIGH_PRECISION_DTYPES:
         raise TypeError(
             f"{what} has dtype {dtype}; block formats are quantized from and dequantized to "
@@ -78,7 +78,7 @@ def check_high_precision(dtype: torch.dtype, what: str) -> None:
 
 
 def check_axis(axis: int) -> None:
-    """Raise ValueError unless ``axis`` is one along which blocks may run."""
+    """Raise ValueError unless blocks may run along ``axis``."""
     if axis not in (-1, -2):
         raise ValueError(
             f"axis={axis}; blocks run along the last axis (-1) or the one before it (-2): "
@@ -97,7 +97,7 @@ def check_blocks(
         )
     if 0 in shape:
         raise ValueError(
-            f"{what} has shape {tuple(shape)}; a block format has no zero-size dimensions: "
+            f"{what} has shape {tuple(shape)}; block formats need dimensions above zero: "
             f"skip empty tensors before quantizing"
         )
     if shape[axis] % fmt.block_size:

@@ -1,8 +1,8 @@
-"""What a block format is: an element type, a block size and a scale type.
+"""Block formats: an element type, a block size and a scale type.
 
-Everything else in the library asks a :class:`BlockFormat` for its constants, so that no ``6.0`` and
-no ``32`` is written anywhere else. Sources: OCP Microscaling Formats (MX) v1.0, sections 5.2 and 5.3
-for the element and scale types; NVIDIA's NVFP4 for the 16-element block with an E4M3 scale.
+The rest of the library takes its constants from a :class:`BlockFormat`; no bare ``6.0`` or ``32``
+appears elsewhere. Sources: OCP Microscaling Formats (MX) v1.0, sections 5.2 and 5.3, for the element
+and scale types; NVIDIA's NVFP4 for the 16-element block with an E4M3 scale.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class BlockFormat:
     """A tensor format in which ``block_size`` neighbouring elements share one scale.
 
     An element is a small float of ``exponent_bits`` and ``mantissa_bits`` with the usual bias
-    ``2**(exponent_bits - 1) - 1`` and subnormals; a value is ``element * scale`` (times the per-tensor
-    scale where the format has one).
+    ``2**(exponent_bits - 1) - 1`` and subnormals. A value is ``element * scale``, times the per-tensor
+    scale if the format has one.
 
     Attributes:
-        name: how the format is spelled in messages, op schemas and command lines.
-        elem_dtype: torch's name of the element type; ``torch.float4_e2m1fn_x2`` for 4-bit elements.
+        name: the format's name in messages, op schemas and command lines.
+        elem_dtype: torch's dtype for the elements; ``torch.float4_e2m1fn_x2`` for 4-bit elements.
         exponent_bits: width of the element's exponent field.
         mantissa_bits: width of the element's mantissa field.
         elem_max: the largest finite element.
-        block_size: elements that share a scale.
+        block_size: the number of elements that share a scale.
         scale_dtype: ``torch.float8_e8m0fnu`` (a power of two) or ``torch.float8_e4m3fn``.
-        has_per_tensor_scale: whether a second, fp32 scale covers the tensor (or each expert of it).
+        has_per_tensor_scale: whether a second, fp32 scale covers the tensor, or each of its experts.
 
     Example:
         >>> from torchao_mx import MXFP4, NVFP4
@@ -69,7 +69,7 @@ class BlockFormat:
 
     @property
     def bits_per_element(self) -> float:
-        """Storage per element, the block scale included (the per-tensor scale is negligible)."""
+        """Storage per element, including the block scale (the per-tensor scale is negligible)."""
         return self.elem_bits + 8 / self.block_size
 
     @property
@@ -78,7 +78,7 @@ class BlockFormat:
 
     @property
     def min_exponent(self) -> int:
-        """Exponent of the smallest normal element; subnormals are spaced as in its binade."""
+        """Exponent of the smallest normal element; subnormals have the spacing of its binade."""
         return 1 - self.exponent_bias
 
     @property
@@ -88,21 +88,21 @@ class BlockFormat:
 
     @property
     def nan_code(self) -> int:
-        """The element written throughout a block whose scale is NaN: every bit set but the sign.
+        """The element that fills a block whose scale is NaN: every bit set except the sign.
 
-        It is NaN where the element type has one, and the largest element in E2M1, so that even a
-        decoder which takes scale byte 255 for 2**128 meets a value that it cannot mistake for data.
+        It is NaN if the element type has one. In E2M1 it is the largest element: even a decoder that
+        reads scale byte 255 as 2**128 then gets a value that cannot be mistaken for data.
         """
         return (1 << (self.elem_bits - 1)) - 1
 
     @property
     def qdata_dtype(self) -> torch.dtype:
-        """dtype of the packed elements: uint8 (two a byte, low nibble first) or the fp8 dtype."""
+        """dtype of the packed elements: uint8 (two per byte, low nibble first) or the fp8 dtype."""
         return torch.uint8 if self.elem_bits == 4 else self.elem_dtype
 
     @classmethod
     def from_dtype(cls, dtype: torch.dtype, block_size: int = 32) -> BlockFormat:
-        """The format that torchao's configs spell as an element dtype and a block size.
+        """Return the format with this element dtype and block size, as torchao's configs name formats.
 
         Raises:
             TypeError: ``dtype`` is not a dtype.
@@ -133,10 +133,10 @@ _FORMATS = {fmt.name: fmt for fmt in (MXFP4, MXFP8_E4M3, MXFP8_E5M2, NVFP4)}
 
 
 def format_by_name(name: str) -> BlockFormat:
-    """The format called ``name``; op schemas carry formats as strings.
+    """Return the format called ``name``; op schemas carry formats as strings.
 
     Raises:
-        ValueError: there is no such format.
+        ValueError: no format has this name.
     """
     if name not in _FORMATS:
         raise ValueError(f"no block format is called {name!r}; use one of {sorted(_FORMATS)}")
@@ -149,10 +149,10 @@ def _dtype_choices() -> str:
 
 @dataclass(frozen=True)
 class QuantizeSpec:
-    """How to quantize a tensor: into which format, and how its block scales are chosen.
+    """How to quantize a tensor: the format, and how to choose its block scales.
 
-    ``scaling_mode`` says how an E8M0 scale follows from a block's largest magnitude; NVFP4 has one
-    rule only and does not read it.
+    ``scaling_mode`` says how an E8M0 scale follows from a block's largest magnitude. NVFP4 has only
+    one rule and ignores it.
 
     Example:
         >>> from torchao_mx import MXFP4, QuantizeSpec
@@ -178,7 +178,7 @@ class QuantizeSpec:
 
 
 def check_scaling_mode(mode: object) -> None:
-    """Raise TypeError unless ``mode`` is one of torchao's :class:`ScaleCalculationMode`."""
+    """Raise TypeError unless ``mode`` is a :class:`ScaleCalculationMode` of torchao."""
     if not isinstance(mode, ScaleCalculationMode):
         raise TypeError(
             f"scaling_mode={mode!r} is not a ScaleCalculationMode; use one of "

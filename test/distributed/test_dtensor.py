@@ -1,4 +1,4 @@
-"""DTensors of packed weights: distributed, gathered, loaded, or refused."""
+"""DTensors of packed weights: distribute, gather, load, and refusals."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""Experts split over ranks against one process with all ranks' tokens: values and gradients, and what is refused."""
+"""Experts split over ranks match one process with all ranks' tokens, values and gradients; refusals."""
 
 import copy
 import functools
@@ -315,11 +315,11 @@ def test_works_under_transformers():
 
 
 REFUSALS = """\
-TypeError: ExpertParallel takes modules of experts made by quantize_(..., filter_fn=is_experts), and this Linear is no module of experts: quantize it first, or take it out of the plan
-TypeError: ExpertParallel takes modules of experts made by quantize_(..., filter_fn=is_experts), and this GptOss computes by itself: quantize it first, or take it out of the plan
-ValueError: MXExperts has 3 experts, which 2 ranks cannot share evenly; take a mesh whose size divides 3
-ValueError: experts are split over one dimension, and the mesh has 2, ('dp', 'ep'): pass one of them, as mesh['ep']
-ValueError: MXExperts has 4 experts, and scale (3,) not one entry for each; keep parameters of other kinds in a module of their own
+TypeError: this Linear is not a module of experts; ExpertParallel needs modules of experts made by quantize_(..., filter_fn=is_experts): quantize it first, or take it out of the plan
+TypeError: this GptOss is not quantized; ExpertParallel needs modules of experts made by quantize_(..., filter_fn=is_experts): quantize it first, or take it out of the plan
+ValueError: MXExperts has 3 experts, which 2 ranks cannot share evenly; use a mesh whose size divides 3
+ValueError: the mesh has 2 dimensions, ('dp', 'ep'); experts are split over one: pass one of them, such as mesh['ep']
+ValueError: MXExperts has 4 experts, but scale (3,) does not have one entry per expert; keep other parameters in a separate module
 ValueError: MXExperts: w1, w2, w3 are DTensors already; apply ExpertParallel once, and before FSDP2"""
 
 

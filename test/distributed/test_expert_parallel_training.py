@@ -1,4 +1,4 @@
-"""Experts split over ranks against one process: training, with FSDP2 too, and what becomes of the parameters."""
+"""Experts split over ranks train like one process, also with FSDP2; what happens to the parameters."""
 
 import copy
 
@@ -169,7 +169,7 @@ def is_quantized_after_splitting(device):
     model = nn.ModuleDict({"experts": Concatenated()})
     quantize_(model, BASES["w4a16"], filter_fn=is_experts)
     split(model)
-    with pytest.warns(UserWarning, match="holds MXTensors already"):
+    with pytest.warns(UserWarning, match="already holds MXTensors"):
         quantize_(model, BASES["w4a16"], filter_fn=is_experts)
 
 
@@ -208,7 +208,7 @@ def composes_with_fsdp(device, path):
             optimizer.step()
             optimizer.zero_grad()
         if world > 1:
-            with pytest.raises(ValueError, match=r"experts\..* so FSDP2 holds it too"):
+            with pytest.raises(ValueError, match=r"experts\..* so FSDP2 shards it too"):
                 gather_experts(model)
         result = torch.tensor(curve), grads, {n: whole_of(t) for n, t in model.state_dict().items()}
         file = path / f"fsdp_{name}.pt"

@@ -1,4 +1,4 @@
-"""FSDP2 of packed weights: one process's numbers, a quarter of the bytes, every way of sharding."""
+"""FSDP2 of packed weights gives one process's numbers from a quarter of the bytes, however sharded."""
 
 import copy
 import functools

@@ -1,4 +1,4 @@
-"""gather_packed: FSDP2 of quantization-aware training, the same bits from a quarter of the bytes."""
+"""gather_packed: FSDP2 of quantization-aware training gives the same bits from a quarter of the bytes."""
 
 import pytest
 import torch

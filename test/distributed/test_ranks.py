@@ -1,4 +1,4 @@
-"""``_ranks.py``: what becomes of a rank that a signal ends."""
+"""``_ranks.py`` reports a rank that a signal kills."""
 
 import os
 import signal

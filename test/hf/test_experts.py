@@ -169,4 +169,7 @@ def test_subclasses_of_decorated_classes():
     inputs, _ = arguments("TransformersLayout", source)
     torch.testing.assert_close(MXExperts.stand_in(source)(*inputs), source(*inputs))
     assert layout_of(Computing(Config())) is None
-    assert "overrides forward of MixtralExperts" in unclaimed_experts(Computing(Config()))[""]
+    assert (
+        "overrides forward of the known class MixtralExperts"
+        in unclaimed_experts(Computing(Config()))[""]
+    )

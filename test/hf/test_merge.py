@@ -441,7 +441,7 @@ def test_bad_configs(model96, tmp_path):
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which changed the weights"),
         ({"r": 8}, r"have shapes \[4, 64\].* not \[8, 64\]"),
         ({"r": None}, "r=None; it must be an int"),
-        ({"r": 0}, "r=0; adapters have a rank of 1 or more"),
+        ({"r": 0}, "r=0; the rank of adapters must be 1 or more"),
         ({"lora_alpha": "8"}, "lora_alpha='8'; it must be a number"),
         ({"use_rslora": 1}, "use_rslora=1; it must be a bool"),
     ):  # fmt: skip

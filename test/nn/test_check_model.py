@@ -1,4 +1,4 @@
-"""torchao_mx.quantize_: all that is selected or nothing, and no silence about what is left out."""
+"""torchao_mx.quantize_ changes every selected layer or nothing, and reports what it leaves out."""
 
 import re
 import warnings
@@ -163,7 +163,7 @@ def test_other_configs_are_torchaos():
     quantize_(model, int4)
     quantize_(model.experts, PREPARE, filter_fn=is_experts)
     assert type(model.head) is FakeQuantizedLinear
-    with pytest.raises(TypeError, match="QATConfig holds no scheme of torchao_mx"):
+    with pytest.raises(TypeError, match="QATConfig contains no scheme of torchao_mx"):
         check_model(model, int4)
     quantize_(model, BACK, filter_fn=by_name)  # theirs and ours
     assert type(model.blocks[0][0]) is nn.Linear and type(model.experts) is Concatenated
@@ -229,7 +229,7 @@ def test_convert_with_another_filter(prepare, convert):
         check_model(model, convert, is_experts)
     with pytest.warns(UserWarning, match=text):
         quantize_(model, convert, filter_fn=is_experts)
-    with pytest.warns(UserWarning, match="^1 layer stays in training: head; give the filter_fn"):
+    with pytest.warns(UserWarning, match="^1 layer stays in training: head; pass the filter_fn"):
         quantize_(model, convert, filter_fn=lambda m, n: is_linear(m) and n != "head")
     assert isinstance(model.head, (MXFakeQuantizedLinear, NVFP4MXFP8Linear))
     assert isinstance(model.blocks[0][0].weight, MXTensor)
@@ -271,7 +271,7 @@ def test_each_way_of_training_is_converted_by_its_own_config():
     model = Model()
     quantize_(model, PREPARE, filter_fn=lambda m, n: n == "head")
     quantize_(model, RECIPE, filter_fn=lambda m, n: is_linear(m) and n != "head")
-    with pytest.warns(UserWarning, match="was prepared otherwise and stays in training"):
+    with pytest.warns(UserWarning, match="was prepared with another config and stays in training"):
         torchao_quantize_(model, RECIPE_CONVERT)
     assert type(model.head) is MXFakeQuantizedLinear
     assert isinstance(model.blocks[0][0].weight, MXTensor)

@@ -1,4 +1,4 @@
-"""quantize_ turns a module into what it makes of it: whoever holds the module holds the new one."""
+"""quantize_ converts a module in place: every reference to the module sees the converted one."""
 
 import copy
 import functools
@@ -259,11 +259,11 @@ def test_a_class_that_cannot_change_is_refused(cls, scheme):
         quantize_(layer, config)
         assert is_packed(layer) and type(layer) is Slotted
         return
-    with pytest.raises(TypeError, match=r"cannot become another class .* leave this module out"):
+    with pytest.raises(TypeError, match=r"must change the class .* leave this module out"):
         quantized(layer, config)
     assert type(layer) is cls and vars(layer) == attributes
     assert all(p is state[n] or torch.equal(p, state[n]) for n, p in layer.state_dict().items())
-    with pytest.raises(ValueError, match=r"0: .* cannot become another class"):
+    with pytest.raises(ValueError, match=r"0: .*must change the class"):
         check_model(nn.Sequential(layer), config, lambda m, n: is_linear(m) or is_experts(m))
 
 

@@ -1,4 +1,4 @@
-"""Post-training quantization through quantize_: what the layer then computes, keeps and refuses."""
+"""Post-training quantization through quantize_: what a quantized layer computes, keeps and refuses."""
 
 import copy
 import io
@@ -174,7 +174,9 @@ def test_twice_is_once_with_a_warning():
     model = quantize(linear(), W4A16)
     weight, qdata = model[0].weight, model[0].weight.qdata.clone()
     for again in (W4A16, W4A4):
-        with pytest.warns(UserWarning, match="holds an MXTensor already; left as it is") as record:
+        with pytest.warns(
+            UserWarning, match="already holds an MXTensor and is left as it is"
+        ) as record:
             quantize_(model, again)
         assert len(record) == 1
         assert model[0].weight is weight
@@ -210,10 +212,10 @@ def test_refusals_of_layers():
 TypeError: Linear(in_features=64, out_features=96): its weight has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: Linear(in_features=100, out_features=96): its weight has shape (96, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 ValueError: Linear(in_features=72, out_features=96): its weight has shape (96, 72); its axis -1 (72) is not a multiple of 16, the block size of nvfp4: pad it, or leave this layer out with filter_fn
-ValueError: Linear(in_features=64, out_features=0): its weight has shape (0, 64); a block format has no zero-size dimensions: skip empty tensors before quantizing
+ValueError: Linear(in_features=64, out_features=0): its weight has shape (0, 64); block formats need dimensions above zero: skip empty tensors before quantizing
 TypeError: LayerNorm is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
 TypeError: Embedding is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
-TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn""",
+TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is in training; convert it first, with step='convert' and the config that prepared it, or leave it out with filter_fn""",
     )
 
 

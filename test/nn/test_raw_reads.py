@@ -1,4 +1,4 @@
-"""Layers whose weight their owner reads itself: named, and multiplied right where they are packed all the same."""
+"""Layers whose owner reads the weight itself: they are named, and correct if packed anyway."""
 
 import warnings
 
@@ -61,7 +61,9 @@ def test_who_reads(cls):
 )
 def test_training_past_the_layer_is_said(config):
     for call in (check_model, quantize_):
-        with pytest.warns(UserWarning, match=r"mixer\.taken: Mixer\.forward reads its weight past"):
+        with pytest.warns(
+            UserWarning, match=r"mixer\.taken: Mixer\.forward reads the weight without"
+        ):
             call(nn.ModuleDict({"mixer": Mixer()}), config)
         with warnings.catch_warnings():
             warnings.simplefilter("error")

@@ -1,4 +1,4 @@
-"""Weights that two modules share: tied while they train, and named where packing one unties them."""
+"""Weights that two modules share: they stay tied in training; a warning names those that packing unties."""
 
 import types
 import warnings
@@ -22,7 +22,7 @@ from torchao_mx import (
 PTQ = MXWeightOnlyConfig()
 PREPARE, CONVERT = QATConfig(PTQ, step="prepare"), QATConfig(PTQ, step="convert")
 RECIPE, RECIPE_CONVERT = (NVFP4ForwardMXFP8BackwardConfig(step=s) for s in ("prepare", "convert"))
-TIE = "embed.weight and head.weight are one parameter, which packing head unties; .* leave head out"
+TIE = "embed.weight and head.weight are one parameter; packing head unties them: .* leave head out"
 
 
 class LM(nn.Module):

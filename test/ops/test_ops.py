@@ -398,7 +398,7 @@ TypeError: x has dtype torch.float64; block formats are quantized from and dequa
 TypeError: x has dtype torch.int32; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: x has shape (32, 40); its axis -1 (40) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 ValueError: x has shape (31, 64); its axis -2 (31) is not a multiple of 16, the block size of nvfp4: pad it, or leave this layer out with filter_fn
-ValueError: x has shape (0, 64); a block format has no zero-size dimensions: skip empty tensors before quantizing
+ValueError: x has shape (0, 64); block formats need dimensions above zero: skip empty tensors before quantizing
 ValueError: x has shape (64,); axis=-2 needs at least 2 dimension(s): unsqueeze it
 ValueError: x has shape (); axis=-1 needs at least 1 dimension(s): unsqueeze it
 ValueError: mxfp4 has no per-tensor scale; leave per_tensor_scale out

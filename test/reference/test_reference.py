@@ -1,7 +1,7 @@
 """The reference quantizer against torchao's, byte for byte.
 
-torchao 0.18's NVFP4 quantizer multiplies by a reciprocal where 0.17's divides, so that elements between the
-two releases differ by a rounding; scales do not. We follow 0.18, and compare the elements with it alone.
+torchao 0.18's NVFP4 quantizer multiplies by a reciprocal where 0.17's divides, so elements differ by a
+rounding between the two releases; scales do not. We follow 0.18 and compare elements only with it.
 """
 
 import pytest

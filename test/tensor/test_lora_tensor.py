@@ -396,15 +396,15 @@ NotImplementedError: aten.zeros_like.default is not implemented for <w>: call .d
 NotImplementedError: aten._to_copy.default is not implemented for <w>: call .dequantize() on it first
 NotImplementedError: aten.unbind.int is not implemented for <w3>: call .dequantize() on it first
 NotImplementedError: aten.relu.default is not implemented for <w>: call .dequantize() on it first
-NotImplementedError: indexing of <w>: a 3-D one takes an index of its first axis; call .dequantize() on it first
-NotImplementedError: indexing of <w3>: a 3-D one takes an index of its first axis; call .dequantize() on it first
-NotImplementedError: transpose of <w3>: only its last two axes can be swapped; call .dequantize() on it first
-ValueError: t of <w3>: it takes two dimensions; use .mT to swap the last two
-ValueError: x has shape (5, 96); a weight of 3 matrices multiplies x [3, M, 96]: expand or reshape x
+NotImplementedError: indexing of <w>: only axis 0 of a 3-D weight can be indexed; call .dequantize() on it first
+NotImplementedError: indexing of <w3>: only axis 0 of a 3-D weight can be indexed; call .dequantize() on it first
+NotImplementedError: transpose of <w3>: only the last two axes can be swapped; call .dequantize() on it first
+ValueError: t of <w3>: t needs two dimensions; use .mT to swap the last two
+ValueError: x has shape (5, 96); a weight of 3 matrices needs x [3, M, 96]: expand or reshape x
 ValueError: x has shape (5, 64); the weight reduces over 96 elements, which x's last axis must have
-NotImplementedError: grouped_mm with a packed weight takes offs and no other out_dtype; convert the result, use bmm for groups of equal size, or call .dequantize() first
-NotImplementedError: <w> is formed in each forward pass and cannot be saved: save its base, lora_a and lora_b, or what .dequantize() gives
-NotImplementedError: <w> is formed in each forward pass and cannot be saved: save its base, lora_a and lora_b, or what .dequantize() gives""",
+NotImplementedError: grouped_mm with a packed weight needs offs, and out_dtype must be mat_a's: convert the result, use bmm for groups of equal size, or call .dequantize() first
+NotImplementedError: <w> exists only within a forward pass and cannot be saved: save its base, lora_a and lora_b, or its .dequantize() values
+NotImplementedError: <w> exists only within a forward pass and cannot be saved: save its base, lora_a and lora_b, or its .dequantize() values""",
     )
 
 
@@ -432,18 +432,18 @@ def test_refusals_of_updates():
     assert_expected_inline(
         text,
         """\
-NotImplementedError: addmm onto <w> with beta=2; a weight with a low-rank update has beta=1: call .dequantize() on it first
+NotImplementedError: addmm onto <w> with beta=2; a low-rank update of a packed weight needs beta=1: call .dequantize() on it first
 TypeError: scaling is a Tensor; it is a Python number: use .item() once, outside the training loop, or multiply lora_b by it
 ValueError: lora_a has shape (4, 32) and lora_b (64, 4); a weight [64, 96] takes lora_a [r, 96] and lora_b [64, r]
 TypeError: lora_b has dtype torch.float64; adapters are bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
 ValueError: the adapters have rank 65; a weight of 64 x 96 takes a rank from 1 to 64
 ValueError: lora_a is on meta and the weight on cpu; move one with .to(device)
-ValueError: MXTensor(shape=(64, 96), mxfp4, orig_dtype=float32, activation=mxfp4 (rceil), device=cpu) quantizes the other operand of its products, which those with LoRA adapters do not: take .replace(activation=None)
+ValueError: MXTensor(shape=(64, 96), mxfp4, orig_dtype=float32, activation=mxfp4 (rceil), device=cpu) quantizes the other operand of its products, which LoRA products cannot do: use .replace(activation=None)
 ValueError: lora_a has shape (4, 96) and lora_b (64, 4); a weight [3, 64, 96] takes lora_a [3, r, 96] and lora_b [3, 64, r]
-NotImplementedError: addmm takes an MXTensor or a LoRATensor as its second matrix only, the weight; call .dequantize() on the others first
-TypeError: the weight of LoRA adapters is a Tensor; it is an MXTensor: quantize with MXTensor.from_hp
-ValueError: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, packed_axis=-2, device=cpu) is not [N, K] or [E, N, K], packed along the last axis, as a weight with LoRA adapters is: reshape it, or undo a transpose with .mT
-ValueError: MXTensor(shape=(1, 3, 64, 96), mxfp4, orig_dtype=float32, device=cpu) is not [N, K] or [E, N, K], packed along the last axis, as a weight with LoRA adapters is: reshape it, or undo a transpose with .mT
+NotImplementedError: addmm takes an MXTensor or a LoRATensor only as its second matrix, the weight; call .dequantize() on the other operands first
+TypeError: the base of LoRA adapters is a Tensor; it must be an MXTensor: quantize it with MXTensor.from_hp
+ValueError: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, packed_axis=-2, device=cpu) cannot take LoRA adapters; the weight must be [N, K] or [E, N, K], packed along the last axis: reshape it, or undo a transpose with .mT
+ValueError: MXTensor(shape=(1, 3, 64, 96), mxfp4, orig_dtype=float32, device=cpu) cannot take LoRA adapters; the weight must be [N, K] or [E, N, K], packed along the last axis: reshape it, or undo a transpose with .mT
 NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)""",
     )
 
@@ -460,10 +460,10 @@ def test_a_weight_that_asks_for_a_gradient_is_refused():
     assert_expected_inline(
         refusals(calls, NotImplementedError),
         """\
-NotImplementedError: matmul: the MXTensor weight is frozen but requires_grad=True; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting
-NotImplementedError: linear: the MXTensor weight is frozen but requires_grad=True; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting
-NotImplementedError: addmm: the MXTensor weight is frozen but requires_grad=True; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting
-NotImplementedError: linear: the LoRATensor weight is frozen but requires_grad=True; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting""",
+NotImplementedError: matmul: the MXTensor weight has requires_grad=True but cannot be trained; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting
+NotImplementedError: linear: the MXTensor weight has requires_grad=True but cannot be trained; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting
+NotImplementedError: addmm: the MXTensor weight has requires_grad=True but cannot be trained; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting
+NotImplementedError: linear: the LoRATensor weight has requires_grad=True but cannot be trained; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting""",
     )
     with torch.no_grad():
         assert torch.equal(x @ w.t(), x @ w.detach().t())

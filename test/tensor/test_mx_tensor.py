@@ -1,4 +1,4 @@
-"""MXTensor against the tensor it stands for: each operator on both, compared bit by bit."""
+"""MXTensor against the tensor it represents: each operator on both, compared bit for bit."""
 
 import copy
 import io
@@ -130,7 +130,7 @@ def test_views_of_3d(op, fmt):
 def test_views_of_3d_without_scale_per_expert(op, fmt):
     w = make(fmt, E, N, K)
     if fmt.has_per_tensor_scale:
-        with pytest.raises(NotImplementedError, match="per_tensor_scale is one per expert"):
+        with pytest.raises(NotImplementedError, match="each expert has a per_tensor_scale"):
             op(w)
         w = w.replace(per_tensor_scale=torch.tensor(0.5))
     assert_same(op(w), op(w.dequantize()), like=w)
@@ -207,7 +207,7 @@ def test_copy_(fmt):
     assert torch.equal(w[2], src[0]) and torch.equal(w[3], src[1]) and torch.equal(w[1], src[1])
     if fmt.has_per_tensor_scale:
         for part in (w[0, :8], w[1:3, :8], src[0].clone()[:8]):
-            with pytest.raises(ValueError, match="would become that of the other parts too"):
+            with pytest.raises(ValueError, match="would also replace that of the other parts"):
                 part.copy_(part.clone())
     p = nn.Parameter(src.clone(), requires_grad=False)
     p.data = w.to(torch.float32)
@@ -254,7 +254,7 @@ def test_state_dict(fmt):
     assigned.load_state_dict(dict(state), assign=True)
     assert_same(assigned.weight, w.dequantize(), like=state["weight"])
     plain = nn.Linear(K, N, bias=False, dtype=torch.bfloat16)
-    with pytest.raises(RuntimeError, match="both need to be MXTensors"):
+    with pytest.raises(RuntimeError, match="both must be MXTensors"):
         plain.load_state_dict(dict(state))
 
 
@@ -359,15 +359,15 @@ def test_torchao_refusals():
     spec = QuantizeTensorToNVFP4Kwargs()
     with pytest.raises(NotImplementedError, match="use_dynamic_per_tensor_scale=True"):
         MXTensor.from_torchao(torchao_nvfp4(N, K, act_quant_kwargs=spec))
-    with pytest.raises(TypeError, match="got a Tensor: quantize plain tensors"):
+    with pytest.raises(TypeError, match="NVFP4Tensor: quantize plain tensors"):
         MXTensor.from_torchao(torch.zeros(2, 32))
     with pytest.raises(ValueError, match=r"no block format has dtype=.* with block_size=64"):
         MXTensor.from_torchao(TorchAOMXTensor.to_mx(hp(N, K), torch.float8_e4m3fn, 64))
-    with pytest.raises(ValueError, match="fp6_e3m2 is no format here"):
+    with pytest.raises(ValueError, match="fp6_e3m2 is not supported"):
         MXTensor.from_torchao(TorchAOMXTensor.to_mx(hp(N, K), "fp6_e3m2", 32))
     w = make(MXFP4, E, N, K)
     for bad in (w[0, :, :64], w.mT, w[0, :1].t()):
-        with pytest.raises(ValueError, match="torchao infers packed_axis from them"):
+        with pytest.raises(ValueError, match="torchao would infer"):
             bad.to_torchao()
     with pytest.raises(TypeError, match="kernel_preference='auto' is not a KernelPreference"):
         w.to_torchao("auto")
@@ -397,11 +397,11 @@ def test_blocks(shape, scale_dtype):
 def test_blocks_refusals():
     blocks, scales = torch.zeros(N, 4, 16, dtype=torch.uint8), torch.zeros(N, 4, dtype=torch.uint8)
     for bad, error, match in [
-        ((blocks.int(), scales), TypeError, "gpt-oss stores both as uint8"),
-        ((blocks, scales.int()), TypeError, "gpt-oss stores both as uint8"),
+        ((blocks.int(), scales), TypeError, "both must be uint8, as gpt-oss stores them"),
+        ((blocks, scales.int()), TypeError, "both must be uint8, as gpt-oss stores them"),
         ((blocks[..., :8], scales), ValueError, r"expected \[..., N, K/32, 16\]"),
         ((blocks, scales[:8]), ValueError, r"and, for these blocks, \(64, 4\)"),
-        ((blocks.transpose(0, 1), scales.t()), ValueError, "no view joins the last two axes"),
+        ((blocks.transpose(0, 1), scales.t()), ValueError, "no view can join their last two axes"),
         ((blocks, scales, torch.int8), TypeError, "orig_dtype has dtype torch.int8"),
     ]:
         with pytest.raises(error, match=match):
@@ -446,26 +446,26 @@ def test_what_operators_refuse():
     expected = """
 w + 1  ->  NotImplementedError: aten.add.Tensor is not implemented for <w>: call .dequantize() on it first; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)
 torch.zeros_like(w)  ->  NotImplementedError: aten.zeros_like.default is not implemented for <w>: call .dequantize() on it first
-w.double()  ->  TypeError: <w> cannot become torch.float64; its logical dtype is bfloat16, float16 or float32: call .dequantize() on it first
-w[1]  ->  NotImplementedError: select of <w>: the result would have one dimension, and an MXTensor has two or more; call .dequantize() on it first
-w[:, 16:]  ->  ValueError: slice of <w> along axis 1 from 16 to 64 by 1: the axis is packed, so start and end have to be multiples of 32, the block size of mxfp4, and step 1: align them, or call .dequantize() first
-w[:, ::2]  ->  ValueError: slice of <w> along axis 1 from 0 to 64 by 2: the axis is packed, so start and end have to be multiples of 32, the block size of mxfp4, and step 1: align them, or call .dequantize() first
-w[:, 3]  ->  NotImplementedError: select along axis 1 of <w>: it would take blocks apart, the axis is packed; call .dequantize() on it first
+w.double()  ->  TypeError: <w> cannot become torch.float64; its logical dtype must be bfloat16, float16 or float32: call .dequantize() on it first
+w[1]  ->  NotImplementedError: select of <w>: the result would have one dimension; an MXTensor has two or more; call .dequantize() on it first
+w[:, 16:]  ->  ValueError: slice of <w> along axis 1 from 16 to 64 by 1: the axis is packed, so start and end must be multiples of 32, the block size of mxfp4, and step must be 1: align them, or call .dequantize() first
+w[:, ::2]  ->  ValueError: slice of <w> along axis 1 from 0 to 64 by 2: the axis is packed, so start and end must be multiples of 32, the block size of mxfp4, and step must be 1: align them, or call .dequantize() first
+w[:, 3]  ->  NotImplementedError: select along axis 1 of <w>: this would cut blocks of the packed axis; call .dequantize() on it first
 w[torch.tensor([[0], [1]])]  ->  NotImplementedError: indexing of <w>: use one index tensor of one dimension; call .dequantize() on it first
-w.index_select(1, torch.tensor([0]))  ->  NotImplementedError: index_select along axis 1 of <w>: it would take blocks apart, the axis is packed; call .dequantize() on it first
-w.view(8, 32)  ->  NotImplementedError: view as (8, 32) of <w>: the last axis must stay, to keep its blocks whole; call .dequantize() on it first
-w.view(3, 64)  ->  ValueError: view of <w> as (3, 64): the number of elements has to stay
-w[None].permute(2, 0, 1)  ->  NotImplementedError: permute of MXTensor(shape=(1, 4, 64), mxfp4, orig_dtype=bfloat16, device=cpu): its packed axis would no longer be one of the last two; call .dequantize() on it first
-w[None].t()  ->  ValueError: t of MXTensor(shape=(1, 4, 64), mxfp4, orig_dtype=bfloat16, device=cpu): it takes two dimensions; use .mT to swap the last two
-w.split([1, 2])  ->  ValueError: split of <w> along axis 0 into [1, 2]: they must sum to 4
-w.copy_(other)  ->  ValueError: copy_ into <w> from <other>: they differ in format: mxfp4 and mxfp8_e4m3; quantize both alike, or assign instead of copying: load_state_dict(..., assign=True)
-w.copy_(w.dequantize())  ->  ValueError: copy_ into <w> from a Tensor of shape (4, 64) and torch.bfloat16; both need to be MXTensors: quantize the source with MXTensor.from_hp, or call .dequantize() on it
+w.index_select(1, torch.tensor([0]))  ->  NotImplementedError: index_select along axis 1 of <w>: this would cut blocks of the packed axis; call .dequantize() on it first
+w.view(8, 32)  ->  NotImplementedError: view as (8, 32) of <w>: the last axis must stay, to keep the blocks whole; call .dequantize() on it first
+w.view(3, 64)  ->  ValueError: view of <w> as (3, 64): the shape must have 256 elements
+w[None].permute(2, 0, 1)  ->  NotImplementedError: permute of MXTensor(shape=(1, 4, 64), mxfp4, orig_dtype=bfloat16, device=cpu): the packed axis must remain one of the last two; call .dequantize() on it first
+w[None].t()  ->  ValueError: t of MXTensor(shape=(1, 4, 64), mxfp4, orig_dtype=bfloat16, device=cpu): t needs two dimensions; use .mT to swap the last two
+w.split([1, 2])  ->  ValueError: split of <w> along axis 0 into [1, 2]: the sizes must sum to 4
+w.copy_(other)  ->  ValueError: copy_ into <w> from <other>: they differ in format: mxfp4 and mxfp8_e4m3; quantize both the same way, or assign instead of copying: load_state_dict(..., assign=True)
+w.copy_(w.dequantize())  ->  ValueError: copy_ into <w> from a Tensor of shape (4, 64) and torch.bfloat16; both must be MXTensors: quantize a plain source with MXTensor.from_hp, or call .dequantize() on a packed one
 torch.cat([w, other])  ->  ValueError: cat along axis 0: the tensors differ in format: mxfp4 and mxfp8_e4m3; make them alike, or call .dequantize() on them first
-torch.cat([w, w.dequantize()])  ->  TypeError: cat of MXTensors and a Tensor of shape (4, 64) and torch.bfloat16: quantize it with MXTensor.from_hp, or call .dequantize() on the MXTensors; in DistributedDataParallel, give it init_sync=False
+torch.cat([w, w.dequantize()])  ->  TypeError: cat of MXTensors and a Tensor of shape (4, 64) and torch.bfloat16: quantize it with MXTensor.from_hp, or call .dequantize() on the MXTensors; for DistributedDataParallel, pass init_sync=False
 torch.cat([w, w[:, :32]])  ->  ValueError: cat along axis 0: the tensors differ in shape: (4, 64) and (4, 32); make them alike, or call .dequantize() on them first
-torch.cat([a, b])  ->  ValueError: cat along axis 0: the tensors have different per_tensor_scales, and the result has one: torch.stack makes them experts with a scale each, or concatenate what .dequantize() gives and quantize it with MXTensor.from_hp
-torch.cat([a, a.replace(per_tensor_scale=None)])  ->  ValueError: cat along axis 0: some of the tensors have a per_tensor_scale and some do not; requantize them alike with MXTensor.from_hp
-setattr(w, "data", torch.zeros(4, 64))  ->  TypeError: .data of <w> was to be a Tensor of shape (4, 64) and torch.float32: quantize it with MXTensor.from_hp, or replace the parameter
+torch.cat([a, b])  ->  ValueError: cat along axis 0: the tensors have different per_tensor_scales, and the result has only one: use torch.stack for one scale per expert, or concatenate the .dequantize() values and quantize them with MXTensor.from_hp
+torch.cat([a, a.replace(per_tensor_scale=None)])  ->  ValueError: cat along axis 0: some of the tensors have a per_tensor_scale and some do not; requantize all of them with MXTensor.from_hp
+setattr(w, "data", torch.zeros(4, 64))  ->  TypeError: cannot set .data of <w> to a Tensor of shape (4, 64) and torch.float32: quantize it with MXTensor.from_hp, or replace the parameter
 """
     w, other = MXTensor.from_hp(hp(4, 64), MXFP4), MXTensor.from_hp(hp(4, 64), MXFP8_E4M3)
     a, b = (MXTensor.from_hp(hp(4, 16, seed=seed), NVFP4) for seed in range(2))
@@ -474,20 +474,20 @@ setattr(w, "data", torch.zeros(4, 64))  ->  TypeError: .data of <w> was to be a 
 
 def test_what_constructors_refuse():
     expected = """
-MXTensor.from_hp(torch.zeros(32), MXFP4)  ->  ValueError: data has shape (32,); an MXTensor has two dimensions or more: unsqueeze it
+MXTensor.from_hp(torch.zeros(32), MXFP4)  ->  ValueError: data has shape (32,); an MXTensor needs two or more dimensions: unsqueeze it
 MXTensor.from_hp(torch.zeros(2, 48), MXFP4)  ->  ValueError: data has shape (2, 48); its axis -1 (48) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
-MXTensor.from_hp(torch.zeros(0, 32), MXFP4)  ->  ValueError: data has shape (0, 32); a block format has no zero-size dimensions: skip empty tensors before quantizing
+MXTensor.from_hp(torch.zeros(0, 32), MXFP4)  ->  ValueError: data has shape (0, 32); block formats need dimensions above zero: skip empty tensors before quantizing
 MXTensor.from_hp(torch.zeros(2, 32, dtype=torch.int8), MXFP4)  ->  TypeError: data has dtype torch.int8; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 MXTensor.from_hp(torch.zeros(2, 32), "mxfp4")  ->  TypeError: format='mxfp4' is not a BlockFormat; use MXFP4, MXFP8_E4M3, MXFP8_E5M2 or NVFP4
 MXTensor.from_hp(torch.zeros(2, 32), MXFP4, "floor")  ->  TypeError: scaling_mode='floor' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
-MXTensor.from_hp(torch.zeros(2, 32), MXFP4, activation=MXFP4)  ->  TypeError: activation=mxfp4 is a BlockFormat, not a QuantizeSpec or None; wrap a format: QuantizeSpec(MXFP8_E4M3)
+MXTensor.from_hp(torch.zeros(2, 32), MXFP4, activation=MXFP4)  ->  TypeError: activation=mxfp4 is a BlockFormat; it must be a QuantizeSpec or None: wrap a format, QuantizeSpec(MXFP8_E4M3)
 w.dequantize(torch.float64)  ->  TypeError: output_dtype has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
-w.replace(qdata=w.qdata.int())  ->  TypeError: qdata has dtype torch.int32; mxfp4 needs torch.uint8: view bytes as it, or quantize with MXTensor.from_hp
+w.replace(qdata=w.qdata.int())  ->  TypeError: qdata has dtype torch.int32; mxfp4 needs torch.uint8: view the bytes as that dtype, or quantize with MXTensor.from_hp
 w.replace(qdata=w.qdata.to("meta"))  ->  ValueError: scale is on cpu and qdata on meta; move them to one device
-w.replace(qdata=w.qdata[:, :8])  ->  ValueError: qdata has shape (4, 8) and scale (4, 2); mxfp4 has 16 bytes of qdata for each scale along packed_axis=-1, and its other axes are equal: check that they belong to one weight
+w.replace(qdata=w.qdata[:, :8])  ->  ValueError: qdata has shape (4, 8) and scale (4, 2); mxfp4 needs 16 bytes of qdata per scale along packed_axis=-1, and equal other axes: check that they belong to one weight
 w.replace(packed_axis=0)  ->  ValueError: axis=0; blocks run along the last axis (-1) or the one before it (-2): move yours there with torch.movedim
 w.replace(per_tensor_scale=torch.tensor(1.0))  ->  ValueError: mxfp4 has no per_tensor_scale; leave it None
-v.replace(per_tensor_scale=torch.ones(4, 1))  ->  ValueError: per_tensor_scale has shape (4, 1); a tensor of shape (4, 64) takes a 0-d one, or [E, 1, 1] if it is [E, N, K]: reshape it
+v.replace(per_tensor_scale=torch.ones(4, 1))  ->  ValueError: per_tensor_scale has shape (4, 1); for a tensor of shape (4, 64) it must be 0-d, or [E, 1, 1] if the tensor is [E, N, K]: reshape it
 """
     w, v = MXTensor.from_hp(hp(4, 64), MXFP4), MXTensor.from_hp(hp(4, 64), NVFP4)
     assert transcript(expected, w=w, v=v) == expected

@@ -1,4 +1,4 @@
-"""Tensors without memory of their own: torch functions that ask for it give the right answer or raise."""
+"""Tensors without memory of their own: torch functions that ask for memory return the right answer or raise."""
 
 import copy
 import io
@@ -26,7 +26,7 @@ def fault(kind, name, outcome, text):
         return f"{name}: {outcome} {text}"
     if outcome == "returned" or private or any(known in text for known in UNHOOKED):
         return None
-    if kind == "master" and "makes a new tensor" in text:
+    if kind == "master" and "out-of-place operator" in text:
         return None
     says_so = (
         outcome in ("NotImplementedError", "TypeError", "ValueError") and "dequantize()" in text

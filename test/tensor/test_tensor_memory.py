@@ -1,4 +1,4 @@
-"""How many bytes a packed weight says it has, what it is in one dimension, and averages of models that have some."""
+"""The size that a packed weight reports, its 1-D view, and averages of models with packed weights."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Training on several ranks: experts split over them, weights gathered packed."""
+"""Training on several ranks: experts split over ranks, weights gathered packed."""
 
 from torchao_mx.distributed.clip_grad import clip_grad_norm_
 from torchao_mx.distributed.expert_parallel import ExpertParallel, gather_experts

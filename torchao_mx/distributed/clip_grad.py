@@ -1,7 +1,7 @@
 """clip_grad_norm_ for a model whose parameters lie on several meshes, or partly on none.
 
-torch's own takes all parameters plain or all of them DTensors of one mesh, which with expert parallelism they
-are not.
+torch's own function requires either only plain parameters or only DTensors of one mesh. Expert parallelism
+mixes them.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def clip_grad_norm_(
     norm_type: float = 2.0,
     error_if_nonfinite: bool = False,
 ) -> torch.Tensor:
-    """Scale gradients down so that the norm of all of them together is at most ``max_norm``.
+    """Scale gradients down so that their total norm is at most ``max_norm``.
 
-    As :func:`torch.nn.utils.clip_grad_norm_`. All ranks call it; a DTensor counts as a whole, once. Plain
-    gradients are taken to be the same on every rank: reduce them first.
+    Takes the arguments of :func:`torch.nn.utils.clip_grad_norm_`. All ranks must call it. A DTensor counts
+    once, as a whole. Plain gradients must be equal on every rank: reduce them first.
 
     Returns:
-        The norm before, a plain 0-d tensor, the same on every rank.
+        The norm before clipping, a plain 0-d tensor, equal on every rank.
 
     Raises:
-        RuntimeError: ``error_if_nonfinite`` and the norm is not finite.
+        RuntimeError: ``error_if_nonfinite`` is set and the norm is not finite.
     """
     parameters = [parameters] if isinstance(parameters, torch.Tensor) else parameters
     groups: dict[DeviceMesh | None, list[torch.Tensor]] = defaultdict(list)

@@ -1,27 +1,26 @@
-"""ExpertParallel: a layer's experts split over ranks, and rows sent to the ranks that own them.
+"""ExpertParallel: split a layer's experts over ranks and send rows to the ranks that own them.
 
 With E experts on P ranks, rank p owns experts ``p E/P .. (p + 1) E/P - 1``: weights, biases and adapters.
-Each rank calls the module with tokens of its own, routed among all E experts::
+Each rank calls the module with its own tokens, routed among all E experts::
 
     route      ids [T, k] -> order, offs [E]         sorted by expert, and so by rank
-    dispatch   hidden[order // k] -> rows [R, H]     all-to-all: what this rank's experts get from all ranks
-    experts    rows, ids [R, 1] -> y [R, H]          the pipeline of moe.py, on this rank's experts
-    return     y [R, H] -> y [T k, H]                all-to-all, the other way
-    combine    y, weights [T, k] -> out [T, H]       on the rank of the token, as in one process
+    dispatch   hidden[order // k] -> rows [R, H]     all-to-all: all ranks' rows for this rank's experts
+    experts    rows, ids [R, 1] -> y [R, H]          nn/experts/pipeline.py, on this rank's experts
+    return     y [R, H] -> y [T k, H]                the reverse all-to-all
+    combine    y, weights [T, k] -> out [T, H]       on the token's rank, as in one process
 
-Received rows are in the order of the ranks, and the pipeline sorts them stably: an expert sees its rows in
-the order in which one process would, with the ranks' batches one behind the other.
+Rows arrive in the order of the ranks, and the pipeline sorts them stably. An expert sees its rows in the
+order in which a single process would see them for the concatenated batches of all ranks.
 
-The host has to know the sizes of the exchanges: one synchronisation a layer, as in torchtitan. Without it, in
-a CUDA graph say, each rank sends T k rows to each, its own and then zeros, which belong to no expert: exact,
-whatever the routing, at P times the bytes and activations.
+The host must know the sizes of the exchanges, which costs one synchronization per layer, as in torchtitan.
+The sync-free mode, for CUDA graphs, avoids it: each rank sends T k rows to every rank, real rows first and
+then zeros, which are unassigned. The result is exact for any routing, at P times the bytes and activations.
 
 Backward exchanges gradients the same way. A rank gets
 
 - for hidden and weights, and so for its router, the gradients of its own tokens;
-- for its experts, the sum over the tokens of all P ranks, of the gradients of the losses that these ranks
-  call backward on. Where those are means over a rank's tokens, and the gradients of other parameters are
-  averaged over ranks, the experts' are still to be divided by P.
+- for its experts, the gradients of all P ranks' losses, summed over the tokens of all ranks. If each loss is
+  a mean over a rank's tokens and other gradients are averaged over ranks, divide those of experts by P.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ from torchao_mx.torch_internals import parameters_of
 
 
 class _AllToAll(torch.autograd.Function):
-    """Rows to ranks: ``x [sum(sent), ...] -> [sum(received), ...]``, both in the order of the ranks."""
+    """Send rows to ranks: ``x [sum(sent), ...] -> [sum(received), ...]``, both in the order of the ranks."""
 
     @staticmethod
     def forward(
@@ -67,7 +66,7 @@ class _AllToAll(torch.autograd.Function):
 
 
 class _Gather(torch.autograd.Function):
-    """``hidden[order // k]``, whose backward sums a token's k rows in fp32, without atomics."""
+    """Gather ``hidden[order // k]``; backward sums each token's k rows in fp32, without atomics."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -84,7 +83,7 @@ class _Gather(torch.autograd.Function):
 
 
 class _Pick(torch.autograd.Function):
-    """``x[index]``, zeros for -1, where ``inverse`` says of each row of x where it went: -1 if nowhere."""
+    """Gather ``x[index]``, zeros for -1; ``inverse`` holds the destination of each row of x, -1 for none."""
 
     @staticmethod
     def forward(
@@ -103,12 +102,12 @@ class _Pick(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class RowExchange:
-    """The exchanges of one layer, an :class:`torchao_mx.nn.experts.module.Exchange`.
+    """The row exchanges of one layer; implements :class:`torchao_mx.nn.experts.module.Exchange`.
 
     Attributes:
-        mesh: the one dimension over which the experts are split.
-        n_experts: E, of all ranks.
-        sync_free: whether all ranks have as many rows, and each sends that many to each.
+        mesh: the 1-D mesh over which the experts are split.
+        n_experts: E, the number of experts on all ranks together.
+        sync_free: whether all ranks have equally many rows, and each sends that many to every rank.
     """
 
     mesh: DeviceMesh
@@ -118,7 +117,7 @@ class RowExchange:
     def routed(
         self, experts: LocalExperts, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
-        """``(hidden [T, H], ids [T, k], weights [T, k]) -> [T, H]``; ids of no expert add nothing."""
+        """``(hidden [T, H], ids [T, k], weights [T, k]) -> [T, H]``; out-of-range ids add nothing."""
         order, offs = ops.route(ids, self.n_experts)
         rows = _Gather.apply(hidden, order, ids.shape[1])
         y = self.grouped(experts, rows, offs.diff(prepend=offs.new_zeros(1)))
@@ -127,9 +126,9 @@ class RowExchange:
     def grouped(
         self, experts: LocalExperts, rows: torch.Tensor, counts: torch.Tensor
     ) -> torch.Tensor:
-        """``(rows [R, H] in the order of the experts, counts [E]) -> [R, H]``, zeros behind the last's."""
+        """``(rows [R, H] in expert order, counts [E]) -> [R, H]``, zeros for unassigned rows."""
         sent = counts.to(torch.int32).view(self.mesh.size(), -1)  # [P, E / P]
-        received = torch.empty_like(sent)  # by each rank, for the experts here
+        received = torch.empty_like(sent)  # from each rank, for the local experts
         dist.all_to_all_single(received, sent, group=self.mesh.get_group())
         if self.sync_free:
             return self._padded(experts, rows, sent, received)
@@ -149,16 +148,16 @@ class RowExchange:
         sent: torch.Tensor,
         received: torch.Tensor,
     ) -> torch.Tensor:
-        """With R rows from each rank to each, of which the first ones count."""
+        """Run ``grouped`` with R rows from every rank to every rank; only the leading rows count."""
         n_ranks, n_rows = len(sent), len(rows)
         row = torch.arange(n_rows, device=rows.device)
         ends = sent.sum(1).cumsum(0)
         starts = ends - sent.sum(1)
-        index = starts[:, None] + row  # [P, R], of the row in each place
+        index = starts[:, None] + row  # [P, R]: the row in each place
         index = index.where(index < ends[:, None], -1).flatten()
         rank = torch.searchsorted(ends, row, right=True)
         place = rank * n_rows + row - starts[rank.clamp(max=n_ranks - 1)]
-        place = place.where(rank < n_ranks, -1)  # [R], of each row
+        place = place.where(rank < n_ranks, -1)  # [R]: the place of each row
 
         sizes = [n_rows] * n_ranks
         x = self._all_to_all(_Pick.apply(rows, index, place), sizes, sizes)
@@ -178,31 +177,30 @@ class RowExchange:
 class ExpertParallel(ParallelStyle):
     """Split a module's experts over the ranks of a mesh dimension, for ``parallelize_module``.
 
-    The module is one of ours, made by ``quantize_``: :class:`torchao_mx.MXExperts`,
-    :class:`torchao_mx.MXLoRAExperts`, :class:`torchao_mx.MXFakeQuantizedExperts` or what derives from them.
-    It is called as before, on each rank with that rank's tokens, by the ids (or the numbers of rows) of all E
-    experts. Every rank calls it and runs its backward, one without tokens too, and what requires a gradient
-    is alike on all.
+    The module must come from ``quantize_``: :class:`torchao_mx.MXExperts`, :class:`torchao_mx.MXLoRAExperts`,
+    :class:`torchao_mx.MXFakeQuantizedExperts` or a subclass. Call it as before: each rank passes its own
+    tokens and the ids (or the row counts) of all E experts. Every rank, even one without tokens, must call it
+    and run its backward, and the same tensors must require gradients on all ranks.
 
-    Parameters keep their names and shapes and become DTensors, ``Shard(0)`` over the mesh, with the values of
-    its first rank, or each rank's own under ``parallelize_module(..., src_data_rank=None)``; what is gathered
-    by ``full_tensor()`` is packed as it was. Load and quantize first, then split, then apply FSDP2: to the
-    experts over another dimension of the mesh, and over all ranks to the rest, which is the same on each::
+    Parameters keep their names and shapes and become DTensors, ``Shard(0)`` over the mesh. Their values come
+    from the mesh's first rank, or from each rank with ``parallelize_module(..., src_data_rank=None)``.
+    ``full_tensor()`` gathers packed weights packed. Load and quantize first, then split, then apply FSDP2:
+    over another mesh dimension to the experts, and over all ranks to the rest, which is replicated::
 
         mesh = init_device_mesh("cuda", (2, 4), mesh_dim_names=("dp", "ep"))
         quantize_(model, MXWeightOnlyLoRAConfig(), filter_fn=is_experts)
         parallelize_module(model, mesh["ep"], {"model.layers.*.mlp.experts": ExpertParallel()})
         for layer in model.model.layers:
             fully_shard(layer.mlp.experts, mesh=mesh["dp"])
-            layer.mlp.experts.set_gradient_divide_factor(8)  # where a rank's loss is its tokens' mean
+            layer.mlp.experts.set_gradient_divide_factor(8)  # if each rank's loss is a mean over its tokens
         fully_shard(model, mesh=init_device_mesh("cuda", (8,)))
 
-    Gradients of experts are sums over the mesh: see the top of the file. NVFP4 activations take their scale
-    from the rows that meet on a rank, so that they round otherwise than in one process.
+    The experts' gradients are sums over the mesh; see the top of the file. NVFP4 activations take their scale
+    from the rows on one rank, so they round differently than in one process.
 
     Args:
-        sync_free: do not wait for the device, where each call otherwise does once. All ranks have as many
-            tokens then, and a rank receives P times its own rows, of which most are nobody's.
+        sync_free: avoid the wait for the device that each call otherwise needs. All ranks must then have
+            equally many tokens; each receives P times its own number of rows, most of them unassigned.
     """
 
     def __init__(self, sync_free: bool = False) -> None:
@@ -210,12 +208,12 @@ class ExpertParallel(ParallelStyle):
         self.sync_free = sync_free
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        """Split ``module``, in place.
+        """Split ``module`` in place.
 
         Raises:
-            TypeError: a module that is none of our modules of experts.
-            ValueError: a mesh of several dimensions; experts that its ranks cannot share evenly; parameters
-                that are DTensors already.
+            TypeError: ``module`` is not a module of experts made by ``quantize_``.
+            ValueError: the mesh has several dimensions, its size does not divide the number of experts, or
+                parameters are DTensors already.
         """
         check_splittable(module, device_mesh)
         n_experts = module.n_experts
@@ -232,23 +230,23 @@ class ExpertParallel(ParallelStyle):
 
 
 def gather_experts(model: nn.Module) -> nn.Module:
-    """Undo :class:`ExpertParallel`: each rank holds all experts again, bit for bit, to be saved say.
+    """Undo :class:`ExpertParallel`, for example to save: each rank again holds all experts, bit for bit.
 
-    All ranks call it. Optimizers keep the parameters that there were.
+    All ranks must call it. Optimizers keep referring to the old parameters.
 
     Args:
         model: changed in place.
 
     Raises:
-        ValueError: experts that FSDP2 holds too; gather those with ``full_tensor()``.
+        ValueError: FSDP2 also shards the experts; gather those with ``full_tensor()``.
     """
     split = {n: m for n, m in model.named_modules() if isinstance(m, MXExperts) and m.exchange}
     for name, module in split.items():
         for key, p in parameters_of(module).items():
             if p is not None and p.device_mesh != module.exchange.mesh:
                 raise ValueError(
-                    f"{name}.{key} is split over {p.device_mesh}, so FSDP2 holds it too: gather the entries "
-                    f"of state_dict() with full_tensor()"
+                    f"{name}.{key} is split over {p.device_mesh}, so FSDP2 shards it too: gather the "
+                    f"entries of state_dict() with full_tensor()"
                 )
     for module in split.values():
         for key, p in parameters_of(module).items():
@@ -260,18 +258,18 @@ def gather_experts(model: nn.Module) -> nn.Module:
 
 
 def check_splittable(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Refuse a module whose experts cannot be split over ``mesh``; nothing is changed."""
+    """Raise unless the experts of ``module`` can be split over ``mesh``; change nothing."""
     kind = type(module).__name__
     if not isinstance(module, MXExperts):
-        what = "computes by itself" if layout_of(module) is not None else "is no module of experts"
+        what = "is not quantized" if layout_of(module) is not None else "is not a module of experts"
         raise TypeError(
-            f"ExpertParallel takes modules of experts made by quantize_(..., filter_fn=is_experts), and this "
-            f"{kind} {what}: quantize it first, or take it out of the plan"
+            f"this {kind} {what}; ExpertParallel needs modules of experts made by quantize_(..., "
+            f"filter_fn=is_experts): quantize it first, or take it out of the plan"
         )
     if mesh.ndim != 1:
         raise ValueError(
-            f"experts are split over one dimension, and the mesh has {mesh.ndim}, "
-            f"{mesh.mesh_dim_names or tuple(mesh.shape)}: pass one of them, as mesh['ep']"
+            f"the mesh has {mesh.ndim} dimensions, {mesh.mesh_dim_names or tuple(mesh.shape)}; experts are "
+            f"split over one: pass one of them, such as mesh['ep']"
         )
     parameters = {name: p for name, p in parameters_of(module).items() if p is not None}
     split = [name for name, p in parameters.items() if isinstance(p, DTensor)]
@@ -282,12 +280,12 @@ def check_splittable(module: nn.Module, mesh: DeviceMesh) -> None:
     n_experts = module.n_experts
     if n_experts % mesh.size():
         raise ValueError(
-            f"{kind} has {n_experts} experts, which {mesh.size()} ranks cannot share evenly; take a mesh "
+            f"{kind} has {n_experts} experts, which {mesh.size()} ranks cannot share evenly; use a mesh "
             f"whose size divides {n_experts}"
         )
     others = [f"{name} {tuple(p.shape)}" for name, p in parameters.items() if len(p) != n_experts]
     if others:
         raise ValueError(
-            f"{kind} has {n_experts} experts, and {', '.join(others)} not one entry for each; keep "
-            f"parameters of other kinds in a module of their own"
+            f"{kind} has {n_experts} experts, but {', '.join(others)} does not have one entry per expert; "
+            f"keep other parameters in a separate module"
         )

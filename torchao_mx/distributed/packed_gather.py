@@ -1,4 +1,4 @@
-"""FSDP2 for quantization-aware training: weights gathered as the packed bytes that the forward pass uses."""
+"""FSDP2 for quantization-aware training: gather weights as the packed bytes that forward uses."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchao_mx.torch_internals import parameters_of
 
 
 def gather_packed(model: nn.Module) -> nn.Module:
-    """Have ``fully_shard`` gather the weights of fake-quantized layers packed rather than in their dtype.
+    """Make ``fully_shard`` gather the weights of fake-quantized layers packed instead of in their dtype.
 
-    Call it after ``QATConfig(..., step="prepare")`` and before ``fully_shard``. Outputs and gradients are,
-    bit for bit, what they are without it; with ``MixedPrecisionPolicy(param_dtype=...)`` weights are
-    quantized from their own dtype, as conversion will quantize them, where without it they would be rounded
-    to ``param_dtype`` first. Masters, their gradients and optimizer states stay in high precision, sharded.
-    Checkpoints of the sharded model are those of plain parameters.
+    Call it after ``QATConfig(..., step="prepare")`` and before ``fully_shard``. Outputs and gradients stay
+    the same, bit for bit. Only ``MixedPrecisionPolicy(param_dtype=...)`` makes a difference: weights are then
+    quantized from their own dtype, as in conversion, rather than rounded to ``param_dtype`` first. Masters,
+    their gradients and optimizer states stay in high precision and sharded. Checkpoints of the sharded model
+    equal those of plain parameters.
 
     Before ``step="convert"``, load a checkpoint into a model that is not sharded.
 
@@ -33,8 +33,8 @@ def gather_packed(model: nn.Module) -> nn.Module:
         ``model``.
 
     Raises:
-        TypeError: a layer of :class:`NVFP4ForwardMXFP8BackwardConfig`, which quantizes its weight again, and
-            in another way, in backward.
+        TypeError: a layer uses :class:`NVFP4ForwardMXFP8BackwardConfig`, which quantizes its weight
+            differently in backward.
         ValueError: a weight is a DTensor: the model is sharded already.
 
     Example::
@@ -75,8 +75,8 @@ def _weights(module: nn.Module) -> Sequence[str]:
 def _check(name: str, module: nn.Module) -> None:
     if isinstance(module, (NVFP4MXFP8Linear, NVFP4MXFP8Experts)):
         raise TypeError(
-            f"{name}: {type(module).__name__} quantizes its weight in another way for backward, and needs it "
-            f"whole: leave gather_packed out, fully_shard gathers that weight in its own dtype"
+            f"{name}: {type(module).__name__} quantizes its weight differently in backward and needs it "
+            f"unpacked: leave gather_packed out, and fully_shard gathers that weight in its own dtype"
         )
     for key in _weights(module):
         if isinstance(parameters_of(module)[key], DTensor):

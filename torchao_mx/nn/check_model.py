@@ -1,7 +1,7 @@
-"""A whole model before ``quantize_`` changes it: what would be refused, left out, or come apart.
+"""Check a whole model before ``quantize_`` changes it: report layers refused, left out or untied.
 
-torchao's ``quantize_`` goes through a model module by module and tells a handler neither names nor what else
-there is, so only a look at the model beforehand can name a layer, or say that none was selected.
+torchao's ``quantize_`` visits a model module by module and tells a handler neither the layer's name nor the
+rest of the model. Only a check beforehand can name a layer, or report that no layer is selected.
 """
 
 from __future__ import annotations
@@ -33,23 +33,22 @@ def quantize_(
     filter_fn: _Filter | None = None,
     device: torch.types.Device | None = None,
 ) -> None:
-    """torchao's ``quantize_`` after a look at the whole model: it changes all that is selected, or nothing.
+    """Run torchao's ``quantize_`` after a check of the whole model: change every selected layer, or nothing.
 
-    A layer that could not be quantized is refused by name before the first is changed. A warning names what
-    would otherwise go unsaid: a ``filter_fn`` that selects nothing, modules with 3-D weights that no layout
-    claims, weights that come untied, and in ``step="convert"`` layers that stay in training and layers that
-    were never prepared.
+    The error names each layer that cannot be quantized, before any layer changes. Warnings report a
+    ``filter_fn`` that selects nothing, modules with 3-D weights that no layout claims, and weights that get
+    untied; with ``step="convert"`` also layers that stay in training and layers that were never prepared.
 
     Args:
-        model: changed in place; one linear layer or module of experts may be given itself.
-        config: any config of torchao's ``quantize_``. Layers are checked for ours, ``QATConfig`` of ours
-            included.
-        filter_fn: ``(module, fully qualified name) -> bool``; None for linear layers, as in torchao. With an
-            ``FqnToConfig``, which has names of its own and goes on to torchao as it is, None.
+        model: changed in place; may itself be a linear layer or a module of experts.
+        config: any config of torchao's ``quantize_``. Layers are checked for configs of this library and for
+            a ``QATConfig`` of one.
+        filter_fn: ``(module, fully qualified name) -> bool``; None selects linear layers, as in torchao. Must
+            be None for an ``FqnToConfig``, which selects by name and is passed to torchao unchecked.
         device: where to move each module first; None leaves them where they are.
 
     Raises:
-        ValueError: one line for each layer that cannot be quantized so; ``model`` is unchanged.
+        ValueError: one line per layer that cannot be quantized with ``config``; ``model`` is unchanged.
 
     Example:
         >>> import torch
@@ -77,25 +76,25 @@ def quantize_(
 
 
 def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | None = None) -> None:
-    """Refuse, before ``quantize_``, a model that it could not convert to the end.
+    """Raise if ``quantize_`` could not convert every selected layer of ``model``; change nothing.
 
-    torchao's ``quantize_`` converts layer by layer and does not tell a handler the layer's name, so an error
-    half-way leaves the layers before it converted. This looks at all of them first, changes nothing, and
-    names each; :func:`torchao_mx.quantize_` does both.
+    torchao's ``quantize_`` converts layer by layer, so an error half-way leaves earlier layers converted, and
+    the error cannot name its layer. This function checks all layers first and names each one that fails;
+    :func:`torchao_mx.quantize_` does both.
 
     Args:
-        model: what will be given to ``quantize_``.
-        config: ours, LoRA's and the recipe's included, or torchao's ``QATConfig`` with one of ours, or
-            torchao's ``MXDynamicActivationMXWeightConfig``, as ``base_config``, or ours as ``weight_config``.
+        model: the model to be passed to ``quantize_``.
+        config: a config of this library, or a ``QATConfig`` with one of its configs, or with torchao's
+            ``MXDynamicActivationMXWeightConfig`` as ``base_config``.
         filter_fn: as for ``quantize_``.
 
     Raises:
-        TypeError: a config with no scheme of ours in it.
-        ValueError: one line for each layer that cannot be quantized so; or nothing would be done at all, as
-            ``filter_fn`` selects nothing, or nothing to be converted is in training.
+        TypeError: ``config`` contains no scheme of this library.
+        ValueError: one line per layer that cannot be quantized with ``config``; or there is nothing to do,
+            because ``filter_fn`` selects nothing or no layer to convert is in training.
 
     Warns:
-        UserWarning: as :func:`torchao_mx.quantize_` does, of what would be left out or untied.
+        UserWarning: layers would be left out or untied, as in :func:`torchao_mx.quantize_`.
 
     Example:
         >>> import torch
@@ -115,24 +114,24 @@ def check_model(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | Non
 
 
 def check_layers(model: nn.Module, config: AOBaseConfig, filter_fn: _Filter | None = None) -> _Plan:
-    """The refusals of :func:`check_model` alone, for a caller that names itself what is left out."""
+    """Raise the errors of :func:`check_model`, for callers that report left-out layers themselves."""
     plan = _Plan(model, config, is_linear if filter_fn is None else filter_fn)
     if plan.scheme is None:
         raise TypeError(
-            f"{type(config).__name__} holds no scheme of torchao_mx; give one of "
-            f"{', '.join(registered())}; a QATConfig of one of ours"
+            f"{type(config).__name__} contains no scheme of torchao_mx; pass one of "
+            f"{', '.join(registered())}; a QATConfig needs a base_config of torchao_mx"
         )
     plan.raise_problems()
     return plan
 
 
 class _Plan:
-    """What ``quantize_`` would do to a model, and what there is to say of it.
+    """The changes that ``quantize_`` would make to a model, and the errors and warnings about them.
 
     Attributes:
-        scheme: what is registered for the config; None of one that is not ours.
-        selected: the modules that handlers would be given, by name; of a convert step those that it converts.
-        nothing: why nothing would be done; empty where something would.
+        scheme: the scheme registered for the config; None for configs of other libraries.
+        selected: the modules that handlers would receive, by name; in a convert step those that it converts.
+        nothing: the reason why nothing would change; empty if something would.
     """
 
     def __init__(self, model: nn.Module, config: AOBaseConfig, filter_fn: _Filter) -> None:
@@ -159,12 +158,12 @@ class _Plan:
         if not converted:
             return {}, (
                 f"nothing to convert: filter_fn selects none of the {len(self.in_training)} layers in "
-                f"training ({_some(self.in_training)}); give the filter_fn of the prepare step"
+                f"training ({_first_names(self.in_training)}); pass the filter_fn of the prepare step"
             )
         return converted, ""
 
     def raise_problems(self) -> None:
-        """One error that names every module that would be refused, if any."""
+        """Raise one error that names every module that a handler would refuse, if any."""
         refusals = {n: self._refusal(m) for n, m in self.selected.items()}
         problems = [f"{n or 'the model'}: {text}" for n, text in refusals.items() if text]
         if problems:
@@ -182,15 +181,15 @@ class _Plan:
         return ""
 
     def notes(self) -> list[str]:
-        """What would be left out, or come untied."""
+        """Return warnings about modules left out or weights untied."""
         notes = []
         if self.is_convert:
             left = [n for n in self.in_training if n not in self.selected]
             if left and self.selected:
                 subject = "1 layer stays" if len(left) == 1 else f"{len(left)} layers stay"
                 notes.append(
-                    f"{subject} in training: {_some(left)}; give the filter_fn of the prepare step to "
-                    f"convert all that it prepared"
+                    f"{subject} in training: {_first_names(left)}; pass the filter_fn of the prepare step "
+                    f"to convert all layers that it prepared"
                 )
             never = [n for n, m in self.given.items() if is_in_high_precision(m)]
             never = [n for n in never if n not in self.in_training]
@@ -200,7 +199,7 @@ class _Plan:
                     "layers were never prepared and stay",
                 )
                 subject = one if len(never) == 1 else f"{len(never)} {many}"
-                notes.append(f"{subject} in high precision: {_some(never)}")
+                notes.append(f"{subject} in high precision: {_first_names(never)}")
         elif self.scheme is not None:
             notes.extend(f"{name}: {why}" for name, why in unclaimed_experts(self.model).items())
             notes.extend(self._read_raw())
@@ -210,18 +209,18 @@ class _Plan:
         return notes
 
     def _read_raw(self) -> list[str]:
-        """Selected layers whose weight is read past them; packed weights multiply there too."""
+        """Return warnings for layers whose weight is read directly; a packed weight allows that."""
         if self.scheme.changes_weight_alone:
             return []
         return [
-            f"{name}: {reader} reads its weight past the layer, where neither fake quantization nor adapters "
-            f"are seen; leave it out with filter_fn"
+            f"{name}: {reader} reads the weight without calling the layer, which bypasses fake quantization "
+            f"and adapters; leave the layer out with filter_fn"
             for name, reader in raw_reads(self.model).items()
             if name in self.selected
         ]
 
     def filter_fn(self, given: _Filter) -> _Filter:
-        """What to give torchao's ``quantize_`` rather than ``given``: what changes in place is taken once."""
+        """Return the filter for torchao's ``quantize_``; it selects a module changed in place only once."""
         if self.scheme is None:
             return given
         todo = {id(m) for m in self.selected.values()}
@@ -230,19 +229,19 @@ class _Plan:
             if id(module) not in todo:
                 return False
             if not self._is_replaced(module):
-                todo.remove(id(module))  # it may stand at a second place
+                todo.remove(id(module))  # the model may hold it a second time
             return True
 
         return selects
 
     def _is_replaced(self, module: nn.Module) -> bool:
-        """Whether a handler returns another module: torchao's, of its own modules in training."""
+        """Return whether the handler returns a new module, as torchao's does for its modules in training."""
         converts = self.scheme.is_in_training
         return converts is not None and converts(module) and not is_in_training(module)
 
 
 def _selected(model: nn.Module, filter_fn: _Filter) -> dict[str, nn.Module]:
-    """What torchao's ``quantize_`` finds: nothing inside a module that is selected; a shared module once."""
+    """Find modules as torchao's ``quantize_`` does: none inside a selected module, shared modules once."""
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
 
@@ -265,14 +264,14 @@ def _nothing_selected(model: nn.Module) -> str:
     known = [n for n, m in model.named_modules() if layout_of(m) is not None]
     held = []
     if linear:
-        held.append(f"linear layers ({_some(linear)}): filter_fn=torchao_mx.is_linear")
+        held.append(f"linear layers ({_first_names(linear)}): filter_fn=torchao_mx.is_linear")
     if known:
-        held.append(f"modules of experts ({_some(known)}): filter_fn=torchao_mx.is_experts")
-    what = "; ".join(held) or "neither linear layers nor modules of experts that are known"
+        held.append(f"modules of experts ({_first_names(known)}): filter_fn=torchao_mx.is_experts")
+    what = "; ".join(held) or "neither linear layers nor modules of experts of a known class"
     return f"filter_fn selects nothing in {type(model).__name__}, which holds {what}"
 
 
-def _some(names: Any) -> str:
-    """The first names, and that there are more."""
+def _first_names(names: Any) -> str:
+    """Return the first names and the number of the rest."""
     names = [name or "the model" for name in names]
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

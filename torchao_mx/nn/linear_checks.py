@@ -1,4 +1,4 @@
-"""Which layers may be quantized: what is selected, what is refused, and what is in high precision still."""
+"""Checks of linear layers: which to select, which to refuse, and which are still in high precision."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchao_mx.torch_internals import parameters_of
 
 
 def is_linear(module: nn.Module, fqn: str = "") -> bool:
-    """A ``filter_fn`` for ``quantize_``: every ``nn.Linear`` with a forward of its own kind.
+    """Select every ``nn.Linear`` that is called, as a ``filter_fn`` for ``quantize_``.
 
     Example:
         >>> import torch
@@ -28,7 +28,7 @@ def is_linear(module: nn.Module, fqn: str = "") -> bool:
 
 
 def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
-    """Refuse a module whose weight cannot be quantized so; nothing is changed."""
+    """Raise unless ``module`` is a linear layer that can be quantized to these specs; change nothing."""
     if not isinstance(module, nn.Linear):
         raise TypeError(f"{type(module).__name__} is not an nn.Linear{_what_to_select(module)}")
     name = (
@@ -38,18 +38,18 @@ def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSp
     for what in ("weight", "bias"):
         if what not in parameters_of(module):
             raise TypeError(
-                f"{name}: its {what} is not a parameter but computed, as by a parametrization or "
-                f"weight_norm; remove that first, or leave this layer out with filter_fn"
+                f"{name}: its {what} is computed, for example by a parametrization or weight_norm, and "
+                f"must be a parameter; remove that first, or leave this layer out with filter_fn"
             )
     if isinstance(module.weight, DTensor):
         raise TypeError(
-            f"{name}: its weight is a DTensor, of which this rank has a part; call quantize_ before it is "
-            f"split, or load the whole state (torch.distributed.checkpoint.state_dict, full_state_dict=True) "
-            f"into a model that is not, and quantize or convert that"
+            f"{name}: its weight is a DTensor, of which this rank holds only a part; call quantize_ before "
+            f"sharding, or load the whole state (torch.distributed.checkpoint.state_dict, "
+            f"full_state_dict=True) into an unsharded model, and quantize or convert that"
         )
     if type(module.weight.data) is not torch.Tensor:
         raise TypeError(
-            f"{name}: its weight is a {type(module.weight.data).__name__} already; quantize from a "
+            f"{name}: its weight is already a {type(module.weight.data).__name__}; quantize from a "
             f"high-precision weight, or leave this layer out with filter_fn"
         )
     check_high_precision(module.weight.dtype, f"{name}: its weight")
@@ -59,7 +59,7 @@ def check_linear(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSp
 
 
 def _what_to_select(module: nn.Module) -> str:
-    """Rather than ``module``, which is neither a linear layer nor experts: what an error says of it."""
+    """Return the end of an error about ``module``, neither a linear layer nor experts: what to select."""
     linear = sum(is_linear(m) for m in module.modules())
     experts = sum(layout_of(m) is not None for m in module.modules())
     if not linear and not experts:
@@ -69,27 +69,27 @@ def _what_to_select(module: nn.Module) -> str:
     kind = "is_linear" if linear else "is_experts"
     return (
         f" but holds {' and '.join(held)}, which quantize_ does not reach: it stops at the first module that "
-        f"filter_fn selects, and one that goes by names selects the model itself; have it ask for the kind "
+        f"filter_fn selects, and a filter by name also selects the model itself; test the kind of module "
         f"too: lambda module, name: torchao_mx.{kind}(module) and ..."
     )
 
 
 def is_in_high_precision(module: nn.Module) -> bool:
-    """Whether ``module`` is a linear layer or one of experts, and its weights are not quantized."""
+    """Return whether ``module`` is a linear layer or module of experts with unquantized weights."""
     if layout_of(module) is not None:
         return not is_packed(module)
     return isinstance(module, nn.Linear) and type(module.weight.data) in (torch.Tensor, DTensor)
 
 
 def check_own_forward(linear: nn.Linear) -> None:
-    """Refuse a layer that computes otherwise than by ``nn.Linear.forward``; nothing is changed."""
+    """Raise unless the layer computes by ``nn.Linear.forward``; change nothing."""
     if type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         raise TypeError(
-            f"{linear} has a forward of its own, of its class or set on the instance, which fake "
+            f"{linear} has its own forward, from its class or set on the instance, which fake "
             f"quantization would drop; remove it, or leave this layer out with filter_fn"
         )
     if not is_linear(linear):
         raise TypeError(
-            f"{linear} is never called: the module around it reads its weight, so that fake quantization "
+            f"{linear} is never called: the module around it reads its weight, so fake quantization "
             f"would do nothing; leave this layer out with filter_fn=torchao_mx.is_linear"
         )

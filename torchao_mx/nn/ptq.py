@@ -1,6 +1,6 @@
 """Post-training quantization: configs for torchao's ``quantize_``.
 
-The handlers replace ``linear.weight`` by a frozen :class:`MXTensor`; the module stays an ``nn.Linear``.
+The handlers replace ``linear.weight`` with a frozen :class:`MXTensor`; the module stays an ``nn.Linear``.
 Modules of experts become :class:`MXExperts`.
 """
 
@@ -26,18 +26,18 @@ from torchao_mx.tensor import MXTensor
 
 @dataclass(frozen=True)
 class MXWeightOnlyConfig(AOBaseConfig):
-    """Weights in a block format, activations as they are (W4A16, W8A16).
+    """Quantize weights to a block format and leave activations unquantized (W4A16, W8A16).
 
-    What gpt-oss, DeepSeek-V4 and Kimi-class experts ship in. Products decode the weight and run in the
-    activation's dtype, on the CPU and on any CUDA GPU from Ampere up.
+    gpt-oss, DeepSeek-V4 and Kimi-class experts ship in this form. Products decode the weight and run in the
+    activation's dtype, on the CPU and on CUDA GPUs from Ampere on.
 
     Args:
         dtype: element type: ``torch.float4_e2m1fn_x2``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-        block_size: 32 for the MX formats; 16 with 4-bit elements is NVFP4.
+        block_size: 32 for the MX formats; 16 with 4-bit elements for NVFP4.
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
 
     Raises:
-        TypeError: a field of the wrong type.
+        TypeError: a field has the wrong type.
         ValueError: no format has this dtype with this block size.
 
     Example:
@@ -68,21 +68,21 @@ class MXWeightOnlyConfig(AOBaseConfig):
 
 @dataclass(frozen=True)
 class MXDynamicActivationMXWeightConfig(AOBaseConfig):
-    """Weights in a block format, and activations quantized on the way into each product.
+    """Quantize weights to a block format, and activations as they enter each product.
 
-    The fields of torchao's config of this name, without its demands: the two dtypes may differ (W4A8),
-    weights may be fp16 or fp32, and no particular GPU is needed. A product is computed from the dequantized
-    operands in the activation's dtype; two large MXFP4 operands go to 8-bit tensor cores instead where
-    the GPU has them, which takes nothing from their values.
+    It has the fields of torchao's config of this name but fewer restrictions: the two dtypes may differ
+    (W4A8), weights may be fp16 or fp32, and no particular GPU is needed. Products multiply the dequantized
+    operands in the activation's dtype. Two large MXFP4 operands go to 8-bit tensor cores instead if the GPU
+    has them, which represent their values exactly.
 
     Args:
         activation_dtype: element type of the activations.
         weight_dtype: element type of the weights.
-        block_size: of both; 32 for the MX formats, 16 with 4-bit elements for NVFP4.
+        block_size: block size of both; 32 for the MX formats, 16 with 4-bit elements for NVFP4.
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
 
     Raises:
-        TypeError: a field of the wrong type.
+        TypeError: a field has the wrong type.
         ValueError: no format has one of the dtypes with this block size.
 
     Example:
@@ -123,11 +123,11 @@ PTQConfig = MXWeightOnlyConfig | MXDynamicActivationMXWeightConfig
 def quantize_linear(
     module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
 ) -> nn.Module:
-    """Replace ``module.weight`` by its MXTensor, in place; twice is once, with a warning."""
+    """Replace ``module.weight`` with its MXTensor in place; warn and do nothing if it is one already."""
     if isinstance(module, nn.Linear) and isinstance(module.weight, MXTensor):
         warnings.warn(
-            f"{module} holds an MXTensor already; left as it is. Quantize a model once, or exclude "
-            f"this layer with filter_fn",
+            f"{module} already holds an MXTensor and is left as it is. Quantize a model once, or "
+            f"exclude this layer with filter_fn",
             stacklevel=2,
         )
         return module
@@ -136,13 +136,13 @@ def quantize_linear(
         module.weight.detach(), weight.format, weight.scaling_mode, activation=activation
     )
     module.weight = nn.Parameter(quantized, requires_grad=False)
-    # A partial, as a method bound to the instance would not survive pickling.
+    # A partial, because a method bound to the instance would not survive pickling.
     module.extra_repr = functools.partial(_extra_repr, module)
     return module
 
 
 def check_ptq_module(module: nn.Module, config: PTQConfig) -> None:
-    """Refuse what the handler would refuse; nothing is changed, nor is what is packed already looked at."""
+    """Raise if the handler would; accept packed modules unchecked and change nothing."""
     check_not_in_training(module)
     if layout_of(module) is not None:
         if not is_packed(module):
@@ -154,7 +154,7 @@ def check_ptq_module(module: nn.Module, config: PTQConfig) -> None:
 
 def _extra_repr(module: Any) -> str:
     text, weight = type(module).extra_repr(module), local_of(module.weight)
-    if not isinstance(weight, MXTensor):  # another one was put in its place
+    if not isinstance(weight, MXTensor):  # the weight was replaced
         return text
     return f"{text}, weight={weight._quantization_type()}"
 

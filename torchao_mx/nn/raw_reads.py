@@ -1,8 +1,8 @@
-"""Layers whose weight their owner reads itself, past the layer: what such a layer computes is not asked for.
+"""Find layers whose owner reads the weight itself instead of calling the layer.
 
-``self.proj.weight @ x`` in an owner's forward, or ``kernel(x, self.proj.weight)``, takes a weight in training
-for what it is in high precision and knows nothing of adapters. transformers' Mamba and its like do so. It
-shows in the owner's source alone.
+``self.proj.weight @ x`` in an owner's forward, or ``kernel(x, self.proj.weight)``, uses the high-precision
+weight of a layer in training and bypasses adapters. transformers' Mamba and similar models do so. Only the
+owner's source shows it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from torchao_mx.torch_internals import children_of
 
-# What a weight is asked for without its values being read.
+# Attributes that describe a weight without reading its values.
 _DESCRIPTIONS = {
     "data_ptr", "device", "dim", "dtype", "element_size", "is_cpu", "is_cuda", "is_meta", "itemsize",
     "layout", "ndim", "numel", "requires_grad", "shape", "size", "stride",
@@ -25,12 +25,12 @@ _MAKES_WEIGHTS = ("init", "reset_parameters", "tie_", "repr")  # in a method's n
 
 
 def raw_reads(model: nn.Module) -> dict[str, str]:
-    """The layers of ``model`` whose weight another module's code reads: by name, who reads it.
+    """Return, by name, each layer of ``model`` whose weight another module's code reads, and the reader.
 
     Example:
         >>> import torch
         >>> from torchao_mx.nn.raw_reads import raw_reads
-        >>> raw_reads(torch.nn.Sequential(torch.nn.Linear(32, 32)))  # read by none but the layer
+        >>> raw_reads(torch.nn.Sequential(torch.nn.Linear(32, 32)))  # only the layer reads its weight
         {}
     """
     found = {}
@@ -43,7 +43,7 @@ def raw_reads(model: nn.Module) -> dict[str, str]:
 
 @functools.lru_cache(maxsize=1024)
 def _reads_of(cls: type[nn.Module]) -> dict[str, str]:
-    """The submodules whose ``weight`` a class reads: by name, in which method."""
+    """Return, by name, each submodule whose ``weight`` a class reads, and the method that reads it."""
     found: dict[str, str] = {}
     for base in cls.__mro__:
         if base is nn.Module:
@@ -52,7 +52,7 @@ def _reads_of(cls: type[nn.Module]) -> dict[str, str]:
             continue
         try:
             tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
-        except (OSError, TypeError, SyntaxError):  # made at run time
+        except (OSError, TypeError, SyntaxError):  # the class was made at run time
             continue
         for method in ast.walk(tree):
             if not isinstance(method, ast.FunctionDef):
@@ -65,7 +65,7 @@ def _reads_of(cls: type[nn.Module]) -> dict[str, str]:
 
 
 def _reads_in(method: ast.FunctionDef) -> list[str]:
-    """``proj`` for each ``self.proj.weight`` whose values are used."""
+    """Return ``proj`` for each ``self.proj.weight`` whose values the method uses."""
     nodes = list(ast.walk(method))
     described: set[int] = set()
     for node in nodes:

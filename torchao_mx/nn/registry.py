@@ -1,8 +1,8 @@
-"""Which configs there are: the one place that knows them all, and imports none of them.
+"""The registry of configs: it knows all of them and imports none.
 
-A scheme is a file that ends with :func:`register`: what its config does to a module (the handler that
-torchao's ``quantize_`` calls) and what it refuses beforehand (the check that ``check_model`` runs on each
-layer). :func:`register_base` says what a config means to torchao's ``QATConfig`` as its ``base_config``.
+A scheme's file ends with :func:`register`, which takes the config's handler, called by torchao's
+``quantize_``, and its check, which ``check_model`` runs on each layer beforehand. :func:`register_base`
+defines what a config means as the ``base_config`` of torchao's ``QATConfig``.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ Specs = tuple[QuantizeSpec | None, QuantizeSpec]
 
 
 class Scheme(NamedTuple):
-    """What is registered for a type of config.
+    """The functions registered for a type of config.
 
     Attributes:
-        check: ``(module, config)``; raises TypeError or ValueError for a module that the handler would
-            refuse, and changes nothing.
-        claims: ``(config)``: whether this very config is ours; None if all of its type are.
-        is_in_training: ``(module)``: whether ``step="convert"`` would convert it; None of a config that has
+        check: ``(module, config)``; raises TypeError or ValueError if the handler would refuse the module,
+            and changes nothing.
+        claims: ``(config)``; whether the scheme handles this instance; None if it handles all of the type.
+        is_in_training: ``(module)``; whether ``step="convert"`` would convert it; None if the config has
             no steps.
-        changes_weight_alone: a layer goes on computing as its class does, so that code that reads its weight
-            without calling it stays right.
+        changes_weight_alone: whether the layer keeps its class's forward, so that code that reads the weight
+            without calling the layer still computes the right result.
     """
 
     check: Callable[[nn.Module, Any], None]
@@ -52,12 +52,12 @@ _BASES: dict[type, Callable[[Any], Specs]] = {}
 def register(
     config_type: type, handler: Handler, check: Callable[..., None], **fields: Any
 ) -> None:
-    """Have ``quantize_`` give modules to ``handler``, and ``check_model`` to ``check``.
+    """Make ``quantize_`` pass modules to ``handler``, and ``check_model`` to ``check``.
 
     Args:
         config_type: a subclass of torchao's ``AOBaseConfig``.
-        handler: ``(module, config) -> module``, which changes ``module`` in place or returns another.
-        check: as :class:`Scheme` has it, like the other ``fields``.
+        handler: ``(module, config) -> module``; changes ``module`` in place or returns another.
+        check: see :class:`Scheme`, also for the other ``fields``.
     """
     _SCHEMES[config_type] = Scheme(check, **fields)
     _HANDLERS[config_type] = handler
@@ -65,17 +65,17 @@ def register(
 
 
 def register_base(config_type: type, specs: Callable[[Any], Specs]) -> None:
-    """Have ``QATConfig`` take configs of this type as its base.
+    """Make ``QATConfig`` accept configs of this type as its base.
 
     Args:
-        config_type: one that ``quantize_`` has a handler for, ours or torchao's; it converts after training.
-        specs: ``(config) -> (of activations, of weights)``: what is trained for.
+        config_type: a type with a ``quantize_`` handler, ours or torchao's, which converts after training.
+        specs: ``(config) -> (activation spec, weight spec)`` to train for.
     """
     _BASES[config_type] = specs
 
 
 def scheme_of(config: Any) -> Scheme | None:
-    """What is registered for ``config``; None of one that is not ours."""
+    """Return the scheme registered for ``config``, or None for a config of another library."""
     scheme = _SCHEMES.get(type(config))
     if scheme is None or (scheme.claims is not None and not scheme.claims(config)):
         return None
@@ -88,15 +88,15 @@ def is_registered(config_type: type) -> bool:
 
 
 def base_specs(config: Any) -> Specs | None:
-    """``(of activations, of weights)`` of a base config; None of one that is not registered."""
+    """Return ``(activation spec, weight spec)`` of a base config, or None if it is not registered."""
     specs = _BASES.get(type(config))
     return None if specs is None else specs(config)
 
 
 def handler_of(config_type: type) -> Handler:
-    """What ``quantize_`` gives modules to, ours or torchao's.
+    """Return the ``quantize_`` handler for a type of config, ours or torchao's.
 
-    Of torchao's, where it keeps them elsewhere than we know: one that calls ``quantize_``.
+    Without torchao's table of handlers, the handler of a torchao config calls ``quantize_`` itself.
     """
     if _TORCHAOS is not None:
         return _TORCHAOS[config_type]
@@ -104,7 +104,7 @@ def handler_of(config_type: type) -> Handler:
 
 
 def torchaos_handler(config_type: type) -> Handler:
-    """torchao's own handler of one of its configs, to be asked before :func:`register` replaces it."""
+    """Return torchao's own handler for one of its configs; call before :func:`register` replaces it."""
     if _TORCHAOS is not None:
         return _TORCHAOS[config_type]
 
@@ -124,5 +124,5 @@ def _by_quantize(module: nn.Module, config: Any) -> nn.Module:
 
 
 def registered() -> list[str]:
-    """The names of all configs with a scheme, in order of registration."""
+    """Return the names of all configs with a scheme, in order of registration."""
     return [config_type.__name__ for config_type in _SCHEMES]

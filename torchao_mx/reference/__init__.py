@@ -1,4 +1,4 @@
-"""Plain PyTorch: the definition of every op, what runs on the CPU, and the oracle of the kernels."""
+"""Every op in plain PyTorch: its definition, its CPU implementation and the oracle for the kernels."""
 
 from torchao_mx.reference.mm import (
     Added,

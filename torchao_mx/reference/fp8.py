@@ -1,14 +1,14 @@
-"""The product with 8-bit rows, defined: every row of x rounded to fp8, MXFP4 weights taken as they are.
+"""Define the fp8 product: each row of x is rounded to fp8, MXFP4 weights are exact.
 
 ::
 
-    scale = max|x_row| / max(fp8)                          fp32, a row
+    scale = max|x_row| / max(fp8)                          fp32, one per row
     q     = fp8(x_row / scale)                             to nearest even
     y     = scale * (q W^T) + s * h up^T + bias            (or q W: reduced over N)
 
-An MXFP4 weight is an e4m3 matrix times a power of two for each output column, without loss, where the block
-scales that meet in the column's sum lie within 14 powers of two (:func:`fits_fp8`). The other columns take x
-unrounded, as the kernels compute them in bf16.
+An MXFP4 weight equals an e4m3 matrix times one power of two per output column if the block scales in that
+column's sum lie within 14 powers of two (:func:`fits_fp8`). The other columns use the unrounded x, because
+the kernels compute them in bf16.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from torchao_mx.reference.quantize import dequantize
 
 # e2m1 * 2**(6 - spread) is an e4m3 number for spreads of 0 .. 14.
 MAX_SPREAD = 14
-# The largest scale byte of a column, so that products with the scales of rows stay in fp32.
+# Bounds on a column's largest scale byte: products with row scales then stay within fp32.
 MIN_BYTE, MAX_BYTE = 64, 190
-# Of an fp32 scale: the reciprocal is finite.
+# The smallest row scale, whose fp32 reciprocal is finite.
 MIN_ROW_SCALE = 2.0**-126
 _NAN_BYTE = 255
 
 
 def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x [R, C]`` as (``dtype [R, C]``, fp32 scales ``[R]``): one scale a row, from its largest magnitude.
+    """Quantize ``x [R, C]`` to (``dtype [R, C]``, fp32 scales ``[R]``): one scale per row, from its amax.
 
-    A row of zeros has the scale 2**-126, the smallest. A row that holds a NaN or an Inf has the scale NaN:
-    its products are NaN throughout.
+    A row of zeros gets the smallest scale, 2**-126. A row with a NaN or an Inf gets the scale NaN, so all its
+    products are NaN.
     """
     largest = torch.finfo(dtype).max
     x = x.float()
@@ -46,11 +46,11 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, to
 def fits_fp8(
     qdata: torch.Tensor, scale: torch.Tensor, transpose_weight: bool = True
 ) -> torch.Tensor:
-    """Where the MXFP4 weight ``[..., N, K]`` is e4m3 times powers of two: bool, True where lossless.
+    """Flag the output columns in which the MXFP4 weight ``[..., N, K]`` is exactly e4m3 times a power of two.
 
     Returns:
-        ``[..., N]``, a flag for each row, with ``transpose_weight`` (reduced over K); else
-        ``[..., K / 32]``, a flag for each block of columns, which share their scales (reduced over N).
+        bool. With ``transpose_weight`` (reduced over K) ``[..., N]``, one flag per row; otherwise
+        (reduced over N) ``[..., K / 32]``, one per block of columns, which share their scales.
     """
     byte = scale.view(torch.uint8).int()
     per_block = MXFP4.block_size // MXFP4.elems_per_byte
@@ -71,7 +71,7 @@ def fp8_product(
     added: Added,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ``fp8_product`` of ``ops.packed_mm.fp8``; sums in fp32, rounded once to x's dtype."""
+    """Define ``fp8_product`` of ``ops.packed_mm.fp8``: sum in fp32 and round once, to x's dtype."""
     offs, order, top_k, n_rows = rows
     h, up, scaling, bias = added
     x_rows = x if order is None else x[order.long() // top_k]
@@ -85,14 +85,14 @@ def fp8_product(
     y = torch.zeros(n_rows, w.shape[-1], dtype=torch.float32, device=x.device)
     start = 0
     for e, end in enumerate([n_rows] if offs is None else offs.tolist()):
-        mine, of = slice(start, end), ... if offs is None else e
-        y[mine] = rounded[mine] @ w[of]
-        unfit = ~fits[of]
+        group, expert = slice(start, end), ... if offs is None else e
+        y[group] = rounded[group] @ w[expert]
+        unfit = ~fits[expert]
         if unfit.any():
-            y[mine, unfit] = x_rows[mine].float() @ w[of][:, unfit]
+            y[group, unfit] = x_rows[group].float() @ w[expert][:, unfit]
         if h is not None:
-            y[mine] += scaling * (h[mine].float() @ up[of].to(x.dtype).float().mT)
+            y[group] += scaling * (h[group].float() @ up[expert].to(x.dtype).float().mT)
         if bias is not None:
-            y[mine] += bias[of].float()
+            y[group] += bias[expert].float()
         start = end
     return y.to(x.dtype)

@@ -1,16 +1,16 @@
-"""Products with a decoded weight and a low-rank update, dense or by groups of rows, defined.
+"""Define products of x with a decoded weight plus a low-rank update, dense or grouped by expert.
 
-Every expert e owns a run of rows (dense: one expert, all rows) and has ``W_e [N, K]``, ``down_e [r, C]`` and
-``up_e [D, r]``, where the product reduces over C and leaves D columns::
+Each expert e owns a run of rows and has ``W_e [N, K]``, ``down_e [r, C]`` and ``up_e [D, r]``. The product
+reduces over C and leaves D columns. A dense product is one expert that owns all rows::
 
     h = x down_e^T        y = x W_e^T + s * h up_e^T + bias_e      (x W_e without transpose_weight)
 
-Names used throughout: R rows, E experts, r the rank; ``offs [E]`` int32 end offsets of the experts' rows,
-None for a dense product; ``order [R]`` takes row i of the groups to token ``order[i] // top_k`` of an
-ungrouped x, ``top_k = R // T``. Rows behind ``offs[-1]`` belong to no expert: zero in results, ignored in
-sums.
+Names used throughout: R rows, T tokens, E experts, rank r. ``offs [E]`` holds the int32 end offsets of the
+experts' rows, or is None for a dense product. With ``order [R]``, x is ungrouped, and grouped row i is token
+``order[i] // top_k``, ``top_k = R // T``. Rows after ``offs[-1]`` are unassigned: zero in results, ignored
+in sums.
 
-Products are in x's dtype; sums over rows are in fp32, or float64 where the operands are.
+Products are in x's dtype; sums over rows are in fp32, or in float64 for float64 operands.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 
 
 class Rows(NamedTuple):
-    """Which rows of x meet which expert's weight, as above."""
+    """The assignment of x's rows to experts; see the top of the file."""
 
     offs: torch.Tensor | None
     order: torch.Tensor | None
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
 
 
 class Added(NamedTuple):
-    """What is added to a product, ``scaling * h up_e^T + bias_e``, or None for what is not."""
+    """The terms added to a product, ``scaling * h up_e^T + bias_e``; None for an absent term."""
 
     h: torch.Tensor | None = None  # [R, r]
     up: torch.Tensor | None = None  # [E, D, r], of any strides and float dtype
@@ -45,7 +45,7 @@ class Added(NamedTuple):
     bias: torch.Tensor | None = None  # [E, D]
 
     def at(self, index: Any) -> Added:
-        """Of an expert, or of a slice of the columns: ``up[index]`` and ``bias[index]``."""
+        """Select an expert, or a slice of the columns: ``up[index]`` and ``bias[index]``."""
         up, bias = (None if t is None else t[index] for t in (self.up, self.bias))
         return self._replace(up=up, bias=bias)
 
@@ -61,10 +61,10 @@ def mm(
     bias: torch.Tensor | None,
     transpose_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(y [R, D], h [R, r])`` of the file's head; h is ``[0]`` without adapters.
+    """Return ``(y [R, D], h [R, r])`` as defined at the top of the file; h is ``[0]`` without adapters.
 
-    ``w_values``: see :func:`product`. ``down [E, r, C]``, ``up [E, D, r]``, ``bias [E, D]``; all without E
-    for a dense product.
+    ``w_values``: see :func:`product`. ``down [E, r, C]``, ``up [E, D, r]``, ``bias [E, D]``; a dense product
+    drops E from all three.
     """
     rows = Rows.of(x, offs, order)
     h = None if down is None else low_rank(x, down, *rows)
@@ -75,26 +75,26 @@ def mm(
 def product(
     x: torch.Tensor, w_values: torch.Tensor, rows: Rows, transpose_weight: bool, added: Added
 ) -> torch.Tensor:
-    """``y [R, D]`` of the file's head, given h.
+    """Return ``y [R, D]`` as defined at the top of the file, given h.
 
-    ``w_values [E, N, K]`` in x's dtype, or anything with that ``shape`` whose item e is ``[N, K]``: only the
-    experts that have rows are asked for.
+    ``w_values [E, N, K]`` is a tensor in x's dtype, or any object with that ``shape`` whose item e is
+    ``[N, K]``; only experts that have rows are indexed.
     """
     if rows.offs is None:
         return _one_product(x, w_values, transpose_weight, added)
     columns = w_values.shape[-2 if transpose_weight else -1]
     y = x.new_zeros((rows.n_rows, columns))
-    for e, mine in _groups(rows.offs, rows.n_rows):
-        own = added.at(e)._replace(h=None if added.h is None else added.h[mine])
-        x_own = _rows_of(x, mine, rows.order, rows.top_k)
-        y[mine] = _one_product(x_own, w_values[e], transpose_weight, own)
+    for e, group in _groups(rows.offs, rows.n_rows):
+        added_e = added.at(e)._replace(h=None if added.h is None else added.h[group])
+        x_e = _rows_of(x, group, rows.order, rows.top_k)
+        y[group] = _one_product(x_e, w_values[e], transpose_weight, added_e)
     return y
 
 
 def add_low_rank(y: torch.Tensor, offs: torch.Tensor | None, added: Added) -> torch.Tensor:
-    """``y + scaling * h up_e^T + bias_e`` of the rows of each expert e, zeros behind; fp32, rounded once.
+    """Return ``y + scaling * h up_e^T + bias_e`` per expert e, summed in fp32; unassigned rows are zero.
 
-    ``up [E, C, r]`` and ``bias [E, C]``, E = 1 without ``offs``.
+    ``up [E, C, r]`` and ``bias [E, C]``; E = 1 without ``offs``.
     """
     h, up, scaling, bias = added
     out = torch.zeros_like(y)
@@ -129,7 +129,7 @@ def low_rank(
     *,
     scale_by: float = 1.0,
 ) -> torch.Tensor:
-    """``h [R, r]`` in x's dtype: ``h[i] = scale_by * x[token of i] down_e^T``, ``down [E, r, C]``."""
+    """Return ``h [R, r]`` in x's dtype: ``h[i] = scale_by * x[token of i] down_e^T``, ``down [E, r, C]``."""
     dtype = _sum_dtype(x)
     down = down.to(x.dtype).to(dtype)
     h = x.new_zeros((n_rows, down.shape[-2]))
@@ -149,10 +149,10 @@ def gram(
     dtype: torch.dtype,
     transposed: bool,
 ) -> torch.Tensor:
-    """``[E, r, C]`` in ``dtype``: ``scaling * sum over e's rows i of l[i]^T m[token of i]``.
+    """Return ``[E, r, C]`` in ``dtype``: ``scaling * sum over e's rows i of l[i]^T m[token of i]``.
 
-    ``l [R, r]``; ``m [R, C]``, or ``[T, C]`` with an ``order``. ``transposed`` gives ``[E, C, r]``. Zero for
-    an expert without rows; a dense gram has no E.
+    ``l [R, r]``; ``m [R, C]``, or ``[T, C]`` with an ``order``. ``transposed`` gives ``[E, C, r]``. Experts
+    without rows get zeros; a dense gram has no E.
     """
     r, columns = l.shape[1], m.shape[1]
     experts = 1 if offs is None else offs.shape[0]
@@ -171,10 +171,10 @@ def sum_rows(
     weights: torch.Tensor | None,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T, C]`` in y's dtype: each token's sum of its ``top_k`` rows of ``y [R, C]``, weighted.
+    """Return ``[T, C]`` in y's dtype: each token's weighted sum of its ``top_k`` rows of ``y [R, C]``.
 
-    ``weights [T, top_k]``, row ``i`` having number ``order[i] % top_k`` of its token; None for ones. With
-    ``offs`` rows after the last group, and their weights, count as zero.
+    ``weights [T, top_k]``; row ``i`` takes its token's weight ``order[i] % top_k``; None for ones. With
+    ``offs``, unassigned rows and their weights count as zero.
     """
     owned = _owned(offs, y.shape[0])
     rows = y.to(_sum_dtype(y)).where(owned, 0)
@@ -190,7 +190,7 @@ def combine_backward(
     order: torch.Tensor,
     offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(dy [R, C], dweights [T, top_k])`` of ``sum_rows(y, order, top_k, weights, offs)``."""
+    """Return ``(dy [R, C], dweights [T, top_k])`` of ``sum_rows(y, order, top_k, weights, offs)``."""
     dtype = _sum_dtype(dout)
     top_k, order = weights.shape[1], order.long()
     owned = _owned(offs, y.shape[0])
@@ -202,7 +202,7 @@ def combine_backward(
 
 
 def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``[E, C]`` in ``dtype``: the sum of each expert's rows of ``dy [R, C]``; a dense sum has no E."""
+    """Sum each expert's rows of ``dy [R, C]`` to ``[E, C]`` in ``dtype``; a dense sum has no E."""
     out = dy.new_zeros((1 if offs is None else offs.shape[0], dy.shape[1]), dtype=_sum_dtype(dy))
     for e, rows in _groups(offs, dy.shape[0]):
         out[e] = dy[rows].to(out.dtype).sum(0)
@@ -211,7 +211,7 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
 
 
 def rows_per_token(n_tokens: int, order: torch.Tensor | None) -> int:
-    """``top_k``: how many of the ``order``'s rows each token has; 1 without an order or tokens."""
+    """Return ``top_k``, the number of rows of ``order`` per token; 1 without an order or tokens."""
     return 1 if order is None or n_tokens == 0 else order.shape[0] // n_tokens
 
 
@@ -220,47 +220,47 @@ def _sum_dtype(x: torch.Tensor) -> torch.dtype:
 
 
 def check_offsets(offs: torch.Tensor | None, n_rows: int) -> list[int]:
-    """The end offsets as numbers, ``[n_rows]`` for None.
+    """Return the end offsets as numbers, ``[n_rows]`` for None.
 
     Raises:
-        ValueError: they do not ascend from 0 on, or pass ``n_rows``.
+        ValueError: the offsets are negative, descend or exceed ``n_rows``.
     """
     ends = [n_rows] if offs is None else offs.tolist()
     if any(end < start for start, end in zip([0, *ends], [*ends, n_rows], strict=True)):
         raise ValueError(
-            f"offs is {ends} and there are {n_rows} row(s); end offsets ascend from 0 on and do not pass "
+            f"offs is {ends} for {n_rows} row(s); end offsets must ascend from 0 and not exceed "
             f"the number of rows: use the cumulative sum of the experts' row counts"
         )
     return ends
 
 
 def check_order(order: torch.Tensor) -> None:
-    """Refuse an ``order`` that is no permutation of its rows.
+    """Raise unless ``order`` is a permutation of its rows.
 
     Raises:
-        ValueError: a number that is out of range or stands twice.
+        ValueError: a number is out of range or occurs twice.
     """
     rows = torch.arange(order.shape[0], dtype=order.dtype)
     if not torch.equal(order.sort().values, rows):
         raise ValueError(
-            f"order has the numbers {_shown(order)}; it holds each of 0 .. {order.shape[0] - 1} once: "
-            f"use the argsort of the flattened [T, k] expert ids, as ops.route gives"
+            f"order holds {_first_numbers(order)}; it must hold each of 0 .. {order.shape[0] - 1} once: "
+            f"use the argsort of the flattened [T, k] expert ids, as ops.route returns it"
         )
 
 
-def _shown(t: torch.Tensor, most: int = 8) -> str:
-    numbers = ", ".join(map(str, t[:most].tolist()))
-    return f"{numbers}, ..." if len(t) > most else numbers
+def _first_numbers(t: torch.Tensor, count: int = 8) -> str:
+    numbers = ", ".join(map(str, t[:count].tolist()))
+    return f"{numbers}, ..." if len(t) > count else numbers
 
 
 def _owned(offs: torch.Tensor | None, n_rows: int) -> torch.Tensor:
-    """``[n_rows, 1]``: whether a row belongs to a group."""
+    """Flag each row that belongs to a group: ``[n_rows, 1]``."""
     end = check_offsets(offs, n_rows)[-1]
     return (torch.arange(n_rows) < end)[:, None]
 
 
 def _groups(offs: torch.Tensor | None, n_rows: int) -> Iterator[tuple[int, slice]]:
-    """``(expert, its rows)`` of the experts that have rows."""
+    """Yield ``(expert, its rows)`` for each expert that has rows."""
     ends = check_offsets(offs, n_rows)
     for e, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
         if end > start:
@@ -272,5 +272,5 @@ def _rows_of(x: torch.Tensor, rows: slice, order: torch.Tensor | None, top_k: in
 
 
 def _ungrouped(y: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
-    """``y [R, C]`` in the tokens' order, ``[T, top_k, C]``."""
+    """Reorder ``y [R, C]`` by token: ``[T, top_k, C]``."""
     return torch.empty_like(y).index_copy_(0, order.long(), y).unflatten(0, (-1, top_k))

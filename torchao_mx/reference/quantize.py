@@ -1,4 +1,4 @@
-"""Quantize and dequantize, defined.
+"""Define quantize and dequantize.
 
 A block of values becomes one scale and ``block_size`` elements::
 
@@ -9,12 +9,12 @@ A block of values becomes one scale and ``block_size`` elements::
     value   = element * scale (* per_tensor_scale)
 
 Sources: OCP MX v1.0 section 6.3 (FLOOR); the cuBLAS manual, "D block quantization" (RCEIL); torchao's
-``to_mx`` and ``nvfp4_quantize`` (0.18) for CEIL, EVEN and every corner, whose bytes these functions
-reproduce. Two of torchao's results depend on its version or on the device: the *elements* of a block
-that holds a NaN. Here they are :attr:`BlockFormat.nan_code`; the scale is NaN as in torchao, so the block
-dequantizes to NaN. An Inf saturates its block, as it does in torchao.
+``to_mx`` and ``nvfp4_quantize`` (0.18) for CEIL, EVEN and every corner case. The bytes equal torchao's, with
+one exception: in a block that holds a NaN, torchao's *elements* depend on its version or on the device. Here
+they are :attr:`BlockFormat.nan_code`. The scale is NaN as in torchao, so the block dequantizes to NaN. An Inf
+saturates its block, also as in torchao.
 
-Exponents are built as integers: 2**(s - 127) for the largest E8M0 bytes overflows in arithmetic.
+Exponents are built as integers: arithmetic overflows at 2**(s - 127) for the largest E8M0 bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _E4M3_MIN_NORMAL = torch.finfo(torch.float8_e4m3fn).smallest_normal
 _FP32_MANTISSA_BITS = 23
 _FP32_MANTISSA_MASK = (1 << _FP32_MANTISSA_BITS) - 1
 _FP32_BIAS = 127
-# d(log2 v) for one unit in the last place of v's fp32 mantissa, at a power of two.
+# The step of log2 v per unit in the last place of v's fp32 mantissa, at a power of two.
 _LOG2_PER_ULP = math.log2(math.e) * 2.0**-_FP32_MANTISSA_BITS
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _E2M1_CASE_SHIFT = 21  # keeps two mantissa bits
@@ -49,7 +49,7 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize ``x [..., M, K]`` in blocks along ``axis``.
 
-    The quantized axis is always the last one of the results, so that it is contiguous:
+    The quantized axis becomes the last axis of the results, where it is contiguous.
 
     Returns:
         ``axis=-1``: qdata ``[..., M, K / elems_per_byte]`` and scale ``[..., M, K / block_size]``;
@@ -83,9 +83,9 @@ def dequantize(
     axis: int = -1,
     per_tensor_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The values of ``quantize``'s results in ``dtype``, shape ``[..., M, K]`` (see there).
+    """Return the values of :func:`quantize`'s results in ``dtype``, of shape ``[..., M, K]``.
 
-    A product element * scale is exact in fp32 and is rounded once, to ``dtype``.
+    Each product element * scale is exact in fp32 and rounded once, to ``dtype``.
     """
     if fmt.elem_bits == 4:
         pairs = _e2m1_pairs(qdata.device)
@@ -108,7 +108,7 @@ def fake_quantize(
     axis: int = -1,
     per_tensor_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``dequantize(quantize(x))`` in x's dtype and shape."""
+    """Return ``dequantize(quantize(x))`` in x's dtype and shape."""
     qdata, scale = quantize(x, fmt, scaling_mode, axis, per_tensor_scale)
     return dequantize(qdata, scale, fmt, x.dtype, axis, per_tensor_scale)
 
@@ -119,12 +119,12 @@ def per_tensor_scale(
     per_expert: bool = False,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """NVFP4's fp32 scale: ``amax(|x|) / (448 * 6)``, so that the largest block scale is 448.
+    """Return NVFP4's fp32 scale, ``amax(|x|) / (448 * 6)``, which makes the largest block scale 448.
 
-    One scale (0-d) for the tensor, or one per leading index (``[E, 1, 1]``) with ``per_expert``. At least
-    2**-120, so that the reciprocal of a whole scale stays in fp32 and zeros quantize to zeros (torchao
-    divides zero by zero there and yields NaN). With ``offs``, end offsets of groups of rows, rows
-    after the last group do not count.
+    There is one scale (0-d) for the tensor, or one per leading index (``[E, 1, 1]``) with ``per_expert``. It
+    is at least 2**-120: the reciprocal of a whole scale then stays within fp32, and zeros quantize to zeros
+    (torchao divides zero by zero and yields NaN). ``offs`` are the end offsets of groups of rows; unassigned
+    rows do not count.
     """
     if offs is not None:
         x = x[: offs[-1].clamp(min=0)]
@@ -138,7 +138,7 @@ def per_tensor_scale(
 def _e8m0_scale(
     amax: torch.Tensor, fmt: BlockFormat, mode: ScaleCalculationMode
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """E8M0 byte of each block, and the power of two that its values are multiplied by."""
+    """Return each block's E8M0 byte and the power of two that multiplies its values."""
     if mode == ScaleCalculationMode.RCEIL:
         byte = _rceil_byte(amax / fmt.elem_max)
     else:
@@ -149,7 +149,7 @@ def _e8m0_scale(
         if mode == ScaleCalculationMode.CEIL:
             byte = byte + (bits & _FP32_MANTISSA_MASK > 0)
         byte = (byte - fmt.max_exponent).clamp(0, _E8M0_NAN)
-    # RCEIL reads byte 0 as "too small to scale", the others as 2**-126, the smallest normal.
+    # RCEIL reads byte 0 as "too small to scale"; the other modes read it as 2**-126, the smallest normal.
     exponent = 2 * _FP32_BIAS - byte.clamp(min=1)
     if mode == ScaleCalculationMode.RCEIL:
         exponent = torch.where(byte == 0, _FP32_BIAS, exponent)
@@ -162,16 +162,16 @@ def _e8m0_scale(
 
 
 def _rceil_byte(descale: torch.Tensor) -> torch.Tensor:
-    """127 + ceil(log2(descale)) in 0 .. 254, with log2 rounded to fp32 as torchao has it.
+    """Return 127 + ceil(log2(descale)) in 0 .. 254, with log2 rounded to fp32 as in torchao.
 
-    The rounding shows next to powers of two alone: log2(2**k * (1 + m * 2**-23)) is k until m * 1.44 ulp
+    The rounding matters only next to powers of two: log2(2**k * (1 + m * 2**-23)) is k until m * 1.44 ulp
     reaches half a unit in the last place of k. Adding the two in fp32 rounds the same way on every
-    device, which a library's log2 need not (checked against torch.log2 for every exponent).
+    device, which a library's log2 need not do. Checked against torch.log2 for every exponent.
     """
     bits = descale.view(torch.int32)
     exponent = bits >> _FP32_MANTISSA_BITS
     mantissa = bits & _FP32_MANTISSA_MASK
-    subnormal = exponent == 0  # only 2**-127 and above matters: below, the byte is 0
+    subnormal = exponent == 0  # only 2**-127 and above matter: below, the byte is 0
     half = 1 << (_FP32_MANTISSA_BITS - 1)
     mantissa = torch.where(subnormal, (mantissa - half).clamp(min=0) * 2, mantissa)
     k = (exponent - _FP32_BIAS).float()
@@ -182,7 +182,7 @@ def _rceil_byte(descale: torch.Tensor) -> torch.Tensor:
 def _e4m3_scale(
     amax: torch.Tensor, fmt: BlockFormat, per_tensor_scale: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """NVFP4's block scale, and the reciprocal of the whole scale (torchao 0.18 multiplies by it)."""
+    """Return NVFP4's block scale and the reciprocal of the whole scale (torchao 0.18 multiplies by it)."""
     block_scale = amax / fmt.elem_max
     reciprocal = 1.0
     if per_tensor_scale is not None:
@@ -190,17 +190,17 @@ def _e4m3_scale(
         block_scale = block_scale / pts
         reciprocal = 1.0 / pts
     scale = block_scale.clamp(_E4M3_MIN_NORMAL, E4M3_MAX).to(torch.float8_e4m3fn)
-    # 0x7F whatever the sign of the NaN: x86 gives inf / inf a negative one.
+    # 0x7F whatever the NaN's sign: on x86, inf / inf is a negative NaN.
     byte = torch.where(block_scale.isnan(), 0x7F, scale.view(torch.uint8))
     return byte, reciprocal / scale.float()
 
 
 def _encode_e2m1(y: torch.Tensor) -> torch.Tensor:
-    """4-bit codes (uint8) of fp32 values: to nearest even, saturated, NaN to E2M1's nan_code.
+    """Return the 4-bit codes (uint8) of fp32 values: nearest even, saturated, NaN as E2M1's nan_code.
 
-    One look-up: the points where the code changes have two mantissa bits, so sign, exponent, two mantissa
-    bits and whether any lower bit is set decide it. The floor and the ceiling of the bits to two mantissa
-    bits, added, number the cases (Inf's neighbours wrap around to -1, among the NaNs).
+    One look-up suffices. The code changes at points with two mantissa bits, so it depends on the sign, the
+    exponent, two mantissa bits and whether lower bits are set. The sum of the bits' floor and ceiling to two
+    mantissa bits numbers the cases (Inf's neighbours wrap around to -1, among the NaNs).
     """
     bits = y.view(torch.int32)
     case = (bits >> _E2M1_CASE_SHIFT).add_((bits + _E2M1_CASE_MASK) >> _E2M1_CASE_SHIFT)
@@ -210,13 +210,13 @@ def _encode_e2m1(y: torch.Tensor) -> torch.Tensor:
 
 @functools.lru_cache
 def _e2m1_codes(device: torch.device) -> torch.Tensor:
-    """``[4096]`` uint8: the code of each case of :func:`_encode_e2m1`."""
+    """Return ``[4096]`` uint8, the code for each case of :func:`_encode_e2m1`."""
     case = torch.arange(-2048, 2048, dtype=torch.int32).roll(-2048)  # 0 .. 2047, -2048 .. -1
     between = (case & 1) * ((_E2M1_CASE_MASK + 1) // 2)
     value = (((case >> 1) << _E2M1_CASE_SHIFT) + between).view(torch.float32)
     grid = torch.tensor(_E2M1_VALUES, dtype=torch.float32)
     middle = (grid[1:] + grid[:-1]) / 2
-    # From code c to c + 1: a tie goes to the even one of the two.
+    # Between codes c and c + 1, a tie goes to the even code.
     above = value.abs().unsqueeze(-1)
     up = torch.where(torch.arange(len(middle)) % 2 == 0, above > middle, above >= middle)
     code = up.sum(-1) | (value.signbit().int() << 3)
@@ -225,7 +225,7 @@ def _e2m1_codes(device: torch.device) -> torch.Tensor:
 
 @functools.lru_cache
 def _e2m1_pairs(device: torch.device) -> torch.Tensor:
-    """``[256]``: the two fp32 values of each packed byte, low nibble first, as one 8-byte item."""
+    """Return ``[256]``: each packed byte's two fp32 values, low nibble first, as one 8-byte item."""
     values = torch.tensor(_E2M1_VALUES, dtype=torch.float32)
     values = torch.cat([values, -values])
     byte = torch.arange(256)

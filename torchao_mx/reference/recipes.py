@@ -1,14 +1,14 @@
-"""Quantization in both directions, stochastic rounding, and what a recipe's three products multiply: defined.
+"""Define quantization in both directions, stochastic rounding and the operands of a recipe's three products.
 
-A linear layer ``Y = X W^T`` under a recipe, each operand quantized along the axis that its product reduces::
+A recipe quantizes each operand of a linear layer ``Y = X W^T`` along the axis that its product reduces::
 
     Y  = Qf(X) Qf(W)^T      reduces K: X and W in rows
     dX = Qg(dY) Qb(W)       reduces N: dY in rows, W in columns
     dW = Qg(dY)^T Qb(X)     reduces M: dY and X in columns
 
-with Qf NVFP4, Qb and Qg MXFP8 (arXiv:2509.25149 trains in NVFP4 both ways; arXiv:2506.08027 in MXFP8). The
-token axis M need not be whole blocks: zeros behind the last token complete its block, and change no block's
-largest magnitude and no product.
+with Qf in NVFP4, Qb and Qg in MXFP8 (arXiv:2509.25149 trains in NVFP4 both ways; arXiv:2506.08027 in MXFP8).
+The token axis M need not be whole blocks: zeros after the last token complete its block. They change neither
+the block's largest magnitude nor any product.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from torchao_mx.reference.quantize import _e8m0_scale, dequantize, per_tensor_sc
 _FP32_MANTISSA_BITS = 23
 _WORD_BITS = 32
 _WORD = (1 << _WORD_BITS) - 1
-# Philox4x32-7: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", which reports that 7 rounds
-# pass BigCrush. (10, the libraries' default, are to be on the safe side of that.)
+# Philox4x32-7: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3", report that 7 rounds pass
+# BigCrush. The libraries' default of 10 adds a safety margin.
 PHILOX_ROUNDS = 7
 _PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _PHILOX_WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -34,13 +34,13 @@ Packed = tuple[torch.Tensor, torch.Tensor]  # qdata, scale
 
 
 class BothDirections(NamedTuple):
-    """Forms of ``x [M, K]``; None for those that were not asked for. ``M'`` is M up to whole blocks.
+    """The quantized forms of ``x [M, K]``, None if not requested. ``M'`` is M rounded up to whole blocks.
 
     Attributes:
         rows: blocks along K: qdata ``[M, K / elems_per_byte]`` and scale ``[M, K / block_size]``.
-        row_values: their values, ``[M, K]``.
+        row_values: the values of ``rows``, ``[M, K]``.
         columns: blocks along M: qdata ``[K, M' / elems_per_byte]`` and scale ``[K, M' / block_size]``.
-        column_values: their values, ``[M, K]``.
+        column_values: the values of ``columns``, ``[M, K]``.
     """
 
     rows: Packed | None = None
@@ -50,7 +50,7 @@ class BothDirections(NamedTuple):
 
 
 class Products(NamedTuple):
-    """The operands ``(a, b)`` of a recipe's products ``a @ b``, as values: y without its bias, dx and dw."""
+    """The operands ``(a, b)``, as values, of a recipe's products ``a @ b``: y without its bias, dx and dw."""
 
     y: tuple[torch.Tensor, torch.Tensor]
     dx: tuple[torch.Tensor, torch.Tensor]
@@ -68,18 +68,18 @@ def quantize_both(
     seed: torch.Tensor | None = None,
     index: torch.Tensor | None = None,
 ) -> BothDirections:
-    """``x [M, K]`` quantized along K (``row``) and along M (``column``), in the ``forms`` asked for.
+    """Quantize ``x [M, K]`` along K (``row``) and along M (``column``) and return the requested ``forms``.
 
     Args:
-        row: format and scaling mode of the row forms; None where none is asked for.
-        column: of the column forms, likewise.
-        forms: the fields of the result that are wanted.
-        dtype: of values; x's by default.
-        row_scale: fp32 per-tensor scale of the rows, 0-d.
-        column_scale: of the columns, 0-d.
-        seed: int64, 0-d: round stochastically, with :func:`random_words` of it. For 8-bit elements.
-        index: int32 ``[P]``: the column forms are those of the rows ``x[index[i]]``, of zeros where
-            ``index[i]`` is negative, so that blocks begin where the caller wants. The row forms stay x's.
+        row: format and scaling mode of the row forms; None if none is requested.
+        column: format and scaling mode of the column forms, likewise.
+        forms: the fields of the result to compute.
+        dtype: dtype of the values; x's by default.
+        row_scale: the rows' fp32 per-tensor scale, 0-d.
+        column_scale: the columns' fp32 per-tensor scale, 0-d.
+        seed: int64, 0-d: round stochastically with its :func:`random_words`. For 8-bit elements only.
+        index: int32 ``[P]``: compute the column forms of the rows ``x[index[i]]``, zeros for a negative
+            ``index[i]``, so that blocks begin where the caller wants. The row forms remain those of x.
     """
     dtype = x.dtype if dtype is None else dtype
     wanted, found = {*forms}, {}
@@ -115,18 +115,18 @@ def recipe_products(
     x_scale: torch.Tensor | None = None,
     weight_scale: torch.Tensor | None = None,
 ) -> Products:
-    """What a linear layer under the recipe multiplies, decoded in x's dtype: see the file's head.
+    """Return the decoded operands of a linear layer's products in x's dtype; see the top of the file.
 
     Args:
         x: ``[M, K]``.
         weight: ``[N, K]``.
         dy: ``[M, N]``.
-        forward: Qf, of X and W in forward.
-        backward: Qb, of X and W in backward.
-        grad: Qg, of dY.
-        seed: of dY's stochastic rounding; None rounds to nearest.
-        x_scale: per-tensor scale of X, where ``forward`` has one; found from X if None.
-        weight_scale: of W, likewise.
+        forward: Qf, for X and W in forward.
+        backward: Qb, for X and W in backward.
+        grad: Qg, for dY.
+        seed: seed for dY's stochastic rounding; None rounds to nearest.
+        x_scale: X's per-tensor scale, if ``forward`` has one; computed from X if None.
+        weight_scale: W's per-tensor scale, likewise.
     """
 
     def both(t: torch.Tensor, scale: torch.Tensor | None) -> BothDirections:
@@ -144,11 +144,11 @@ def recipe_products(
 
 
 def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-    """int64 ``[M, K]`` of random 32-bit words: Philox4x32-7 of the key ``seed``, the same on every device.
+    """Return random 32-bit words, int64 ``[M, K]``: Philox4x32-7 keyed by ``seed``, equal on every device.
 
-    The four words of the counter ``(k // 4, m, 0, 0)`` are those of the row m's columns 4 (k // 4) and on. A
-    word's lowest bits, as many as the rounding drops, are for the row forms, the highest for the column
-    forms; those that both have are the column forms' least significant ones.
+    Counter ``(k // 4, m, 0, 0)`` yields the words of row m's four columns from ``4 (k // 4)`` on. Row forms
+    use a word's lowest bits, as many as the rounding drops; column forms use its highest. Bits that both use
+    are the column forms' least significant ones.
     """
     m, k = shape
     device = seed.device
@@ -160,7 +160,7 @@ def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     key = [seed & _WORD, (seed >> 32) & _WORD]
     for _ in range(PHILOX_ROUNDS):
         products = [c * factor for c, factor in zip(counter[::2], _PHILOX_MULTIPLIERS, strict=True)]
-        # int64 products wrap, which leaves the upper and the lower word of the unsigned ones as they are.
+        # int64 products wrap; their upper and lower words still equal those of the unsigned products.
         (high_a, low_a), (high_b, low_b) = ((p >> 32 & _WORD, p & _WORD) for p in products)
         counter = [high_b ^ counter[1] ^ key[0], low_b, high_a ^ counter[3] ^ key[1], low_a]
         key = [(word + weyl) & _WORD for word, weyl in zip(key, _PHILOX_WEYL, strict=True)]
@@ -168,20 +168,20 @@ def random_words(seed: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
 
 
 def dropped_bits(fmt: BlockFormat) -> int:
-    """How many bits of an fp32 mantissa an element of ``fmt`` has not."""
+    """Return how many bits of an fp32 mantissa rounding to an element of ``fmt`` drops."""
     return _FP32_MANTISSA_BITS - fmt.mantissa_bits
 
 
 def round_stochastically(y: torch.Tensor, fmt: BlockFormat, random: torch.Tensor) -> torch.Tensor:
-    """fp32 ``y`` rounded up or down to an element of ``fmt``, to each the likelier the nearer it is.
+    """Round fp32 ``y`` up or down to an element of ``fmt``; the nearer element is the likelier.
 
-    ``random`` is uniform in ``[0, 2**dropped_bits)``, so the expectation is y, but for what saturates (under
-    RCEIL and CEIL nothing does); a subnormal is first rounded to 2**-dropped_bits of the elements' distance.
+    ``random`` is uniform in ``[0, 2**dropped_bits)``, so the expectation is y unless y saturates, which under
+    RCEIL and CEIL it never does. Subnormals are first rounded to 2**-dropped_bits of the element spacing.
     """
     dropped = dropped_bits(fmt)
     smallest = 2.0**fmt.min_exponent
     magnitude = y.abs().clamp(max=fmt.elem_max)
-    is_small = magnitude < smallest  # subnormals: one binade up, elements are spaced as they are
+    is_small = magnitude < smallest  # subnormals: the spacing equals that of the binade above
     bits = torch.where(is_small, magnitude + smallest, magnitude).view(torch.int32) + random.int()
     grid = (bits & -(1 << dropped)).view(torch.float32)
     grid = torch.where(is_small, grid - smallest, grid).copysign(y)
@@ -194,7 +194,7 @@ def _quantize(
     per_tensor_scale: torch.Tensor | None,
     random: torch.Tensor | None,
 ) -> Packed:
-    """:func:`quantize` along the last axis; stochastically, to 8-bit elements, with ``random`` bits."""
+    """Quantize along the last axis; with ``random`` bits, round stochastically to 8-bit elements."""
     if random is None:
         return quantize(x, spec.format, spec.scaling_mode, -1, per_tensor_scale)
     fmt = spec.format
@@ -208,5 +208,5 @@ def _quantize(
 
 
 def _gathered(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """``x[index]``, zeros where the index is negative."""
+    """Return ``x[index]``, with zeros for negative indices."""
     return x if index is None else torch.where((index >= 0)[:, None], x[index.clamp(min=0)], 0)

@@ -1,14 +1,14 @@
-"""SwiGLU of x and a bias, with gpt-oss's clamps, defined.
+"""Define SwiGLU of x plus a bias, with gpt-oss's clamps.
 
 ::
 
     g, u = halves of x + bias_e                                  x [R, 2 C]
-    g, u = min(g, limit), min(max(u, -limit), limit)             where there is a limit
+    g, u = min(g, limit), min(max(u, -limit), limit)             if there is a limit
     y    = (u + up_offset) * g * sigmoid(alpha * g)              y [R, C]
 
-The halves are the first and the last C columns, or, interleaved, the even and the odd ones. Experts own rows
-as in ``reference/mm.py``: rows behind ``offs[-1]`` belong to nobody and give zeros, whatever they hold.
-Computed in fp32, or float64 where x is.
+The halves are the first and last C columns or, if interleaved, the even and odd columns. Experts own rows as
+in ``reference/mm.py``: rows after ``offs[-1]`` are unassigned and give zeros, whatever they hold. Computed in
+fp32, or in float64 for float64 x.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ def swiglu(
     limit: float | None,
     up_offset: float,
 ) -> torch.Tensor:
-    """``y [R, C]`` of the file's head, in x's dtype.
+    """Return ``y [R, C]`` as defined at the top of the file, in x's dtype.
 
-    ``bias [E, 2 C]`` with ``offs [E]`` int32 end offsets, ``[2 C]`` without.
+    ``bias`` is ``[E, 2 C]`` with int32 end offsets ``offs [E]``, and ``[2 C]`` without.
     """
     y = x.new_zeros((x.shape[0], x.shape[1] // 2))
     for e, rows in _groups(offs, x.shape[0]):
@@ -50,9 +50,9 @@ def swiglu_backward(
     limit: float | None,
     up_offset: float,
 ) -> torch.Tensor:
-    """``dx [R, 2 C]`` of :func:`swiglu`, in x's dtype; the bias's gradient is its ``group_sum``.
+    """Return ``dx [R, 2 C]`` of :func:`swiglu` in x's dtype; its ``group_sum`` is the bias's gradient.
 
-    A clamp passes gradients within its bounds, these included, as torch's does.
+    As in torch, a clamp passes gradients within its bounds, the bounds included.
     """
     dx = x.new_zeros(x.shape)
     for e, rows in _groups(offs, x.shape[0]):
@@ -79,7 +79,7 @@ def _bias_of(bias: torch.Tensor | None, offs: torch.Tensor | None, e: int) -> to
 def _halves(
     x: torch.Tensor, bias: torch.Tensor | None, interleaved: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(gate, up) of ``x + bias``."""
+    """Return (gate, up) of ``x + bias``."""
     x = x.to(_sum_dtype(x))
     x = x if bias is None else x + bias.to(x.dtype)
     return (x[:, 0::2], x[:, 1::2]) if interleaved else tuple(x.chunk(2, 1))

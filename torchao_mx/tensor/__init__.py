@@ -1,4 +1,4 @@
-"""Weight tensors in packed formats, and what PyTorch's operators do with them."""
+"""Weight tensors in packed formats, and their PyTorch operators."""
 
 from torchao_mx.tensor import (  # noqa: F401  they register operators
     averages,

@@ -1,4 +1,4 @@
-"""The step of an AveragedModel (torch.optim.swa_utils), some of whose weights are packed and frozen."""
+"""The update of an AveragedModel (torch.optim.swa_utils) that has packed, frozen weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchao_mx.tensor.mx_tensor import MXTensor
 
 @MXTensor.implements(torch_internals.LERP_LISTS)
 def _foreach_lerp_(func, types, args, kwargs):
-    """An AveragedModel's step, in place: packed weights, being frozen, stay as they are."""
+    """Update an AveragedModel in place; packed weights are frozen and stay as they are."""
     starts, ends, _ = args
     plain = []
     for i, (x, end) in enumerate(zip(starts, ends, strict=True)):
@@ -21,8 +21,8 @@ def _foreach_lerp_(func, types, args, kwargs):
             plain.append(i)
         elif not _is_same(x, end):
             raise ValueError(
-                f"average of {_describe(x)} and {_describe(end)}, which differ: packed weights have none "
-                f"in their format; average in high precision, before convert, or start a new AveragedModel"
+                f"cannot average {_describe(x)} and {_describe(end)}: they differ, and packed weights have "
+                f"no average; average in high precision, before convert, or start a new AveragedModel"
             )
     if plain:
         lists = [[t[i] for i in plain] if isinstance(t, (list, tuple)) else t for t in args]
@@ -30,10 +30,10 @@ def _foreach_lerp_(func, types, args, kwargs):
 
 
 def _is_same(x: object, y: object) -> bool:
-    """Whether two MXTensors are bit for bit equal."""
+    """Return whether both are MXTensors and equal bit for bit."""
     if not (isinstance(x, MXTensor) and isinstance(y, MXTensor)) or _differences(x, y):
         return False
-    # Bytes, as the CPU compares no scales; a per-tensor scale is a float32.
+    # Compare bytes, because the CPU cannot compare scale dtypes; per-tensor scales are float32.
     parts = [
         [t if t.dtype == torch.float32 else t.view(torch.uint8) for t in w.parts()] for w in (x, y)
     ]

@@ -1,7 +1,7 @@
-"""FlatMXTensor: a packed weight in one dimension, as ``w.view(-1)`` has it.
+"""FlatMXTensor: a packed weight viewed in one dimension, the result of ``w.view(-1)``.
 
-Values packed along one of the last two axes are in general not packed along a flat one, so this tensor has
-the shape alone. FSDP2 keeps one of each shard without reading it; for values, call :meth:`dequantize`.
+Values packed along one of the last two axes are generally not packed along the flat axis, so only the shape
+is flat. FSDP2 keeps one per shard and never reads it; for the values, call ``dequantize``.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ aten = torch.ops.aten
 class FlatMXTensor(Unread):
     """The values of ``base``, an MXTensor, in one dimension.
 
-    It has a shape, a dtype and a device, and can be viewed in base's shape again. :meth:`dequantize` gives
-    the values; whatever else would read them raises NotImplementedError.
+    It has a shape, a dtype and a device, and can be viewed in base's shape again. :meth:`dequantize` returns
+    the values; anything else that would read them raises NotImplementedError.
 
     Example:
         >>> import torch
@@ -42,7 +42,7 @@ class FlatMXTensor(Unread):
         return self.base.parts()
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values in ``output_dtype``, or else in base's ``orig_dtype``.
+        """Return the values in ``output_dtype``, by default base's ``orig_dtype``.
 
         Raises:
             TypeError: ``output_dtype`` is not bfloat16, float16 or float32.
@@ -66,5 +66,5 @@ class FlatMXTensor(Unread):
 
     def __reduce_ex__(self, protocol):
         raise NotImplementedError(
-            f"{self} cannot be copied or saved: do so with its base, or what .dequantize() gives"
+            f"{self} cannot be copied or saved: copy or save its base, or its .dequantize() values"
         )

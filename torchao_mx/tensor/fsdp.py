@@ -1,15 +1,15 @@
-"""How FSDP2 shards an MXTensor: along axis 0, gathered as the bytes that it is.
+"""Shard an MXTensor with FSDP2: split along axis 0, gather the packed bytes.
 
-``fully_shard`` asks a parameter's local shard what to all-gather and hands back what came of it. Here that
-is the bytes of qdata and scale and, for NVFP4, of the per-tensor scale; blocks run along another axis, so
-that no shard cuts one. A bf16 copy of the weight exists nowhere. The gathered tensor is made once, over
-buffers that FSDP2 frees and fills again.
+``fully_shard`` asks each parameter's local shard what to all-gather, and passes it the result. An MXTensor
+gathers the bytes of qdata, scale and, for NVFP4, the per-tensor scale. Blocks run along another axis, so no
+shard cuts one, and no bf16 copy of the weight is ever made. The gathered tensor is created once, over buffers
+that FSDP2 frees and refills.
 
-A model should be on its GPU before ``fully_shard``, which else moves it there: tensors of subclasses, frozen
-ones too, as parameters that require gradients (torch 2.11 to 2.13).
+Move the model to its GPU before ``fully_shard``. Otherwise ``fully_shard`` moves it and marks all parameters
+that are tensor subclasses, frozen ones included, as requiring gradients (torch 2.11 to 2.13).
 
-FSDP2 pads shards to one length along axis 0, in tensors from ``new_zeros`` of which the shard is a view: what
-is gathered is the padded one.
+FSDP2 pads shards to equal length along axis 0: ``new_zeros`` makes the padded tensor, and the shard is a view
+of it. The padded tensor is the one gathered.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchao_mx.torch_internals import view_base
 
-_ALIGNMENT = 16  # bytes, what kernels may load at a time
-# Noted on a tensor and not part of it: that it is what new_zeros made, or that moved; the padded tensor that
-# it is the first rows of, where torch does not say.
+_ALIGNMENT = 16  # bytes that a kernel may load at once
+# Attributes that are not part of the tensor: is_padded_shard marks a tensor from new_zeros, or a moved one;
+# padded refers to the padded tensor whose first rows this is, if torch does not record the view.
 UNSAVED = ("is_padded_shard", "padded")
 
 
 class PackedAllGather:
-    """FSDP2's extension points, for an MXTensor that is the local shard of a parameter."""
+    """FSDP2's extension points for an MXTensor that is a parameter's local shard."""
 
-    # One argument is the older of the two signatures that FSDP2 accepts. With the other it requires that
-    # what an uneven shard gathers has the logical shape, which packed bytes do not.
+    # FSDP2 accepts two signatures; this is the older one. With the newer one it requires uneven shards to
+    # gather tensors of the logical shape, which packed bytes do not have.
     def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[torch.Tensor, ...], None]:
-        """The bytes to gather, of as many rows on each rank, and nothing else."""
+        """Return the bytes to gather, with the same number of rows on each rank, and no metadata."""
         data = _bytes(padded_shard(self))
         if mesh.size() == 1:
-            # FSDP2 then copies the first tensor and drops the others.
+            # On one rank FSDP2 copies the first tensor and drops the rest, so pass a single tensor.
             data = [torch.cat([F.pad(t.flatten(), (0, -t.numel() % _ALIGNMENT)) for t in data])]
         return tuple(data), None
 
@@ -51,10 +51,9 @@ class PackedAllGather:
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-        """The whole weight over the gathered bytes, its logical dtype ``param_dtype``.
+        """Return the whole weight over the gathered bytes, with logical dtype ``param_dtype``.
 
-        With ``out``, a weight that this returned before: it is over the same buffers, so nothing is left to
-        do.
+        ``out`` is a weight from an earlier call over the same buffers: there is nothing left to do.
         """
         if out is not None:
             return None
@@ -75,43 +74,43 @@ class PackedAllGather:
 
 
 def padded_shard(shard: Any) -> Any:
-    """The tensor with FSDP2's padding that ``shard`` is the first rows of; itself where there is none."""
+    """Return the padded tensor whose first rows ``shard`` is, or ``shard`` itself if it has no padding."""
     base = view_base(shard)
     return base if getattr(base, "is_padded_shard", False) else getattr(shard, "padded", shard)
 
 
-def noted_shard(rows: Any, x: Any) -> Any:
-    """``rows``, the first of x; with x noted if it is a padded shard, as inference mode knows no views."""
+def note_padding(rows: Any, x: Any) -> Any:
+    """Return ``rows``, the first rows of x; a padded x is recorded, as inference mode tracks no views."""
     if getattr(x, "is_padded_shard", False):
         rows.padded = x
     return rows
 
 
-def moved(x: Any, move: Callable[[Any], Any]) -> Any:
-    """``move(x)``, x being a shard together with its padding: FSDP2 gathers what it offloaded from there."""
+def move_with_padding(x: Any, move: Callable[[Any], Any]) -> Any:
+    """Return ``move(x)`` and move a shard's padding with it, because FSDP2 gathers the offloaded copy."""
     padded = padded_shard(x)
     if padded is x:
         out = move(x)
         if getattr(x, "is_padded_shard", False):
             out.is_padded_shard = True
         return out
-    padded = moved(padded, move)
-    return noted_shard(torch.ops.aten.slice.Tensor(padded, 0, 0, x.shape[0]), padded)
+    padded = move_with_padding(padded, move)
+    return note_padding(torch.ops.aten.slice.Tensor(padded, 0, 0, x.shape[0]), padded)
 
 
 def _bytes(shard: Any) -> list[torch.Tensor]:
-    """qdata, scale and, if there is one, the per-tensor scale, as dense uint8."""
+    """Return qdata, scale and any per-tensor scale as dense uint8."""
     data, pts = [shard.qdata, shard.scale], shard.per_tensor_scale
     if shard.packed_axis == -2:
         data = [t.mT for t in data]
     if pts is not None:
-        # One for the whole weight is sent by each rank, though it is the same: one without rows may have
-        # another.
+        # Each rank sends the whole weight's scale, although ranks with rows share it: a rank without rows
+        # may hold another value.
         data.append(pts if pts.dim() else pts.view(1))
     return [t.view(torch.uint8) for t in data]
 
 
 def outside_inference(func: Any, args: tuple) -> contextlib.AbstractContextManager:
-    """Where ``func`` may make its result: a view of what is no inference tensor may not be one."""
+    """Leave inference mode for views of a normal tensor, which cannot be inference tensors."""
     leave = func.is_view and torch.is_inference_mode_enabled() and not args[0].is_inference()
     return torch.inference_mode(False) if leave else contextlib.nullcontext()

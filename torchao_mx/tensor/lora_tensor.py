@@ -1,10 +1,9 @@
-"""LoRATensor: a frozen packed weight plus a low-rank update, taken for one weight.
+"""LoRATensor: a frozen packed weight plus a low-rank update, used as one weight.
 
-``torch.baddbmm(W, B, A, alpha=s)`` and ``torch.addmm`` onto an MXTensor make one (``_matmul.py``). PEFT,
-given ``target_parameters``, evaluates the former in every forward pass. Nothing is computed then: products
-with it go to our fused ops at the ``__torch_function__`` level, above autograd, which so sees the adapters.
-The tensor itself has no gradient, and whatever reaches an aten operator is refused, as the adapters'
-gradients would be lost there.
+``torch.baddbmm(W, B, A, alpha=s)`` and ``torch.addmm`` onto an MXTensor return one (``matmul.py``). PEFT
+with ``target_parameters`` calls ``baddbmm`` in every forward pass. That call computes nothing. Products with
+the LoRATensor go to the fused ops at the ``__torch_function__`` level, above autograd, so the adapters get
+gradients. The tensor itself has none: aten operators raise, because they would lose the adapters' gradients.
 """
 
 from __future__ import annotations
@@ -22,23 +21,23 @@ from torchao_mx.tensor.storage import Unread, wrapper
 
 
 class LoRATensor(Unread):
-    """``base + scaling * lora_b @ lora_a``, or the transpose of it, as a weight of matrix products.
+    """``base + scaling * lora_b @ lora_a``, or its transpose, as the weight of matrix products.
 
     ``linear``, ``mm``, ``addmm``, ``matmul``, ``bmm``, ``baddbmm`` and ``grouped_mm`` take it as their second
-    matrix and give gradients to the first, to both adapters and to a bias. The last two axes can be
-    swapped, and 3-D ones indexed along the first; :meth:`dequantize` gives the values. It is formed in each
-    forward pass and cannot be saved: save ``base`` and the adapters.
+    matrix. Gradients go to the first matrix, both adapters and the bias. The last two axes can be swapped; a
+    3-D tensor can be indexed along its first axis; :meth:`dequantize` returns the values. Each forward pass
+    forms a new one, which cannot be saved: save ``base`` and the adapters.
 
     Attributes:
         base: the frozen ``W [N, K]`` or ``[E, N, K]``, packed along its last axis.
         lora_a: ``A [r, K]`` or ``[E, r, K]``; bfloat16, float16 or float32.
         lora_b: ``B [N, r]`` or ``[E, N, r]``, likewise.
-        scaling: what ``B A`` is multiplied by; a Python number.
+        scaling: the factor of ``B A``; a Python number.
         transposed: whether this tensor is ``[..., K, N]``.
 
     Raises:
-        TypeError: a field of the wrong type or dtype.
-        ValueError: fields that do not belong together; a base that quantizes its activations.
+        TypeError: a field has the wrong type or dtype.
+        ValueError: the fields do not fit together, or the base quantizes activations.
 
     Example:
         >>> import torch
@@ -90,9 +89,9 @@ class LoRATensor(Unread):
         return [*self.base.parts(), self.lora_a, self.lora_b]
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values in ``output_dtype``, or else in base's ``orig_dtype``, with gradients to the adapters.
+        """Return the values in ``output_dtype``, by default base's ``orig_dtype``; adapters get gradients.
 
-        Summed in fp32, of experts one at a time, and rounded once.
+        Sums are in fp32, one expert at a time, and rounded once.
 
         Raises:
             TypeError: ``output_dtype`` is not bfloat16, float16 or float32.
@@ -108,7 +107,7 @@ class LoRATensor(Unread):
         return values.mT if self.transposed else values
 
     def replace(self, **fields: Any) -> LoRATensor:
-        """This tensor with some fields exchanged; the class lists them."""
+        """Return this tensor with some of its fields replaced; the class lists them."""
         names = ("base", "lora_a", "lora_b", "scaling", "transposed")
         return LoRATensor(**{name: getattr(self, name) for name in names} | fields)
 
@@ -123,32 +122,32 @@ class LoRATensor(Unread):
 
     def __reduce_ex__(self, protocol):
         raise NotImplementedError(
-            f"{self} is formed in each forward pass and cannot be saved: save its base, lora_a and lora_b, "
-            f"or what .dequantize() gives"
+            f"{self} exists only within a forward pass and cannot be saved: save its base, lora_a and "
+            f"lora_b, or its .dequantize() values"
         )
 
 
 def check_base(base: MXTensor) -> None:
-    """Refuse a weight that adapters cannot be added to."""
+    """Raise unless LoRA adapters can be added to ``base``."""
     if not isinstance(base, MXTensor):
         raise TypeError(
-            f"the weight of LoRA adapters is a {type(base).__name__}; it is an MXTensor: quantize with "
-            f"MXTensor.from_hp"
+            f"the base of LoRA adapters is a {type(base).__name__}; it must be an MXTensor: quantize it "
+            f"with MXTensor.from_hp"
         )
     if base.dim() > 3 or base.packed_axis != -1:
         raise ValueError(
-            f"{base} is not [N, K] or [E, N, K], packed along the last axis, as a weight with LoRA "
-            f"adapters is: reshape it, or undo a transpose with .mT"
+            f"{base} cannot take LoRA adapters; the weight must be [N, K] or [E, N, K], packed along the "
+            f"last axis: reshape it, or undo a transpose with .mT"
         )
     if base.activation is not None:
         raise ValueError(
-            f"{base} quantizes the other operand of its products, which those with LoRA adapters do not: "
-            f"take .replace(activation=None)"
+            f"{base} quantizes the other operand of its products, which LoRA products cannot do: use "
+            f".replace(activation=None)"
         )
 
 
 def _without_autocast(device: str) -> contextlib.AbstractContextManager:
-    # There is no autocast for meta.
+    # The meta device has no autocast.
     return contextlib.nullcontext() if device == "meta" else torch.autocast(device, enabled=False)
 
 
@@ -168,7 +167,7 @@ def _swap_axes(w: LoRATensor, owner: type | None = None) -> LoRATensor:
 @_implements(torch.t, torch.Tensor.t, torch.Tensor.T.__get__)
 def _t(w: LoRATensor, owner: type | None = None) -> LoRATensor:
     if w.dim() != 2:
-        raise ValueError(f"t of {w}: it takes two dimensions; use .mT to swap the last two")
+        raise ValueError(f"t of {w}: t needs two dimensions; use .mT to swap the last two")
     return _swap_axes(w)
 
 
@@ -178,17 +177,17 @@ def _transpose(w: LoRATensor, dim0: int, dim1: int) -> LoRATensor:
     dims = {dim + rank if dim < 0 else dim for dim in (dim0, dim1)}
     if dims != {rank - 2, rank - 1}:
         raise NotImplementedError(
-            f"transpose of {w}: only its last two axes can be swapped; call .dequantize() on it first"
+            f"transpose of {w}: only the last two axes can be swapped; call .dequantize() on it first"
         )
     return _swap_axes(w)
 
 
 @_implements(torch.Tensor.__getitem__)
 def _getitem(w: LoRATensor, index: Any) -> LoRATensor:
-    """Some experts, or one of them."""
+    """Select one expert, or several."""
     if w.dim() != 3 or not isinstance(index, (int, slice, list, torch.Tensor)):
         raise NotImplementedError(
-            f"indexing of {w}: a 3-D one takes an index of its first axis; call .dequantize() on it first"
+            f"indexing of {w}: only axis 0 of a 3-D weight can be indexed; call .dequantize() on it first"
         )
     return w.replace(base=w.base[index], lora_a=w.lora_a[index], lora_b=w.lora_b[index])
 
@@ -200,5 +199,5 @@ def _detach(w: LoRATensor) -> LoRATensor:
 
 @_implements(torch.clone, torch.Tensor.clone)
 def _clone(w: LoRATensor) -> LoRATensor:
-    """What torch.compile does to an intermediate result that it traces."""
+    """Clone all fields; torch.compile does this to the intermediate results that it traces."""
     return w.replace(base=w.base.clone(), lora_a=w.lora_a.clone(), lora_b=w.lora_b.clone())

@@ -1,13 +1,13 @@
-"""MasterTensor: a weight in high precision that FSDP2 gathers packed.
+"""MasterTensor: a high-precision weight that FSDP2 gathers packed.
 
-A fake-quantized layer multiplies by its weight as it is once quantized, and nothing else of it. With dim 0
-sharded no block lies on two ranks, so each quantizes its own shard, and a quarter of the bytes of bf16 (for
-MXFP4) give every rank the weight that it would have quantized from the gathered one, bit for bit. The
-gathered parameter is an :class:`MXTensor`; gradients are plain tensors, which FSDP2 reduces to the shards as
-ever, and optimizers see the shards.
+A fake-quantized layer uses only the quantized values of its weight. FSDP2 shards dim 0, so no block spans two
+ranks and each rank can quantize its own shard. For MXFP4 the all-gather then moves a quarter of the bytes of
+bf16, and every rank gets, bit for bit, the weight that it would have quantized after gathering. The gathered
+parameter is an :class:`MXTensor`. Gradients are plain tensors, which FSDP2 reduces to the shards as usual.
+Optimizers see the shards.
 
-NVFP4's per-tensor scale needs the largest magnitude of the whole weight: one small all-gather of a number a
-rank, unless it is one per expert.
+NVFP4's per-tensor scale needs the largest magnitude of the whole weight: a small all-gather of one number per
+rank, unless each expert has its own scale.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from torchao_mx import ops, torch_internals
 from torchao_mx.formats import QuantizeSpec
-from torchao_mx.tensor.fsdp import moved, noted_shard, outside_inference, padded_shard
+from torchao_mx.tensor.fsdp import move_with_padding, note_padding, outside_inference, padded_shard
 from torchao_mx.tensor.mx_tensor import MXTensor
 from torchao_mx.tensor.storage import wrapper
 from torchao_mx.torch_internals import return_and_correct_aliasing, tree_map
 
 aten = torch.ops.aten
 
-# The result is the parameter itself, copied or cut; that of any other operator is a plain tensor.
+# Operators whose result is still the parameter, copied or cut; all others return plain tensors.
 _KEPT = {
     aten.alias.default,
     aten.as_strided.default,
@@ -48,14 +48,14 @@ _MOVES = {*torch_internals.PIN_MEMORY, *torch_internals.TO_COPY}
 
 
 class MasterTensor(torch.Tensor):
-    """``data``, which operators see, and how FSDP2 is to quantize it for the gathered parameter.
+    """A plain tensor for operators, and the spec by which FSDP2 quantizes it for the gathered parameter.
 
-    Made by :func:`torchao_mx.distributed.gather_packed`. Pickled, and so saved, as the plain ``data``.
+    Made by :func:`torchao_mx.distributed.gather_packed`. Pickled and saved as the plain ``data_``.
 
     Attributes:
         data_: ``[N, K]`` or ``[E, N, K]``; bfloat16, float16 or float32.
         spec: the format, and how scales are chosen.
-        transposed: ``data_`` is ``[E, K, N]``; blocks run along K all the same.
+        transposed: whether ``data_`` is ``[E, K, N]``; blocks still run along K.
     """
 
     data_: torch.Tensor
@@ -83,13 +83,13 @@ class MasterTensor(torch.Tensor):
             def move(t: MasterTensor) -> MasterTensor:
                 return cls(func(t.data_, *others, **kwargs or {}), t.spec, t.transposed)
 
-            return moved(x, move)
+            return move_with_padding(x, move)
         if torch.Tag.inplace_view in func.tags and isinstance(args[0], cls):
             raise NotImplementedError(
-                f"{func} of {args[0]}, a parameter that FSDP2 shards and gathers packed: use the operator "
-                f"that makes a new tensor, without the underscore"
+                f"{func} of {args[0]}: FSDP2 shards this parameter and gathers it packed; use the "
+                f"out-of-place operator, without the underscore"
             )
-        # inference_mode sends composite operators (narrow) here whole.
+        # In inference_mode, composite operators (narrow) arrive here undecomposed.
         out = func.decompose(*args, **kwargs or {})
         if out is not NotImplemented:
             return out
@@ -110,16 +110,16 @@ class MasterTensor(torch.Tensor):
                     lambda t: cls(t, spec, transposed) if isinstance(t, torch.Tensor) else t, out
                 )
         if func is aten.new_zeros.default:
-            out.is_padded_shard = True  # see _fsdp.py
+            out.is_padded_shard = True  # see fsdp.py
         elif func is aten.slice.Tensor and args[1:3] == (0, 0):
-            noted_shard(out, args[0])
+            note_padding(out, args[0])
         elif func not in _KEPT and not (_writes(func) and isinstance(args[0], cls)):
             return out
         return return_and_correct_aliasing(func, args, kwargs or {}, out)
 
     def fsdp_pre_all_gather(self, mesh: DeviceMesh) -> tuple[tuple[torch.Tensor, ...], MXTensor]:
-        """The bytes of the shard, quantized, and the shard itself as an MXTensor."""
-        packed = _quantized(padded_shard(self), mesh)
+        """Return the quantized shard's bytes, and the quantized shard as an MXTensor."""
+        packed = _quantize_shard(padded_shard(self), mesh)
         return packed.fsdp_pre_all_gather(mesh)[0], packed
 
     def fsdp_post_all_gather(
@@ -130,7 +130,7 @@ class MasterTensor(torch.Tensor):
         *,
         out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None:
-        """The whole weight, packed; see :class:`torchao_mx.tensor.fsdp.PackedAllGather`."""
+        """Return the whole weight, packed; see :class:`torchao_mx.tensor.fsdp.PackedAllGather`."""
         return metadata.fsdp_post_all_gather(all_gather_outputs, None, param_dtype, out=out)
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[QuantizeSpec, bool]]:
@@ -150,16 +150,16 @@ class MasterTensor(torch.Tensor):
 
 @functools.cache
 def _writes(func: Any) -> bool:
-    """Whether the operator changes an argument, by its name: ``aten::add_.Tensor``, ``aten::add.out``."""
+    """Return whether the operator writes to an argument, by its name: ``aten::add_.Tensor``, ``aten::add.out``."""
     name, _, overload = func.name().partition("::")[2].partition(".")
     return name.endswith("_") or "out" in overload
 
 
-def _of_data(name: str) -> Callable[..., Any]:
-    """The method ``name``, which no operator is behind: that of ``data_``."""
+def _data_method(name: str) -> Callable[..., Any]:
+    """Return a method that calls ``name`` on ``data_``, for methods that dispatch no operator."""
 
     def method(self: MasterTensor, *args: Any, **kwargs: Any) -> Any:
-        # Torch refuses some of them where gradients are required.
+        # Torch raises for some of them if the tensor requires gradients.
         data = self.data_.detach().requires_grad_(self.requires_grad)
         out = getattr(data, name)(*args, **kwargs)
         return self if out is data else out
@@ -171,10 +171,10 @@ for _name in (
     "__array__", "__dlpack__", "__dlpack_device__", "apply_", "const_data_ptr", "data_ptr", "is_shared",
     "map2_", "map_", "numpy", "share_memory_", "storage", "tolist", "untyped_storage", "_typed_storage",
 ):  # fmt: skip
-    setattr(MasterTensor, _name, _of_data(_name))
+    setattr(MasterTensor, _name, _data_method(_name))
 
 
-def _quantized(shard: MasterTensor, mesh: DeviceMesh) -> MXTensor:
+def _quantize_shard(shard: MasterTensor, mesh: DeviceMesh) -> MXTensor:
     fmt, pts = shard.spec.format, None
     data = shard.data_.mT.contiguous() if shard.transposed else shard.data_
     if fmt.has_per_tensor_scale:
@@ -182,7 +182,7 @@ def _quantized(shard: MasterTensor, mesh: DeviceMesh) -> MXTensor:
         if not pts.dim():
             scales = [torch.empty_like(pts) for _ in range(mesh.size())]
             dist.all_gather(scales, pts, group=mesh.get_group())
-            pts = torch.stack(scales).amax()  # it grows with the largest magnitude, NaN included
+            pts = torch.stack(scales).amax()  # the scale grows with the largest magnitude; NaN wins
     qdata, scale = ops.quantize(data, fmt, shard.spec.scaling_mode, per_tensor_scale=pts)
     packed = MXTensor(qdata, scale, fmt, data.dtype, -1, pts)
     return packed.mT if shard.transposed else packed

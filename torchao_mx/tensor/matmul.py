@@ -1,12 +1,12 @@
 """Matrix products with an MXTensor or a LoRATensor as the weight.
 
-They are taken over at the ``__torch_function__`` level, above autograd, so that our ops bring their own
-gradients; the same functions serve the aten level, where C++ callers arrive with autograd already done.
-A product quantizes its other operand (``weight.activation``) only where it reduces over the packed axis: a
-forward pass does, the product of a gradient with the weight does not.
+Products are overridden at the ``__torch_function__`` level, above autograd, where the ops bring their own
+gradients. The same functions serve the aten level, which C++ callers reach after autograd. A product
+quantizes its other operand (``weight.activation``) only if it reduces over the packed axis: a forward pass
+does, the product of a gradient with the weight does not.
 
-``addmm`` and ``baddbmm`` *onto* an MXTensor make it a LoRATensor, above autograd only: below, the adapters'
-gradients would be lost.
+``addmm`` and ``baddbmm`` *onto* an MXTensor return a LoRATensor, but only above autograd: below it, the
+adapters' gradients would be lost.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torchao_mx.tensor.lora_tensor import LoRATensor
 from torchao_mx.tensor.mx_tensor import MXTensor
 
 aten = torch.ops.aten
-WHOLE = 2**62  # bytes of scratch: no limit
+WHOLE = 2**62  # scratch bytes: no limit
 
 
 def _packed_last(w: MXTensor) -> MXTensor:
@@ -29,10 +29,10 @@ def _packed_last(w: MXTensor) -> MXTensor:
 
 
 def check_frozen(w: MXTensor | LoRATensor, name: str) -> None:
-    """Raise NotImplementedError where a gradient of the packed weight ``w`` is asked for: there is none."""
+    """Raise NotImplementedError if the packed weight ``w`` requires a gradient; it has none."""
     if w.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError(
-            f"{name}: the {type(w).__name__} weight is frozen but requires_grad=True; call "
+            f"{name}: the {type(w).__name__} weight has requires_grad=True but cannot be trained; call "
             f".requires_grad_(False), or train it with QATConfig(step='prepare') before converting"
         )
 
@@ -40,8 +40,8 @@ def check_frozen(w: MXTensor | LoRATensor, name: str) -> None:
 def _check_weight(x: Any, w: Any, name: str) -> None:
     if not isinstance(w, (MXTensor, LoRATensor)) or isinstance(x, (MXTensor, LoRATensor)):
         raise NotImplementedError(
-            f"{name} takes an MXTensor or a LoRATensor as its second matrix only, the weight; call "
-            f".dequantize() on the others first"
+            f"{name} takes an MXTensor or a LoRATensor only as its second matrix, the weight; call "
+            f".dequantize() on the other operands first"
         )
     check_frozen(w, name)
 
@@ -54,7 +54,7 @@ def _product(
     transposed: bool,
     name: str,
 ) -> torch.Tensor:
-    """``x w^T + bias`` if ``transposed`` else ``x w + bias``."""
+    """Return ``x w^T + bias`` if ``transposed``, else ``x w + bias``."""
     _check_weight(x, w, name)
     if isinstance(w, LoRATensor):
         return _lora_product(x, w, bias, transposed != w.transposed)
@@ -70,8 +70,8 @@ def _product(
         bias=bias,
         transpose_weight=reduces_packed,
         activation=activation,
-        # Decoded as a whole, then F.linear: what QAT computes, so that a converted layer equals the trained
-        # one bit for bit. The fused kernel adds in another order. Batches are computed in one way only.
+        # Decode the whole weight and call F.linear, as QAT does: a converted layer then equals the trained
+        # one bit for bit. The fused kernel sums in another order. Batches have only one strategy.
         strategy="unpack" if activation is None and base.dim() == 2 else "auto",
         max_scratch_bytes=WHOLE,
     )
@@ -88,10 +88,10 @@ def _lora_product(
     experts = base.shape[0]
     if x.dim() != 3 or x.shape[0] != experts:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; a weight of {experts} matrices multiplies x [{experts}, M, "
+            f"x has shape {tuple(x.shape)}; a weight of {experts} matrices needs x [{experts}, M, "
             f"{base.shape[-1 if reduces_packed else -2]}]: expand or reshape x"
         )
-    # A batch is groups of as many rows each.
+    # A batch is a set of groups of equal size.
     rows = x.shape[1]
     offs = torch.arange(1, experts + 1, dtype=torch.int32, device=x.device) * rows
     bias = None if bias is None else bias.expand(experts, -1)
@@ -106,15 +106,15 @@ def _linear(
 
 
 def _mm(input: torch.Tensor | MXTensor, mat2: torch.Tensor | MXTensor) -> torch.Tensor:
-    return _either(input, mat2, "mm")
+    return _two_sided_product(input, mat2, "mm")
 
 
 def _matmul(input: torch.Tensor | MXTensor, other: torch.Tensor | MXTensor) -> torch.Tensor:
-    return _either(input, other, "matmul")
+    return _two_sided_product(input, other, "matmul")
 
 
-def _either(a: torch.Tensor | MXTensor, b: torch.Tensor | MXTensor, name: str) -> torch.Tensor:
-    """``a b``, one of them the weight: ``W x`` is ``(x^T W^T)^T``, for who multiplies from the left."""
+def _two_sided_product(a: torch.Tensor, b: torch.Tensor, name: str) -> torch.Tensor:
+    """Return ``a b`` with the weight on either side: on the left, ``W x`` is ``(x^T W^T)^T``."""
     if (
         isinstance(a, (MXTensor, LoRATensor))
         and a.dim() == 2
@@ -134,7 +134,7 @@ def _scaled_sum(
     input: torch.Tensor, product: torch.Tensor, beta: float, alpha: float
 ) -> torch.Tensor:
     product = product if alpha == 1 else alpha * product
-    # As in torch, an input that counts nothing is not looked at.
+    # As in torch, beta == 0 ignores the input, NaN included.
     return product if beta == 0 else beta * input + product
 
 
@@ -162,11 +162,11 @@ def _baddbmm(
 def _with_update(
     w: MXTensor, lhs: torch.Tensor, rhs: torch.Tensor, beta: float, alpha: float, name: str
 ) -> LoRATensor:
-    """``w + alpha * lhs @ rhs`` for low-rank factors, not computed."""
+    """Return ``w + alpha * lhs @ rhs`` for low-rank factors, without computing it."""
     check_frozen(w, name)
     if beta != 1:
         raise NotImplementedError(
-            f"{name} onto {w} with beta={beta}; a weight with a low-rank update has beta=1: call "
+            f"{name} onto {w} with beta={beta}; a low-rank update of a packed weight needs beta=1: call "
             f".dequantize() on it first"
         )
     if w.packed_axis == -1:
@@ -215,8 +215,8 @@ def _grouped_mm(
     _check_weight(mat_a, mat_b, "grouped_mm")
     if offs is None or out_dtype not in (None, mat_a.dtype):
         raise NotImplementedError(
-            "grouped_mm with a packed weight takes offs and no other out_dtype; convert the result, use bmm "
-            "for groups of equal size, or call .dequantize() first"
+            "grouped_mm with a packed weight needs offs, and out_dtype must be mat_a's: convert the result, "
+            "use bmm for groups of equal size, or call .dequantize() first"
         )
     if isinstance(mat_b, LoRATensor):
         base = mat_b.base

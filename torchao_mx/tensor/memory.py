@@ -1,4 +1,4 @@
-"""What an MXTensor says of its memory: the packed bytes, scales included."""
+"""The memory size that an MXTensor reports: its packed bytes, scales included."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def _nbytes(x: MXTensor, owner: type | None = None) -> int:
 
 
 def _element_size(x: MXTensor, owner: type | None = None) -> float:
-    """Bytes per value: a fraction, so that ``numel() * element_size()`` is ``nbytes``."""
+    """Return bytes per value, a fraction: ``numel() * element_size()`` is ``nbytes``."""
     return _nbytes(x) / x.numel() if x.numel() else x.dtype.itemsize
 
 

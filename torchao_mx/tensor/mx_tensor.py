@@ -1,10 +1,10 @@
-"""MXTensor: packed blocks that look, to PyTorch, like the tensor they stand for.
+"""MXTensor: packed blocks that PyTorch sees as the tensor they represent.
 
-This file has the storage: its fields and their checks, the ways in and out, pickling. The operators
-are registered by ``_dispatch.py``.
+This file holds the storage: fields and their checks, conversions in and out, and pickling.
+``dispatch.py`` registers the operators.
 
-Which axis is packed is a field, not a guess from the strides: where an axis has length 1 they do
-not tell, and a wrong guess scrambles the weight without an error.
+The packed axis is a field, not inferred from the strides: an axis of length 1 makes them ambiguous,
+and a wrong guess scrambles the weight without an error.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         scale: the block scales, ``[..., N, K / block_size]``, of dtype ``format.scale_dtype``.
         format: the :class:`BlockFormat`.
         orig_dtype: the logical dtype: bfloat16, float16 or float32.
-        packed_axis: the axis that blocks run along: -1; or -2 once transposed, when the two tensors
-            are transposed views, ``[..., K / elems_per_byte, N]`` and ``[..., K / block_size, N]``.
-        per_tensor_scale: fp32, 0-d or one per expert ``[E, 1, 1]``; for NVFP4, else None.
-        activation: how a matmul quantizes its other operand on the fly; None leaves that one alone.
+        packed_axis: the axis that blocks run along: -1, or -2 after a transpose. Then both tensors are
+            transposed views, ``[..., K / elems_per_byte, N]`` and ``[..., K / block_size, N]``.
+        per_tensor_scale: fp32, 0-d or one per expert ``[E, 1, 1]``, for NVFP4; otherwise None.
+        activation: how a matmul quantizes its other operand on the fly; None does not quantize it.
 
-    ``nbytes`` and ``element_size()`` tell the packed bytes, scales included; ``share_memory_()`` shares them.
-    What ``torch.jit.save`` writes of such a weight ``torch.jit.load`` refuses: use ``torch.export`` instead.
+    ``nbytes`` and ``element_size()`` count packed bytes and scales; ``share_memory_()`` shares them.
+    Use ``torch.export`` rather than ``torch.jit.save``, whose files with such a weight cannot be loaded.
 
     Raises:
         TypeError: a field has the wrong type or dtype.
@@ -116,11 +116,11 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
     ) -> MXTensor:
         """Quantize ``data [..., N, K]`` (bfloat16, float16 or float32) in blocks along K.
 
-        NVFP4 gets a per-tensor scale from the data: one per leading index for 3-D data, else one.
+        NVFP4's per-tensor scale is computed from the data: one per leading index for 3-D data, else one.
 
         Raises:
             TypeError: ``data`` has another dtype, or ``fmt``, ``scaling_mode`` or ``activation``
-                another type.
+                has another type.
             ValueError: ``data`` has fewer than two dimensions, is empty, or K is not whole blocks.
         """
         _check_format(fmt)
@@ -138,15 +138,15 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
 
     @classmethod
     def from_torchao(cls, tensor: TorchAOMXTensor | NVFP4Tensor) -> MXTensor:
-        """torchao's MXTensor or NVFP4Tensor, transposed or not, sharing its memory.
+        """Convert torchao's MXTensor or NVFP4Tensor, transposed or not, sharing its memory.
 
-        Swizzled scales are the one thing copied: they are un-swizzled. Dynamic ``act_quant_kwargs``
-        become ``activation``; kernel preferences are dropped.
+        Only swizzled scales are copied, to un-swizzle them. Dynamic ``act_quant_kwargs`` become
+        ``activation``; kernel preferences are dropped.
 
         Raises:
             TypeError: ``tensor`` is neither.
-            ValueError: there is no such block format here (fp6, other block sizes).
-            NotImplementedError: the activation scale is static, or absent.
+            ValueError: the block format is not supported (fp6, other block sizes).
+            NotImplementedError: the activation scale is static or missing.
         """
         pts = None
         if isinstance(tensor, NVFP4Tensor):
@@ -156,12 +156,12 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
             fmt = _format_from_torchao(tensor.elem_dtype, tensor.block_size)
         else:
             raise TypeError(
-                f"from_torchao takes torchao's MXTensor or NVFP4Tensor and got a "
-                f"{type(tensor).__name__}: quantize plain tensors with MXTensor.from_hp"
+                f"from_torchao got a {type(tensor).__name__}; it takes torchao's MXTensor or "
+                f"NVFP4Tensor: quantize plain tensors with MXTensor.from_hp"
             )
         qdata = tensor.qdata.view(fmt.qdata_dtype)
         if tensor.is_swizzled_scales:
-            # The shape of padded scales does not tell the axis; torchao goes by strides as well.
+            # The shape of padded scales does not reveal the axis; torchao infers it from strides too.
             packed_axis = -1 if qdata.stride(-2) > qdata.stride(-1) else -2
             scale = _unswizzle(tensor.scale, qdata, fmt, packed_axis)
         else:
@@ -172,15 +172,15 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
     def to_torchao(
         self, kernel_preference: KernelPreference = KernelPreference.EMULATED
     ) -> TorchAOMXTensor | NVFP4Tensor:
-        """torchao's tensor over the same memory: NVFP4Tensor for NVFP4, else MXTensor.
+        """Return torchao's tensor over the same memory: NVFP4Tensor for NVFP4, otherwise MXTensor.
 
-        ``kernel_preference`` goes to the tensor and its activation (NVFP4Tensor has none). torchao
-        multiplies only by activations of the weight's own format; others convert all the same.
+        ``kernel_preference`` applies to the tensor and its activation (NVFP4Tensor has none). torchao
+        multiplies only by activations in the weight's own format; other formats still convert.
 
         Raises:
             TypeError: ``kernel_preference`` is not a KernelPreference.
-            ValueError: qdata is not dense, or is transposed and 3-D: torchao, which infers the
-                packed axis from the strides, would mistake it.
+            ValueError: qdata is not dense, or is transposed and 3-D: torchao infers the packed axis
+                from the strides and would get it wrong.
         """
         if not isinstance(kernel_preference, KernelPreference):
             raise TypeError(f"{kernel_preference=} is not a KernelPreference; use one of torchao's")
@@ -189,8 +189,8 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         ambiguous = transposed and (self.dim() > 2 or self.qdata.is_contiguous())
         if ambiguous or not all(t.is_contiguous() for t in data):
             raise ValueError(
-                f"{self} has qdata of strides {self.qdata.stride()}; torchao infers packed_axis "
-                f"from them and would err: call .contiguous(), and .mT if it is -2"
+                f"{self} has qdata of strides {self.qdata.stride()}, from which torchao would infer "
+                f"the wrong packed_axis: call .contiguous(), and .mT if packed_axis is -2"
             )
         fmt, kwargs = self.format, _activation_to_torchao(self.activation, kernel_preference)
         if fmt.has_per_tensor_scale:
@@ -217,17 +217,17 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
     def from_blocks(
         cls, blocks: torch.Tensor, scales: torch.Tensor, orig_dtype: torch.dtype = torch.bfloat16
     ) -> MXTensor:
-        """gpt-oss's MXFP4: ``blocks [..., N, K/32, 16]`` uint8, ``scales [..., N, K/32]``; no copy.
+        """Wrap gpt-oss's MXFP4 without a copy: uint8 ``[..., N, K/32, 16]`` and ``[..., N, K/32]``.
 
         Raises:
-            TypeError: blocks are not uint8, or scales neither uint8 nor float8_e8m0fnu.
-            ValueError: the shapes do not agree, or no view can join blocks so strided.
+            TypeError: blocks are not uint8, or scales are neither uint8 nor float8_e8m0fnu.
+            ValueError: the shapes do not match, or the blocks' strides allow no view.
         """
         check_high_precision(orig_dtype, "orig_dtype")
         if blocks.dtype != torch.uint8 or scales.dtype not in (torch.uint8, MXFP4.scale_dtype):
             raise TypeError(
-                f"blocks have dtype {blocks.dtype} and scales {scales.dtype}; gpt-oss stores both "
-                f"as uint8 (scales may be {MXFP4.scale_dtype}): view them so"
+                f"blocks have dtype {blocks.dtype} and scales {scales.dtype}; both must be uint8, as "
+                f"gpt-oss stores them (scales may be {MXFP4.scale_dtype}): use .view(torch.uint8)"
             )
         block_bytes = MXFP4.block_size // MXFP4.elems_per_byte
         shapes = tuple(blocks.shape), tuple(scales.shape)
@@ -235,33 +235,33 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
             raise ValueError(
                 f"blocks have shape {shapes[0]} and scales {shapes[1]}; expected [..., N, "
                 f"K/{MXFP4.block_size}, {block_bytes}] and, for these blocks, {shapes[0][:-1]}: "
-                f"pass one weight's two tensors as the checkpoint has them"
+                f"pass both tensors of one weight as stored in the checkpoint"
             )
         try:
             qdata = blocks.view(*blocks.shape[:-2], -1)
         except RuntimeError:
             raise ValueError(
-                f"blocks have strides {blocks.stride()}, and no view joins the last two axes: call "
-                f".contiguous() on them"
+                f"blocks have strides {blocks.stride()}, so no view can join their last two axes: "
+                f"call .contiguous() on them"
             ) from None
         return cls(qdata, scales.view(MXFP4.scale_dtype), MXFP4, orig_dtype, -1)
 
     def to_blocks(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(blocks [..., N, K/32, 16], scales [..., N, K/32])``, uint8 views; undoes from_blocks.
+        """Return uint8 views ``(blocks [..., N, K/32, 16], scales [..., N, K/32])``; undo from_blocks.
 
         Raises:
             ValueError: the format is not MXFP4, or the tensor is transposed.
         """
         if self.format != MXFP4 or self.packed_axis != -1:
             raise ValueError(
-                f"{self} has no gpt-oss blocks; they are {MXFP4} packed along the last axis: "
+                f"{self} has no gpt-oss blocks; it must be {MXFP4}, packed along the last axis: "
                 f"undo a transpose with .mT, or requantize .dequantize() with MXTensor.from_hp"
             )
         block_bytes = MXFP4.block_size // MXFP4.elems_per_byte
         return self.qdata.unflatten(-1, (-1, block_bytes)), self.scale.view(torch.uint8)
 
     def dequantize(self, output_dtype: torch.dtype | None = None) -> torch.Tensor:
-        """The values in ``output_dtype``, or else in ``orig_dtype``; transposed if this tensor is.
+        """Return the values in ``output_dtype``, by default ``orig_dtype``; transposed if this is.
 
         Raises:
             TypeError: ``output_dtype`` is not bfloat16, float16 or float32.
@@ -274,31 +274,31 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         return ops.dequantize(qdata.mT, scale.mT, self.format, dtype, per_tensor_scale=pts).mT
 
     def packed_as(self, fmt: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """``(qdata, scale, per_tensor_scale)`` for a layer that quantizes its weight to the format ``fmt``.
+        """Return ``(qdata, scale, per_tensor_scale)`` for a layer that quantizes its weight to ``fmt``.
 
         Raises:
-            ValueError: this weight, gathered packed or shared with another layer, is packed otherwise.
+            ValueError: this weight, gathered packed or shared with another layer, is packed differently.
         """
         if self.format.name != fmt or self.packed_axis != -1:
             raise ValueError(
-                f"{self} is the weight of a layer that quantizes it to {fmt} along the last axis: give the "
-                f"layer that format, or its own weight in high precision, .dequantize()"
+                f"{self} is the weight of a layer that needs {fmt}, packed along the last axis: give the "
+                f"layer a weight in that format, or its .dequantize() values in high precision"
             )
         return self.qdata, self.scale, self.per_tensor_scale
 
     def parts(self) -> list[torch.Tensor]:
-        """The tensors that hold its bytes: qdata, scale and, if there is one, per_tensor_scale."""
+        """Return the tensors that hold the bytes: qdata, scale and any per_tensor_scale."""
         return [getattr(self, name) for name in self.__tensor_flatten__()[0]]
 
     def fields(self) -> dict:
-        """The constructor's arguments by name."""
+        """Return the constructor's arguments by name."""
         return {name: getattr(self, name) for name in _FIELDS}
 
     def replace(self, **fields) -> MXTensor:
-        """This tensor with some fields exchanged; the class lists them.
+        """Return this tensor with some of its fields replaced; the class lists them.
 
         Raises:
-            TypeError: there is no such field.
+            TypeError: a name is not a field.
         """
         return type(self)(**self.fields() | fields)
 
@@ -320,7 +320,7 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
     __str__ = __repr__
 
     def _quantization_type(self) -> str:
-        """What torchao prints for this weight in a module's ``extra_repr``."""
+        """Return the text that torchao prints for this weight in a module's ``extra_repr``."""
         fields = [self.format.name, f"orig_dtype={str(self.orig_dtype).removeprefix('torch.')}"]
         if self.packed_axis != -1:
             fields.append(f"packed_axis={self.packed_axis}")
@@ -334,14 +334,14 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         implementation = _OPERATORS.get(func)
         if implementation is not None:
             return implementation(func, types, args, kwargs)
-        # inference_mode sends composite operators (reshape, chunk) here whole.
+        # In inference_mode, composite operators (reshape, chunk) arrive here undecomposed.
         result = func.decompose(*args, **kwargs)
         if result is not NotImplemented:
             return result
         raise not_implemented(func, args, kwargs, MXTensor)
 
     def __deepcopy__(self, memo: dict) -> MXTensor:
-        # torch's own goes by data_ptr() == 0, which fails for a view with a storage offset.
+        # torch's own version tests data_ptr() == 0, which fails for a view with a storage offset.
         if id(self) in memo:
             return memo[id(self)]
         names = (*self.tensor_data_names, *self.optional_tensor_data_names)
@@ -353,16 +353,16 @@ class MXTensor(PackedAllGather, TorchAOBaseTensor):
         return new
 
     def __reduce_ex__(self, protocol):
-        # As torch reduces wrapper subclasses; torch itself does so only where data_ptr() == 0.
+        # Reduce as torch does for wrapper subclasses; torch itself does so only if data_ptr() == 0.
         wrapper = (type(self), self.dtype, self.size(), self.stride(), self.storage_offset())
         wrapper += (self.layout, self.device, self.requires_grad)
         args = (torch_internals.rebuild_wrapper, type(self), wrapper, self.__getstate__())
         return torch_internals.rebuild, args
 
     def __getstate__(self) -> dict:
-        """The fields in plain types, so that loading has no class to trust but this one.
+        """Return the fields as plain types, so that loading needs to trust only this class.
 
-        Formats go by name, 1-byte dtypes as uint8 (the standard pickle cannot load float8).
+        Formats are saved by name, 1-byte dtypes as uint8 (the standard pickle cannot load float8).
         """
         state = {k: v for k, v in self.__dict__.items() if k not in UNSAVED}
         state["format"] = self.format.name
@@ -382,7 +382,7 @@ _FIELDS = (
 
 
 def _set_state(self: MXTensor, state: dict) -> None:
-    """Take the fields from a file, checked as in the constructor: kernels trust them."""
+    """Set the fields from a file, checked as in the constructor because kernels trust them."""
     fmt = format_by_name(state["format"])
     state = dict(state, format=fmt)
     for name, dtype in (("qdata", fmt.qdata_dtype), ("scale", fmt.scale_dtype)):
@@ -393,13 +393,13 @@ def _set_state(self: MXTensor, state: dict) -> None:
     checked = type(self)(**{name: state[name] for name in _FIELDS})
     if (checked.shape, checked.dtype, checked.stride()) != (self.shape, self.dtype, self.stride()):
         raise ValueError(
-            f"the file declares a tensor of shape {tuple(self.shape)} and {self.dtype} and holds "
+            f"the file declares a tensor of shape {tuple(self.shape)} and {self.dtype} but holds "
             f"{checked}: it is corrupt, write it again"
         )
     self.__dict__.update(state)
 
 
-# Here because TorchAOBaseTensor sets its own, which checks nothing, when the class is created.
+# Set here because TorchAOBaseTensor installs its own, which checks nothing, when the class is created.
 MXTensor.__setstate__ = _set_state
 torch.serialization.add_safe_globals([MXTensor])
 
@@ -414,15 +414,15 @@ def _check_format(fmt: object) -> None:
 def _check_activation(activation: object) -> None:
     if activation is not None and not isinstance(activation, QuantizeSpec):
         raise TypeError(
-            f"activation={activation} is a {type(activation).__name__}, not a QuantizeSpec or None;"
-            f" wrap a format: QuantizeSpec(MXFP8_E4M3)"
+            f"activation={activation} is a {type(activation).__name__}; it must be a QuantizeSpec or "
+            f"None: wrap a format, QuantizeSpec(MXFP8_E4M3)"
         )
 
 
 def _check_rank(shape: torch.Size, what: str) -> None:
     if len(shape) < 2:
         raise ValueError(
-            f"{what} has shape {tuple(shape)}; an MXTensor has two dimensions or more: unsqueeze it"
+            f"{what} has shape {tuple(shape)}; an MXTensor needs two or more dimensions: unsqueeze it"
         )
 
 
@@ -437,8 +437,8 @@ def _check_types(qdata, scale, fmt, orig_dtype, packed_axis, pts, activation) ->
     for name, tensor, dtype in wanted:
         if tensor.dtype != dtype:
             raise TypeError(
-                f"{name} has dtype {tensor.dtype}; {fmt} needs {dtype}: view bytes as it, or "
-                f"quantize with MXTensor.from_hp"
+                f"{name} has dtype {tensor.dtype}; {fmt} needs {dtype}: view the bytes as that dtype, "
+                f"or quantize with MXTensor.from_hp"
             )
         if tensor.device != qdata.device:
             raise ValueError(
@@ -455,36 +455,36 @@ def _logical_shape(qdata, scale, fmt, packed_axis, pts) -> list[int]:
     if shape[packed_axis] % fmt.block_size or list(scale.shape) != scale_shape:
         block_bytes = fmt.block_size // fmt.elems_per_byte
         raise ValueError(
-            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; {fmt} has "
-            f"{block_bytes} bytes of qdata for each scale along packed_axis={packed_axis}, and its "
-            f"other axes are equal: check that they belong to one weight"
+            f"qdata has shape {tuple(qdata.shape)} and scale {tuple(scale.shape)}; {fmt} needs "
+            f"{block_bytes} bytes of qdata per scale along packed_axis={packed_axis}, and equal "
+            f"other axes: check that they belong to one weight"
         )
     if pts is not None:
         if not fmt.has_per_tensor_scale:
             raise ValueError(f"{fmt} has no per_tensor_scale; leave it None")
         if pts.dim() and (len(shape) != 3 or tuple(pts.shape) != (shape[0], 1, 1)):
             raise ValueError(
-                f"per_tensor_scale has shape {tuple(pts.shape)}; a tensor of shape {tuple(shape)} "
-                f"takes a 0-d one, or [E, 1, 1] if it is [E, N, K]: reshape it"
+                f"per_tensor_scale has shape {tuple(pts.shape)}; for a tensor of shape {tuple(shape)} "
+                f"it must be 0-d, or [E, 1, 1] if the tensor is [E, N, K]: reshape it"
             )
     return shape
 
 
 def _format_from_torchao(elem_dtype: torch.dtype | str, block_size: int) -> BlockFormat:
     if isinstance(elem_dtype, str):  # torchao's fp6
-        raise ValueError(f"torchao's {elem_dtype} is no format here: requantize .dequantize()")
+        raise ValueError(f"torchao's {elem_dtype} is not supported: requantize .dequantize()")
     return BlockFormat.from_dtype(elem_dtype, block_size)
 
 
 def _scale_from_torchao(scale, qdata, fmt: BlockFormat) -> tuple[torch.Tensor, int]:
-    """The scale in qdata's layout, and the packed axis, which the two shapes determine."""
+    """Return the scale in qdata's layout and the packed axis, which the two shapes determine."""
     block_bytes = fmt.block_size // fmt.elems_per_byte
     for packed_axis in (-1, -2):
         shape = list(qdata.shape)
         shape[packed_axis] //= block_bytes
         if list(scale.shape) == shape:
             return scale, packed_axis
-    # torchao's view() reshapes qdata alone, and only where the last axis is packed.
+    # torchao's view() reshapes only qdata, and only if the last axis is packed.
     return scale.view(*qdata.shape[:-1], -1), -1
 
 
@@ -506,8 +506,8 @@ def _activation_from_torchao(kwargs: object) -> QuantizeSpec | None:
     if isinstance(kwargs, QuantizeTensorToNVFP4Kwargs) and kwargs.use_dynamic_per_tensor_scale:
         return QuantizeSpec(_format_from_torchao(NVFP4.elem_dtype, kwargs.block_size))
     raise NotImplementedError(
-        f"act_quant_kwargs={kwargs} does not ask for dynamic per-tensor scales, the only ones that "
-        f"activations have here: set use_dynamic_per_tensor_scale=True, or act_quant_kwargs=None"
+        f"act_quant_kwargs={kwargs} has no dynamic per-tensor scale, the only kind supported for "
+        f"activations: set use_dynamic_per_tensor_scale=True, or act_quant_kwargs=None"
     )
 
 

@@ -1,7 +1,7 @@
-"""What FSDP2 and DTensor do with an MXTensor beside moving blocks about: new tensors, padding, collectives.
+"""The operators that FSDP2 and DTensor need beyond ``dispatch``: new tensors, padding and collectives.
 
-Collectives move bytes, along axis 0, where no block lies. A per-tensor scale for the whole weight is the same
-on all ranks that hold rows of it.
+Collectives move bytes along axis 0, which no block crosses. All ranks that hold rows of a weight share its
+per-tensor scale.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch
 from torchao_mx import torch_internals
 from torchao_mx.tensor.dispatch import (
     _alias,
+    _has_expert_scales,
     _implements,
     _logical_dtype,
     _map_all,
     _map_bytes,
-    _packed,
-    _per_expert,
-    _refuse,
+    _packed_at,
+    _refusal,
     _slice,
 )
 from torchao_mx.tensor.mx_tensor import MXTensor
@@ -29,7 +29,7 @@ aten = torch.ops.aten
 
 @MXTensor.implements_torch_function(torch.Tensor.is_contiguous)
 def _is_contiguous(func, types, args, kwargs):
-    """Whether ``contiguous()`` would return the tensor itself: rows of blocks dense, transposed or not."""
+    """Return whether ``contiguous()`` is a no-op: the rows of blocks are dense, transposed or not."""
     return _is_dense(*args, **kwargs)
 
 
@@ -39,7 +39,7 @@ def _is_dense(x: MXTensor, memory_format: torch.memory_format = torch.contiguous
 
 
 def _new(x: MXTensor, size: list[int], make: Any, dtype, device, pin_memory) -> torch.Tensor:
-    """An MXTensor like x of another size; of one axis a plain tensor, which an MXTensor cannot be."""
+    """Make an MXTensor like x of another size, or a plain tensor for a single axis."""
     dtype = _logical_dtype(x, dtype)
     options = {"device": device or x.device, "pin_memory": bool(pin_memory)}
     size = list(size)
@@ -48,8 +48,8 @@ def _new(x: MXTensor, size: list[int], make: Any, dtype, device, pin_memory) -> 
     block = x.format.block_size
     if len(size) != x.dim() or size[x.packed_axis] % block:
         raise ValueError(
-            f"a new tensor like {x} of shape {tuple(size)}: it has {x.dim()} axes, axis {x.packed_axis} of "
-            f"them packed in blocks of {block}: choose such a shape, or call .dequantize() first"
+            f"a new tensor like {x} of shape {tuple(size)}: the shape needs {x.dim()} axes, with axis "
+            f"{x.packed_axis} a multiple of {block}: choose such a shape, or call .dequantize() first"
         )
     fields = {}
     for name, span in (("qdata", x.format.elems_per_byte), ("scale", block)):
@@ -60,20 +60,20 @@ def _new(x: MXTensor, size: list[int], make: Any, dtype, device, pin_memory) -> 
             shape[-2:] = shape[:-3:-1]
         new = make(shape, dtype=torch.uint8, **options).view(data.dtype)
         fields[name] = new.mT if x.packed_axis == -2 else new
-    if _per_expert(x):
+    if _has_expert_scales(x):
         fields["per_tensor_scale"] = make((size[0], 1, 1), dtype=torch.float32, **options)
     elif x.per_tensor_scale is not None:
-        # A rank's shard may have no rows to take the weight's from.
+        # A rank's shard may have no rows from which to compute the weight's scale.
         fields["per_tensor_scale"] = x.per_tensor_scale.to(options["device"], copy=True)
     return x.replace(**fields, orig_dtype=dtype)
 
 
 @_implements(aten.new_zeros.default)
 def _new_zeros(x, size, *, dtype=None, layout=None, device=None, pin_memory=None):
-    if _packed(x) == 0:
-        raise _refuse("new_zeros", x, "axis 0 is packed, along which FSDP2, that asks, would cut")
+    if _packed_at(x) == 0:
+        raise _refusal("new_zeros", x, "axis 0 is packed, and FSDP2 would cut blocks along it")
     out = _new(x, size, torch.zeros, dtype, device, pin_memory)
-    out.is_padded_shard = True  # for padded_shard in _fsdp.py
+    out.is_padded_shard = True  # for padded_shard in fsdp.py
     return out
 
 
@@ -84,27 +84,27 @@ def _new_empty(x, size, *, dtype=None, layout=None, device=None, pin_memory=None
 
 @_implements(aten.as_strided.default)
 def _as_strided(x, size, stride, storage_offset=None):
-    """x itself, or its first rows: what cuts FSDP2's padding off."""
+    """Return x itself or its first rows, with which FSDP2 cuts off padding."""
     size, stride = list(size), tuple(stride)
     if (size, stride, storage_offset or 0) == (list(x.shape), x.stride(), x.storage_offset()):
         return _alias(x)
     dense = (
         _is_dense(x) and not storage_offset and stride == torch.empty(size, device="meta").stride()
     )
-    if dense and size[1:] == list(x.shape[1:]) and _packed(x) != 0:
+    if dense and size[1:] == list(x.shape[1:]) and _packed_at(x) != 0:
         return _slice(x, 0, 0, size[0])
-    raise _refuse(
-        f"as_strided to {tuple(size)}, strides {stride}", x, "it gives the first rows, dense"
+    raise _refusal(
+        f"as_strided to {tuple(size)}, strides {stride}", x, "only dense first rows are possible"
     )
 
 
 @_implements(aten.constant_pad_nd.default)
 def _constant_pad_nd(x, pad, value=0):
-    """Rows of zeros behind the last: what DTensor pads uneven shards with."""
+    """Append rows of zeros, with which DTensor pads uneven shards."""
     rows = pad[-1] if len(pad) == 2 * x.dim() else 0
-    if value or rows < 0 or sum(map(abs, pad)) != rows or (rows and _packed(x) == 0):
-        why = "it takes rows of zeros, behind the last"
-        raise _refuse(f"pad by {list(pad)} with {value}", x, why)
+    if value or rows < 0 or sum(map(abs, pad)) != rows or (rows and _packed_at(x) == 0):
+        why = "the padding must be rows of zeros after the last row"
+        raise _refusal(f"pad by {list(pad)} with {value}", x, why)
     if not rows:
         return x.clone()
     out = _new(x, [x.shape[0] + rows, *x.shape[1:]], torch.zeros, None, None, None)
@@ -122,14 +122,14 @@ def _wait_tensor(x):
 
 @_implements(*torch_internals.ALL_GATHER)
 def _all_gather_into_tensor(x, group_size, group_name):
-    """Rows of all ranks behind one another."""
-    if _packed(x) == 0:
-        raise _refuse("all_gather", x, "axis 0 is packed")
+    """Concatenate the rows of all ranks, in the order of the ranks."""
+    if _packed_at(x) == 0:
+        raise _refusal("all_gather", x, "axis 0 is packed")
 
     def gather(t: torch.Tensor) -> torch.Tensor:
         t = t.contiguous()
         out = torch_internals.ALL_GATHER[0](t, group_size, group_name)
-        # Two of gloo's under way at once corrupt the heap now and then, of plain tensors too (torch 2.13).
+        # Two concurrent gloo all-gathers sometimes corrupt the heap, even for plain tensors (torch 2.13).
         return torch_internals.WAIT_TENSOR[0](out) if t.device.type == "cpu" else out
 
     def gather_bytes(span, b):
@@ -137,26 +137,26 @@ def _all_gather_into_tensor(x, group_size, group_name):
 
     fields = _map_bytes(gather_bytes, x)
     pts = x.per_tensor_scale
-    if _per_expert(x):
+    if _has_expert_scales(x):
         fields["per_tensor_scale"] = gather(pts)
     elif pts is not None:
-        # The first rank has rows, and with them the weight's scale; a rank without may have none.
+        # The first rank always has rows and so the weight's scale; a rank without rows may not have it.
         fields["per_tensor_scale"] = gather(pts.view(1))[0]
     return x.replace(**fields)
 
 
 def _dense_bytes(x: MXTensor) -> list[torch.Tensor]:
-    """The tensors of x as collectives take them."""
+    """Return x's tensors as collectives take them."""
     transposed = x.packed_axis == -2
     data = [(t.mT if transposed else t).view(torch.uint8) for t in (x.qdata, x.scale)]
     return data if x.per_tensor_scale is None else [*data, x.per_tensor_scale]
 
 
-def _waited(func: Any, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> Any:
-    """The work of a collective, after its end.
+def _run_and_wait(func: Any, device: torch.device, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """Run a collective, wait for it and return its work object.
 
-    NCCL, asked to wait itself, returns none: an object that must not be touched. (Gloo is left as it is: its
-    threads, if not waited for at once, free tensors of Python's, which crashed now and then.)
+    NCCL runs asynchronously: its synchronous calls return a work object that must not be touched. Gloo keeps
+    its setting: unless waited for at once, its threads free Python's tensors, which sometimes crashes.
     """
     given = dict(zip(torch_internals.argument_names(func), args, strict=False)) | kwargs
     if device.type == "cuda":
@@ -170,7 +170,7 @@ def _waited(func: Any, device: torch.device, args: tuple, kwargs: dict[str, Any]
 def _broadcast_(func, types, args, kwargs):
     (x,), *others = args
     for t in _dense_bytes(x):
-        work = _waited(func, x.device, ([t], *others), kwargs)
+        work = _run_and_wait(func, x.device, ([t], *others), kwargs)
     return [x], work
 
 
@@ -180,5 +180,5 @@ def _scatter_(func, types, args, kwargs):
     parts = [[_dense_bytes(x.contiguous()) for x in row] for row in inputs]
     for i, t in enumerate(_dense_bytes(out)):
         given = [t], [[part[i] for part in row] for row in parts], *others
-        work = _waited(func, out.device, given, kwargs)
+        work = _run_and_wait(func, out.device, given, kwargs)
     return [out], work

@@ -1,10 +1,10 @@
-"""Tensors without memory of their own, and what torch functions that ask for memory do with them.
+"""Wrapper tensors without memory of their own, and the torch functions that ask for memory.
 
-A wrapper subclass keeps its bytes in the tensors inside it. Torch all the same declares a storage of the
-logical size for it, at address 0. Code that goes there without the dispatcher (``share_memory_``, ``apply_``,
-DLPack, TorchScript's ``save``) ends the process, or finds zeros. :func:`wrapper` declares a storage of no
-bytes whose address nobody gets, so that all such code raises. The functions that users call are answered
-here: by the tensors inside, where that is what they mean, and else by a refusal that says what to do.
+A wrapper subclass keeps its bytes in its inner tensors, but torch declares a storage of the logical size at
+address 0 for it. Code that bypasses the dispatcher (``share_memory_``, ``apply_``, DLPack, TorchScript's
+``save``) then crashes the process or reads zeros. :func:`wrapper` declares an empty storage whose address
+cannot be taken, so all such code raises. This file overrides the functions that users call: those with a
+meaning for the inner tensors act on them, and the rest raise an error that says what to do.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ _REFUSED = (
     Tensor.tolist,
 )
 
-_ADDRESSES = ("const_data_ptr", "data_ptr")  # the first from torch 2.12 on
+_ADDRESSES = ("const_data_ptr", "data_ptr")  # const_data_ptr is new in torch 2.12
 
 _MERGES = (
     "; for PEFT's DoRA, merge_and_unload and several adapters at once, load the model in high precision, or "
     "merge one adapter with torchao_mx.hf.save_pretrained(merge_adapters=True)"
 )
 _AVERAGES = (
-    "; give an AveragedModel multi_avg_fn=get_ema_multi_avg_fn() or get_swa_multi_avg_fn(), which leave "
+    "; for an AveragedModel, pass multi_avg_fn=get_ema_multi_avg_fn() or get_swa_multi_avg_fn(), which leave "
     "frozen weights as they are"
 )
-_REPLICAS = "; in DistributedDataParallel, give it init_sync=False"
-# What ends in an operator that users do not call themselves.
-_WAYS_OUT = {
+_REPLICAS = "; for DistributedDataParallel, pass init_sync=False"
+# Remedies for operators that users reach only indirectly.
+_REMEDIES = {
     "cat": _REPLICAS,
     "add": _MERGES,
     "add_": _MERGES,
@@ -57,7 +57,7 @@ def wrapper(
     cls: type, shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype,
     device: torch.device, storage_offset: int = 0,
 ) -> Any:  # fmt: skip
-    """A tensor of ``cls`` that has this shape and no memory."""
+    """Make a tensor of ``cls`` with this shape and no memory."""
     self = torch_internals.make_wrapper_subclass(
         cls, shape, strides=strides, storage_offset=storage_offset, dtype=dtype, device=device,
         storage_size=0,
@@ -67,18 +67,18 @@ def wrapper(
 
 
 def not_implemented(func: Any, args: Any, kwargs: Any, cls: type) -> NotImplementedError:
-    """The error of the operator ``func``, one of whose arguments is a ``cls``; it says what to do instead."""
+    """Return the error for operator ``func`` on a ``cls``; it says what to do instead."""
     tensor = next(t for t in torch_internals.tree_iter((args, kwargs)) if isinstance(t, cls))
-    way_out = _WAYS_OUT.get(func.name().removeprefix("aten::").split(".")[0], "")
+    remedy = _REMEDIES.get(func.name().removeprefix("aten::").split(".")[0], "")
     return NotImplementedError(
-        f"{func} is not implemented for {tensor}: call .dequantize() on it first{way_out}"
+        f"{func} is not implemented for {tensor}: call .dequantize() on it first{remedy}"
     )
 
 
 class _NoMemory:
-    """What ``untyped_storage()`` of a wrapper is: an identity that has no bytes.
+    """The ``untyped_storage()`` of a wrapper: an identity without bytes.
 
-    torch.compile tells by it which tensors alias, and distributed checkpoints compare its size.
+    torch.compile uses it to detect aliases, and distributed checkpoints compare its size.
     """
 
     def __init__(self, owner: Tensor, storage: torch.UntypedStorage) -> None:
@@ -87,26 +87,26 @@ class _NoMemory:
         self.size = self.nbytes = storage.nbytes
 
     def resize_(self, nbytes: int) -> None:
-        """What torch.compile does to the copies of tensors whose storage has no bytes: nothing."""
+        """Accept 0 bytes, to which torch.compile resizes copies of tensors with an empty storage."""
         if nbytes:
-            raise _no_storage("resize_", self._owner)
+            raise _storage_error("resize_", self._owner)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise _no_storage(name, self._owner)
+        raise _storage_error(name, self._owner)
 
 
-def _no_storage(name: str, x: Tensor) -> TypeError:
-    # No NotImplementedError: safetensors and Accelerate take that for an empty tensor, and drop it.
+def _storage_error(name: str, x: Tensor) -> TypeError:
+    # Not NotImplementedError: safetensors and Accelerate read that as an empty tensor and drop it.
     return TypeError(
-        f"{name} of the storage of {x}: its bytes are in the tensors inside it; call .dequantize() on it "
+        f"{name} of the storage of {x}: the bytes are in its inner tensors; call .dequantize() on it "
         f"first, or share_memory_() on the tensor itself"
     )
 
 
 def answers(parts: Callable[[Any], list[Tensor]]) -> dict[Callable[..., Any], Callable[..., Any]]:
-    """By torch function, what it does with a wrapper whose bytes are those of ``parts(x)``."""
+    """Return overrides by torch function for a wrapper whose bytes are in ``parts(x)``."""
 
     def share_memory_(x: Tensor) -> Tensor:
         for part in parts(x):
@@ -117,7 +117,7 @@ def answers(parts: Callable[[Any], list[Tensor]]) -> dict[Callable[..., Any], Ca
         return all(part.is_shared() for part in parts(x))
 
     def no_address(x: Tensor) -> int:
-        """0, by which torch and libraries know wrapper subclasses."""
+        """Return 0, by which torch and libraries recognize wrapper subclasses."""
         return 0
 
     def untyped_storage(x: Tensor) -> _NoMemory:
@@ -125,13 +125,13 @@ def answers(parts: Callable[[Any], list[Tensor]]) -> dict[Callable[..., Any], Ca
             return _NoMemory(x, x.untyped_storage())
 
     def storage(x: Tensor) -> None:
-        raise _no_storage("typed view", x)
+        raise _storage_error("typed view", x)
 
     def refusal(name: str) -> Callable[..., Any]:
         def refuse(*args: Any, **kwargs: Any) -> None:
             x = next(t for t in itertools.chain(args, kwargs.values()) if hasattr(t, "dequantize"))
             raise NotImplementedError(
-                f"{name} of {x}, whose values are packed: call .dequantize() on it first"
+                f"{name} of {x}: its values are packed; call .dequantize() on it first"
             )
 
         return refuse
@@ -147,7 +147,7 @@ def answers(parts: Callable[[Any], list[Tensor]]) -> dict[Callable[..., Any], Ca
 
 
 class Unread(Tensor):
-    """A wrapper that no operator reads: torch functions in ``functions`` take it, the others are refused."""
+    """A wrapper that no operator reads: only the torch functions in ``functions`` accept it."""
 
     functions: dict[Callable[..., Any], Callable[..., Any]] = {}
 
@@ -155,7 +155,7 @@ class Unread(Tensor):
         cls.functions = answers(cls.parts)
 
     def parts(self) -> list[Tensor]:
-        """The tensors that hold its bytes."""
+        """Return the tensors that hold the bytes."""
         raise NotImplementedError
 
     @classmethod

@@ -1,4 +1,4 @@
-"""Which classes of experts are known, what they compute once taken, and what is said of the others."""
+"""Known classes of experts: which ones, what they compute once converted, and warnings about others."""
 
 import re
 import warnings
@@ -215,18 +215,18 @@ class Normed(Concatenated):
 
 
 UNKNOWN = {
-    "gelu": (Gelu(), "Gelu holds w1 .*overrides forward of Titan"),
+    "gelu": (Gelu(), "Gelu holds w1 .*overrides forward of the known class Titan"),
     "other arguments": (
         of_class("GroupedExperts", ByAxes, forward=lambda self, rows, sizes: rows)(),
-        r"GroupedExperts holds w1_EFD \[4, 96, 64\].* is of no class of experts that is known",
+        r"GroupedExperts holds w1_EFD \[4, 96, 64\].* is not of a known class of experts",
     ),
     "other parameters": (
         of_class("GroupedExperts", Parallel, forward=lambda self, x, num_tokens_per_expert: x)(),
-        "GroupedExperts is known, and it has no 3-D parameters w1, w3, w2",
+        "its class GroupedExperts is known, but it lacks 3-D parameters w1, w3, w2",
     ),
     "fused": (of_class("FusedGroupedExperts", Fused)(), r"holds w2_EDF .*w13 \[4, 96, 2, 64\]"),
     "matrices": (of_class("DbrxExpertGLU", GluOfMatrices)(), r"DbrxExpertGLU holds w1 \[384, 64\]"),
-    "own forward": (OtherGate(), "overrides forward of Concatenated"),
+    "own forward": (OtherGate(), "overrides forward of the known class Concatenated"),
     "norm": (Normed(), "normalizes each expert's output"),
 }
 
@@ -275,7 +275,10 @@ def test_subclasses():
     assert layout_of(of_class("Sharded", known)()) == layout_of(known())
     eight_bit = of_class("MXFP8GroupedExperts", known, _grouped_mm=lambda self, x, w: x)
     assert layout_of(eight_bit()) is None
-    assert "overrides _grouped_mm of GroupedExperts" in unclaimed_experts(eight_bit())[""]
+    assert (
+        "overrides _grouped_mm of the known class GroupedExperts"
+        in unclaimed_experts(eight_bit())[""]
+    )
     assert layout_of(OtherActivation()) == layout_of(Concatenated())
 
 
@@ -292,7 +295,7 @@ def test_registering():
     for _ in range(2):
         register_experts(Mine, "torchtitan")
     assert is_experts(Mine()) and is_experts(of_class("More", Mine)())
-    with pytest.raises(ValueError, match=r"Mine is registered with .*TitanLayout.* already"):
+    with pytest.raises(ValueError, match=r"Mine is already registered with .*TitanLayout"):
         register_experts(Mine, "transformers")
 
     class Another(Gelu):
@@ -327,8 +330,8 @@ def test_a_layout_of_ones_own():
     [
         (Titan(), "torchtitan", TypeError, "a subclass of nn.Module"),
         (dict, "torchtitan", TypeError, "a subclass of nn.Module"),
-        (nn.Module, "torchtitan", TypeError, "has no forward of experts"),
-        (Gelu, "torchtitans", ValueError, "'torchtitans' is none that is known: transformers, "),
+        (nn.Module, "torchtitan", TypeError, "does not define a forward of experts"),
+        (Gelu, "torchtitans", ValueError, "'torchtitans' is unknown; use one of transformers, "),
         (
             Gelu,
             TitanLayout,

@@ -274,5 +274,5 @@ def test_compiles_whole(kind):
 
 def test_refusals():
     x, offs = torch.randn(4, H), torch.tensor([1, 2, 3, 4], dtype=torch.int32)
-    with pytest.raises(TypeError, match="strategy: options of packed weights"):
+    with pytest.raises(TypeError, match="only packed weights take strategy"):
         pipeline.grouped_linear(x, torch.randn(E, H, 8), offs, strategy="fused")

@@ -1,4 +1,4 @@
-"""MXLoRALinear as a module: what it is made of, merging, moving, saving, and what is refused."""
+"""MXLoRALinear as a module: how it is made, merging, moving, saving and refusals."""
 
 import copy
 import dataclasses
@@ -122,7 +122,7 @@ def test_merge_and_unmerge(config, dtype):
     with torch.no_grad():
         layer.lora_B.copy_(state["0.lora_B"])
     assert sorted(model.state_dict()) == sorted(state)
-    with pytest.warns(UserWarning, match="is merged already; left as it is"):
+    with pytest.warns(UserWarning, match="is already merged and is left as it is"):
         layer.merge()
     layer.unmerge()
     for name, t in model.state_dict().items():
@@ -130,7 +130,7 @@ def test_merge_and_unmerge(config, dtype):
             assert_same_bytes(getattr(t, field), getattr(state[name], field))
         assert torch.equal(t, state[name])
     assert torch.equal(model(x), y) and not layer.weight.requires_grad
-    with pytest.warns(UserWarning, match="is not merged; left as it is"):
+    with pytest.warns(UserWarning, match="is not merged and is left as it is"):
         layer.unmerge()
 
 
@@ -179,9 +179,9 @@ def test_weights_of_the_other_kind_are_not_loaded():
     assert_expected_inline(
         texts,
         """\
-TypeError: 0.weight is not an MXTensor in the state and the layer is MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto): load high-precision weights before quantize_, and save this layer unmerged
-TypeError: 0.weight is not an MXTensor in the state and the layer is MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto): load high-precision weights before quantize_, and save this layer unmerged
-TypeError: 0.weight is MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, device=cpu) in the state and the layer is MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto, merged): call unmerge() on this layer first""",
+TypeError: 0.weight in the state is not an MXTensor, but the layer is MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto): load high-precision weights before quantize_, and save this layer unmerged
+TypeError: 0.weight in the state is not an MXTensor, but the layer is MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto): load high-precision weights before quantize_, and save this layer unmerged
+TypeError: 0.weight in the state is MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, device=cpu), but the layer is MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto, merged): call unmerge() on this layer first""",
     )
     model.load_state_dict(merged)
     model[0].unmerge()
@@ -238,9 +238,9 @@ def test_on_meta():
 def test_twice_is_once_with_a_warning():
     model = lora(Config(r=R))
     layer = model[0]
-    with pytest.warns(UserWarning, match="has adapters already; left as it is"):
+    with pytest.warns(UserWarning, match="already has adapters and is left as it is"):
         quantize_(model, Config(r=2 * R))
-    with pytest.warns(UserWarning, match="holds an MXTensor already; left as it is"):
+    with pytest.warns(UserWarning, match="already holds an MXTensor and is left as it is"):
         quantize_(model, BASES["w4a16"])
     assert model[0] is layer and layer.lora_A.shape == (R, K)
 
@@ -278,18 +278,18 @@ def test_refusals_of_layers():
 ValueError: Linear(in_features=100, out_features=96): its weight has shape (96, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 ValueError: Linear(in_features=72, out_features=96): its weight has shape (96, 72); its axis -1 (72) is not a multiple of 16, the block size of nvfp4: pad it, or leave this layer out with filter_fn
 TypeError: Linear(in_features=64, out_features=96): its weight has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
-ValueError: Linear(in_features=64, out_features=8): r=16 is more than its smaller side; take a smaller r, or leave this layer out with filter_fn
-ValueError: Linear(in_features=32, out_features=96): r=33 is more than its smaller side; take a smaller r, or leave this layer out with filter_fn
+ValueError: Linear(in_features=64, out_features=8): r=16 exceeds its smaller side; use a smaller r, or leave this layer out with filter_fn
+ValueError: Linear(in_features=32, out_features=96): r=33 exceeds its smaller side; use a smaller r, or leave this layer out with filter_fn
 TypeError: LayerNorm is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
-TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn
-ValueError: Linear(in_features=64, out_features=96): its weight: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, activation=mxfp8_e4m3 (rceil), device=cpu) quantizes the other operand of its products, which those with LoRA adapters do not: take .replace(activation=None)
+TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is in training; convert it first, with step='convert' and the config that prepared it, or leave it out with filter_fn
+ValueError: Linear(in_features=64, out_features=96): its weight: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, activation=mxfp8_e4m3 (rceil), device=cpu) quantizes the other operand of its products, which LoRA products cannot do: use .replace(activation=None)
 ValueError: Linear(in_features=64, out_features=96): its weight: compute_dtype=torch.float8_e4m3fn with a weight in nvfp4; it takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, or use MXFP4
-TypeError: Doubling(in_features=64, out_features=96): it has a forward of its own, or another module reads its weight, so that adapters would not be used; leave this layer out with filter_fn
-TypeError: NonDynamicallyQuantizableLinear(in_features=64, out_features=64): it has a forward of its own, or another module reads its weight, so that adapters would not be used; leave this layer out with filter_fn
-TypeError: ParametrizedLinear(in_features=64, out_features=96): its weight is not a parameter but computed, as by a parametrization or weight_norm; remove that first, or leave this layer out with filter_fn
+TypeError: Doubling(in_features=64, out_features=96): it has its own forward, or another module reads its weight, so adapters would be bypassed; leave this layer out with filter_fn
+TypeError: NonDynamicallyQuantizableLinear(in_features=64, out_features=64): it has its own forward, or another module reads its weight, so adapters would be bypassed; leave this layer out with filter_fn
+TypeError: ParametrizedLinear(in_features=64, out_features=96): its weight is computed, for example by a parametrization or weight_norm, and must be a parameter; remove that first, or leave this layer out with filter_fn
 ValueError: Linear(in_features=100, out_features=64): its weight has shape (64, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 TypeError: config=MXWeightOnlyConfig(dtype=torch.float4_e2m1fn_x2, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>) must be a torchao_mx.MXWeightOnlyLoRAConfig
-TypeError: MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto) has adapters already: train these, or leave this layer out""",
+TypeError: MXLoRALinear(in_features=64, out_features=96, bias=True, r=4, alpha=32, scaling=8, weight=mxfp4, orig_dtype=float32, strategy=auto) already has adapters: train these, or leave this layer out""",
     )
 
 
@@ -305,8 +305,8 @@ def test_check_model():
         """\
 ValueError: 3 of 5 layers cannot be quantized:
 up: Linear(in_features=100, out_features=64): its weight has shape (64, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
-down: Linear(in_features=64, out_features=8): r=16 is more than its smaller side; take a smaller r, or leave this layer out with filter_fn
-gate: Linear(in_features=64, out_features=96): its weight: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, activation=mxfp4 (rceil), device=cpu) quantizes the other operand of its products, which those with LoRA adapters do not: take .replace(activation=None)""",
+down: Linear(in_features=64, out_features=8): r=16 exceeds its smaller side; use a smaller r, or leave this layer out with filter_fn
+gate: Linear(in_features=64, out_features=96): its weight: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, activation=mxfp4 (rceil), device=cpu) quantizes the other operand of its products, which LoRA products cannot do: use .replace(activation=None)""",
     )
     assert str(model) == before
     check_model(lora(Config(r=R)), Config())
@@ -334,7 +334,7 @@ def test_a_weight_whose_gradient_is_asked_for_is_refused():
     assert_expected_inline(
         refusals([lambda: model(randn(3, K))], NotImplementedError),
         """\
-NotImplementedError: MXLoRALinear: the MXTensor weight is frozen but requires_grad=True; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting""",
+NotImplementedError: MXLoRALinear: the MXTensor weight has requires_grad=True but cannot be trained; call .requires_grad_(False), or train it with QATConfig(step='prepare') before converting""",
     )
     with torch.no_grad():
         assert model(randn(3, K)).shape == (3, N)
@@ -383,14 +383,14 @@ def test_refusals_of_configs():
     assert_expected_inline(
         refusals(calls),
         """\
-ValueError: r=0; adapters have a rank of 1 or more
+ValueError: r=0; the rank of adapters must be 1 or more
 TypeError: r=8.0; it must be an int
 TypeError: r=True; it must be an int
 ValueError: lora_alpha=0; it must be positive and finite
 ValueError: lora_alpha=nan; it must be positive and finite
 TypeError: lora_alpha='32'; it must be a number
-ValueError: lora_dropout=1.0; it is a probability from 0 up to, not with, 1
-ValueError: lora_dropout=-0.1; it is a probability from 0 up to, not with, 1
+ValueError: lora_dropout=1.0; it must be a probability of at least 0 and below 1
+ValueError: lora_dropout=-0.1; it must be a probability of at least 0 and below 1
 TypeError: use_rslora=1; it must be a bool
 ValueError: no block format has dtype=torch.int8 with block_size=32; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
 TypeError: dtype='mxfp4' is not a torch.dtype; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
@@ -398,13 +398,13 @@ ValueError: no block format has dtype=torch.float8_e4m3fn with block_size=16; us
 TypeError: scaling_mode='rceil' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
 ValueError: compute_dtype=torch.bfloat16; it is None (x's dtype) or torch.float8_e4m3fn
 ValueError: compute_dtype=torch.float8_e4m3fn with a weight in mxfp8_e4m3; it takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, or use MXFP4
-ValueError: lora_dropout=0.1 with compute_dtype=torch.float8_e4m3fn; dropout leaves the fused product, the only one in 8 bits: set one of them to its default
+ValueError: lora_dropout=0.1 with compute_dtype=torch.float8_e4m3fn; dropout bypasses the fused product, the only one in 8 bits: set one of them to its default
 ValueError: grad_compute_dtype=torch.float16; it is None or torch.bfloat16 (x's dtype), torch.float8_e4m3fn or torch.float8_e5m2
 ValueError: grad_compute_dtype=torch.float8_e5m2 without a compute_dtype; give compute_dtype=torch.float8_e4m3fn too
 ValueError: strategy='fast' is none of auto, fused, unpack, fused8, unpack8
 ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
-ValueError: adapter_dtype=torch.float64; it is None (the weight's), torch.bfloat16, torch.float16 or torch.float32
+ValueError: adapter_dtype=torch.float64; it must be None (the weight's), torch.bfloat16, torch.float16 or torch.float32
 ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
 TypeError: max_scratch_bytes=1000000000.0; it must be an int""",
     )

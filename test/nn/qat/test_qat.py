@@ -1,4 +1,4 @@
-"""QAT of linear layers: trained, converted and directly quantized are one function, with right gradients."""
+"""QAT of linear layers: trained, converted and directly quantized layers agree; gradients are right."""
 
 import copy
 import io
@@ -342,7 +342,7 @@ def test_forward_is_torchaos(dtype, mode):
 def test_torchaos_base_config_prepares_our_module_and_converts_to_its_tensor(dtype):
     base, model = torchao_base(), linear(False, dtype)
     if dtype != torch.bfloat16:  # torchao's tensors are of bf16 weights only
-        with pytest.raises(TypeError, match=r"could not convert after training; use \.bfloat16"):
+        with pytest.raises(TypeError, match=r"cannot convert after training; use \.bfloat16"):
             prepare(model, base)
         return
     prepare(model, base)
@@ -404,7 +404,7 @@ def test_preparing_twice_is_once_with_a_warning():
     model = prepare(linear(), W4A4)
     layer = model[0]
     for again in (W4A4, W4A16):
-        with pytest.warns(UserWarning, match="is prepared already; left as it is"):
+        with pytest.warns(UserWarning, match="is already prepared and is left as it is"):
             prepare(model, again)
         assert model[0] is layer
         assert layer.activation_config == FP4
@@ -462,15 +462,15 @@ ValueError: MXFakeQuantizeConfig was passed as `base_config`. Did you mean to do
 TypeError: Linear(in_features=64, out_features=96): its weight has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: Linear(in_features=100, out_features=96): its weight has shape (96, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 ValueError: Linear(in_features=80, out_features=96): its input has shape (80,); its axis -1 (80) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
-ValueError: weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for weight-only)
+ValueError: weight_config is missing; pass an MXFakeQuantizeConfig (activation_config may be None, for weight-only)
 TypeError: weight_config is a IntxFakeQuantizeConfig; it must be a torchao_mx.MXFakeQuantizeConfig
-TypeError: Linear(in_features=64, out_features=96): its weight is a MXTensor already; quantize from a high-precision weight, or leave this layer out with filter_fn
-TypeError: Doubling(in_features=64, out_features=96, bias=True) has a forward of its own, of its class or set on the instance, which fake quantization would drop; remove it, or leave this layer out with filter_fn
+TypeError: Linear(in_features=64, out_features=96): its weight is already a MXTensor; quantize from a high-precision weight, or leave this layer out with filter_fn
+TypeError: Doubling(in_features=64, out_features=96, bias=True) has its own forward, from its class or set on the instance, which fake quantization would drop; remove it, or leave this layer out with filter_fn
 TypeError: Embedding is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
-ValueError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) cannot be converted with MXWeightOnlyConfig(dtype=torch.float4_e2m1fn_x2, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>): that is not what it was trained for. Convert with the base config of its prepare step, or without one and quantize the result
+ValueError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) cannot be converted with MXWeightOnlyConfig(dtype=torch.float4_e2m1fn_x2, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>), for which it was not trained. Convert with the base config of its prepare step, or convert without one and quantize the result
 ValueError: no block format has dtype=torch.int8 with block_size=32; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
 ValueError: no block format has dtype=torch.float8_e4m3fn with block_size=16; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
-ValueError: kernel_preference=<KernelPreference.TORCH: 'torch'> has no kernel here; use KernelPreference.AUTO or KernelPreference.EMULATED
+ValueError: kernel_preference=<KernelPreference.TORCH: 'torch'> is not supported; use KernelPreference.AUTO or KernelPreference.EMULATED
 TypeError: weight_config is a MXDynamicActivationMXWeightConfig; it must be a torchao_mx.MXFakeQuantizeConfig
 ValueError: Linear(in_features=100, out_features=96): its weight has shape (96, 100); its axis -1 (100) is not a multiple of 32, the block size of mxfp4: pad it, or leave this layer out with filter_fn
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first

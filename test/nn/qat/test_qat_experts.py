@@ -1,4 +1,4 @@
-"""MXFakeQuantizedExperts and MXExperts: against the source on fake-quantized operands, and bit for bit each other."""
+"""MXFakeQuantizedExperts and MXExperts match the source on fake-quantized operands, and each other bit for bit."""
 
 import copy
 import io
@@ -206,10 +206,10 @@ def test_no_rows_and_one_expert(dim):
 
 def test_twice_is_once():
     _, ours = prepared(Concatenated, "w4a16")
-    with pytest.warns(UserWarning, match="is prepared already"):
+    with pytest.warns(UserWarning, match="is already prepared"):
         assert quantized(ours, QATConfig(BASES["w4a16"], step="prepare")) is ours
     packed = ours.to_packed()
-    with pytest.warns(UserWarning, match="holds MXTensors already"):
+    with pytest.warns(UserWarning, match="already holds MXTensors"):
         assert quantized(packed, BASES["w4a16"]) is packed
     check_model(nn.ModuleDict({"experts": packed}), BASES["w4a16"], is_experts)
 
@@ -228,16 +228,16 @@ def test_refusals():
             with pytest.raises(ValueError, match=rf"experts: {family.__name__}.{name}"):
                 check_model(nn.ModuleDict({"experts": module}), config, is_experts)
     _, ours = prepared(Titan, "w4a4")
-    with pytest.raises(ValueError, match="not what it was trained for"):
+    with pytest.raises(ValueError, match="for which it was not trained"):
         quantized(ours, QATConfig(BASES["w4a16"], step="convert"))
-    with pytest.raises(TypeError, match="is being trained"):
+    with pytest.raises(TypeError, match="is in training"):
         quantized(ours, BASES["w4a4"])
-    with pytest.raises(TypeError, match="is being trained; convert it first"):
+    with pytest.raises(TypeError, match="is in training; convert it first"):
         quantized(ours, MXWeightOnlyLoRAConfig(r=4))
     with pytest.raises(ValueError, match="weight_config is missing"):
         MXFakeQuantizedExperts.from_experts(Titan())
-    with pytest.raises(TypeError, match="no module of experts"):
+    with pytest.raises(TypeError, match="not a known module of experts"):
         MXFakeQuantizedExperts.from_experts(nn.Linear(32, 32), None, MXFakeQuantizeConfig())
     packed = ours.to_packed()
-    with pytest.raises(TypeError, match="is an MXTensor already"):
+    with pytest.raises(TypeError, match="is already an MXTensor"):
         MXFakeQuantizedExperts.from_experts(packed, None, MXFakeQuantizeConfig())

@@ -1,4 +1,4 @@
-"""NVFP4 forward, MXFP8 backward, of linear layers: each operand is torchao's, each product float64's."""
+"""NVFP4 forward, MXFP8 backward in linear layers: operands match torchao, products match float64."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""NVFP4MXFP8Experts: each product against an expert at a time, modules of experts as they are called."""
+"""NVFP4MXFP8Experts: each product matches a loop over experts; every way of calling such modules."""
 
 import copy
 import math
@@ -404,7 +404,7 @@ def test_a_step_waits_for_nothing():
 def test_twice_is_once(family):
     ours = prepared(family)
     for again in (CONFIG, QATConfig(BASES["nvfp4"], step="prepare")):
-        with pytest.warns(UserWarning, match="is prepared already"):
+        with pytest.warns(UserWarning, match="is already prepared"):
             assert quantized(ours, again) is ours
     check_model(nn.ModuleDict({"experts": ours}), CONFIG, is_experts)
 
@@ -421,19 +421,19 @@ def test_refusals():
         with pytest.raises(ValueError, match=f"experts: {message}"):
             check_model(nn.ModuleDict({"experts": module}), CONFIG, is_experts)
     ours = prepared(Titan)
-    with pytest.raises(TypeError, match="is being trained"):
+    with pytest.raises(TypeError, match="is in training"):
         quantized(ours, BASES["nvfp4"])
-    with pytest.raises(TypeError, match="is being trained; convert it first"):
+    with pytest.raises(TypeError, match="is in training; convert it first"):
         quantized(ours, MXWeightOnlyLoRAConfig(r=4))
-    with pytest.raises(ValueError, match="not what it was trained for"):
+    with pytest.raises(ValueError, match="for which it was not trained"):
         quantized(ours, QATConfig(BASES["w4a4"], step="convert"))
-    with pytest.raises(TypeError, match="no module of experts"):
+    with pytest.raises(TypeError, match="not a known module of experts"):
         NVFP4MXFP8Experts.from_experts(nn.Linear(32, 32))
     with pytest.raises(TypeError, match=r"config=.*must be a torchao_mx\.NVFP4Forward"):
         NVFP4MXFP8Experts.from_experts(Titan(), BASES["nvfp4"])
-    with pytest.raises(TypeError, match="is being trained; convert it first"):
+    with pytest.raises(TypeError, match="is in training; convert it first"):
         quantized(quantized(Titan(), QATConfig(BASES["nvfp4"], step="prepare")))
-    with pytest.raises(TypeError, match="is an MXTensor already"):
+    with pytest.raises(TypeError, match="is already an MXTensor"):
         quantized(ours.to_packed())
 
 

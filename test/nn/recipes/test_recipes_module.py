@@ -1,4 +1,4 @@
-"""NVFP4MXFP8Linear as a module, and through quantize_: prepare, convert, what is refused."""
+"""NVFP4MXFP8Linear as a module, and through quantize_: prepare, convert, refusals."""
 
 import copy
 import io
@@ -177,10 +177,10 @@ def test_preparing_twice_is_once_with_a_warning():
     model = recipe()
     layer = model[0]
     for again in (CONFIG, CONFIGS["e5m2"]):
-        with pytest.warns(UserWarning, match="is prepared already; left as it is"):
+        with pytest.warns(UserWarning, match="is already prepared and is left as it is"):
             quantize(model, again)
         assert model[0] is layer and layer.recipe == CONFIG
-    with pytest.warns(UserWarning, match="is prepared already; left as it is"):
+    with pytest.warns(UserWarning, match="is already prepared and is left as it is"):
         prepare(model, BASES["nvfp4"])
     assert model[0] is layer
 
@@ -241,18 +241,18 @@ ValueError: grad_dtype=torch.bfloat16; the backward pass is in MXFP8: use torch.
 TypeError: grad_dtype='float8_e4m3fn'; the backward pass is in MXFP8: use torch.float8_e4m3fn or torch.float8_e5m2
 TypeError: scaling_mode='rceil' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
 TypeError: stochastic_rounding=1; it must be a bool
-ValueError: kernel_preference=<KernelPreference.TORCH: 'torch'> has no kernel here; use KernelPreference.AUTO or KernelPreference.EMULATED
+ValueError: kernel_preference=<KernelPreference.TORCH: 'torch'> is not supported; use KernelPreference.AUTO or KernelPreference.EMULATED
 ValueError: step='train'; it must be one of prepare, convert
 TypeError: Linear(in_features=64, out_features=96): its weight has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: Linear(in_features=40, out_features=96): its weight has shape (96, 40); its axis -1 (40) is not a multiple of 16, the block size of nvfp4: pad it, or leave this layer out with filter_fn
 ValueError: Linear(in_features=64, out_features=48): its output has shape (48,); its axis -1 (48) is not a multiple of 32, the block size of mxfp8_e4m3: pad it, or leave this layer out with filter_fn
-TypeError: Linear(in_features=64, out_features=96): its weight is a MXTensor already; quantize from a high-precision weight, or leave this layer out with filter_fn
-TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=nvfp4, activation=nvfp4) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn
-TypeError: Doubling(in_features=64, out_features=96, bias=True) has a forward of its own, of its class or set on the instance, which fake quantization would drop; remove it, or leave this layer out with filter_fn
+TypeError: Linear(in_features=64, out_features=96): its weight is already a MXTensor; quantize from a high-precision weight, or leave this layer out with filter_fn
+TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=nvfp4, activation=nvfp4) is in training; convert it first, with step='convert' and the config that prepared it, or leave it out with filter_fn
+TypeError: Doubling(in_features=64, out_features=96, bias=True) has its own forward, from its class or set on the instance, which fake quantization would drop; remove it, or leave this layer out with filter_fn
 TypeError: Embedding is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
-TypeError: NVFP4MXFP8Linear(in_features=64, out_features=96, bias=True, forward=nvfp4, backward=mxfp8_e4m3 (rceil), grad=mxfp8_e4m3 (rceil)) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn
-TypeError: NVFP4MXFP8Linear(in_features=64, out_features=96, bias=True, forward=nvfp4, backward=mxfp8_e4m3 (rceil), grad=mxfp8_e4m3 (rceil)) is being trained; convert it first, with step='convert' of the config that prepared it, or leave it out with filter_fn
-ValueError: NVFP4MXFP8Linear(in_features=64, out_features=96, bias=True, forward=nvfp4, backward=mxfp8_e4m3 (rceil), grad=mxfp8_e4m3 (rceil)) cannot be converted with MXWeightOnlyConfig(dtype=torch.float4_e2m1fn_x2, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>): that is not what it was trained for. Convert with the base config of its prepare step, or without one and quantize the result
+TypeError: NVFP4MXFP8Linear(in_features=64, out_features=96, bias=True, forward=nvfp4, backward=mxfp8_e4m3 (rceil), grad=mxfp8_e4m3 (rceil)) is in training; convert it first, with step='convert' and the config that prepared it, or leave it out with filter_fn
+TypeError: NVFP4MXFP8Linear(in_features=64, out_features=96, bias=True, forward=nvfp4, backward=mxfp8_e4m3 (rceil), grad=mxfp8_e4m3 (rceil)) is in training; convert it first, with step='convert' and the config that prepared it, or leave it out with filter_fn
+ValueError: NVFP4MXFP8Linear(in_features=64, out_features=96, bias=True, forward=nvfp4, backward=mxfp8_e4m3 (rceil), grad=mxfp8_e4m3 (rceil)) cannot be converted with MXWeightOnlyConfig(dtype=torch.float4_e2m1fn_x2, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>), for which it was not trained. Convert with the base config of its prepare step, or convert without one and quantize the result
 TypeError: config=MXDynamicActivationMXWeightConfig(activation_dtype=torch.float8_e4m3fn, weight_dtype=torch.float8_e4m3fn, block_size=32, scaling_mode=<ScaleCalculationMode.RCEIL: 'rceil'>); it must be a torchao_mx.NVFP4ForwardMXFP8BackwardConfig
 ValueError: Linear(in_features=64, out_features=100): its output has shape (100,); its axis -1 (100) is not a multiple of 32, the block size of mxfp8_e4m3: pad it, or leave this layer out with filter_fn
 TypeError: Conv1d is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)

@@ -1,4 +1,4 @@
-"""benchmarks/quality/train_recipes.py in small, on the CPU: it runs to its end, stops and goes on as if it had not."""
+"""benchmarks/train_recipes.py, small and on the CPU: it runs to the end, and resumes without a trace."""
 
 import json
 import sys

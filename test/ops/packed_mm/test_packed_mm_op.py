@@ -331,9 +331,9 @@ ValueError: offs is on meta and x on cpu; move one with .to(device)
 TypeError: offs has dtype torch.int64; end offsets are int32: use offs.int()
 ValueError: x has shape (6, 64), the weight (4, 44, 32) (packed) and offs (3,); a grouped product takes x [R, K], a weight [E, N, K] and offs [E]
 ValueError: x has shape (6, 64), the weight (4, 44, 32) (packed) and offs (1, 4); a grouped product takes x [R, K], a weight [E, N, K] and offs [E]
-ValueError: offs is [3, 2, 2, 6] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts
-ValueError: offs is [-1, 0, 0, 4] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts
-ValueError: offs is [1, 3, 3, 7] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts
+ValueError: offs is [3, 2, 2, 6] for 6 row(s); end offsets must ascend from 0 and not exceed the number of rows: use the cumulative sum of the experts' row counts
+ValueError: offs is [-1, 0, 0, 4] for 6 row(s); end offsets must ascend from 0 and not exceed the number of rows: use the cumulative sum of the experts' row counts
+ValueError: offs is [1, 3, 3, 7] for 6 row(s); end offsets must ascend from 0 and not exceed the number of rows: use the cumulative sum of the experts' row counts
 ValueError: x has shape (6, 63); the weight reduces over 64 elements, which x's last axis must have
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: qdata has shape (4, 44, 32) and scale (3, 44, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize

@@ -339,7 +339,7 @@ def test_refusals():
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: x has shape (64,); it must be [M, K]: use x.flatten(0, -2)
 ValueError: x has shape (40, 40); its axis -1 (40) is not a multiple of 32, the block size of mxfp8_e4m3: pad it, or leave this layer out with filter_fn
-ValueError: x has shape (0, 64); a block format has no zero-size dimensions: skip empty tensors before quantizing
+ValueError: x has shape (0, 64); block formats need dimensions above zero: skip empty tensors before quantizing
 TypeError: BlockFormat(name='mxfp8_e4m3', elem_dtype=torch.float8_e4m3fn, exponent_bits=4, mantissa_bits=3, elem_max=448.0, block_size=32, scale_dtype=torch.float8_e8m0fnu, has_per_tensor_scale=False) is not a QuantizeSpec; use torchao_mx.QuantizeSpec(format)
 ValueError: forms=('values',); give one or more of rows, row_values, columns, column_values
 ValueError: forms=(); give one or more of rows, row_values, columns, column_values

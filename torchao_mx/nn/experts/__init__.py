@@ -1,8 +1,8 @@
-"""Modules of experts: which classes are known, what stands in for them, and the pipeline that computes them.
+"""Modules of experts: the known classes, the module that replaces them, and the pipeline that computes them.
 
-``layouts`` says which classes are known, where each holds its weights and how it is called. ``module`` is the
-stand-in on packed weights, with what packs, checks and reports. ``pipeline`` is the computation: route, two
-grouped products with an activation between them, and combine.
+``layouts`` lists the known classes, the weights that each holds and how it is called. ``module`` holds the
+replacement on packed weights, with functions that pack, check and report. ``pipeline`` is the computation:
+route, two grouped products with an activation between them, and combine.
 """
 
 from torchao_mx.nn.experts.layouts import Layout, register_experts

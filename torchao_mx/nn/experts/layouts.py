@@ -1,19 +1,19 @@
-"""Which classes of experts are known, how each holds its 3-D weights, and how it is called.
+"""The known classes of experts: how each holds its 3-D weights, and how it is called.
 
-A layout claims *classes*: those given to :func:`register_experts`, and the ones below, which are known by
-name, as no library is imported. A class elsewhere of that name counts only if its forward takes the same
+A layout claims *classes*: those passed to :func:`register_experts`, and those below, which are matched by
+name so that no library need be imported. A class of the same name counts only if its forward takes the same
 arguments::
 
     transformers   v5's classes under use_experts_implementation     (hidden, ids [T, k], weights [T, k])
-                   and what else declares that interface: _apply_gate, is_transposed, has_bias
+                   and others with that interface: _apply_gate, is_transposed, has_bias
                    4.57's GptOssExperts                              (hidden, ids, scores [T, E])
                    Llama4TextExperts                                 (hidden [E T, H])
                    JetMoE's and 4.57's Granite's ParallelExperts     (rows in the experts' order, counts)
                    4.57's AriaGroupedExpertsGemm                     (rows in the experts' order, counts [E])
     torchtitan     GroupedExperts, GptOssGroupedExperts              (rows in the experts' order, counts [E])
 
-A subclass that overrides forward, or a method that forward calls, computes something else and is not claimed.
-A layout's ``forward`` runs the pipeline of ``pipeline.py`` for an :class:`torchao_mx.MXExperts`.
+Subclasses that override forward, or a method that forward calls, compute something else and are not claimed.
+A layout's ``forward`` runs ``pipeline.py`` for an :class:`torchao_mx.MXExperts`.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layout:
-    """The names of a module's parameters and what they mean.
+    """The names of a module's parameters and their meaning.
 
-    A layout of one's own subclasses it and defines :meth:`forward`.
+    To define a layout, subclass this and implement :meth:`forward`.
 
     Attributes:
-        weights: the 3-D parameters, in the order in which they are used.
-        biases: the ``[E, out]`` parameters, a name for each weight or none at all.
-        transposed: whether weights are stored ``[E, in, out]``; otherwise ``[E, out, in]``.
+        weights: the names of the 3-D parameters, in the order of their use.
+        biases: the names of the ``[E, out]`` parameters, one per weight, or empty.
+        transposed: whether weights are stored ``[E, in, out]`` rather than ``[E, out, in]``.
     """
 
     weights: tuple[str, ...]
@@ -53,15 +53,15 @@ class Layout:
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
-        """The layout of this kind that ``module`` has.
+        """Return the layout of this kind for ``module``.
 
         Raises:
-            ValueError: it computes in a way that this kind does not; the message is a reason.
+            ValueError: ``module`` does not compute what this kind does; the message says why.
         """
         raise NotImplementedError
 
     def forward(self, module: MXExperts, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """The source's forward, on ``module.operand(name)``."""
+        """Compute the source's forward from ``module.operand(name)``."""
         raise NotImplementedError
 
     def routed(
@@ -72,7 +72,7 @@ class Layout:
         weights: torch.Tensor,
         gate: pipeline.Activation,
     ) -> torch.Tensor:
-        """``pipeline.experts`` of two weights."""
+        """Run ``pipeline.experts`` with two weights."""
 
         def experts(x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
             up, down = (module.operand(name) for name in self.weights)
@@ -96,10 +96,10 @@ class TransformersLayout(Layout):
     @classmethod
     def of(cls, module: nn.Module) -> TransformersLayout:
         if getattr(module, "has_post_expert_norm", False):
-            raise ValueError("it normalizes each expert's output, which no layout does")
+            raise ValueError("it normalizes each expert's output, which no layout supports")
         gated = getattr(module, "has_gate", True)
         if not (gated and hasattr(module, "_apply_gate")) and not hasattr(module, "act_fn"):
-            raise ValueError("it has no act_fn and no _apply_gate")
+            raise ValueError("it has neither act_fn nor _apply_gate")
         names = ("gate_up_proj" if gated else "up_proj", "down_proj")
         has_bias = getattr(module, "has_bias", False)
         biases = tuple(f"{name}_bias" for name in names) if has_bias else ()
@@ -123,7 +123,7 @@ class GptOssV4Layout(Layout):
     @classmethod
     def of(cls, module: nn.Module) -> GptOssV4Layout:
         if not (hasattr(module, "alpha") and hasattr(module, "limit")):
-            raise ValueError("it has no alpha and limit, which gpt-oss's activation takes")
+            raise ValueError("it lacks alpha and limit, which gpt-oss's activation needs")
         names = ("gate_up_proj", "down_proj")
         return cls(names, tuple(f"{name}_bias" for name in names), transposed=True)
 
@@ -143,7 +143,7 @@ class GptOssV4Layout(Layout):
 
 @dataclass(frozen=True)
 class GroupedLayout(Layout):
-    """``(x [R, H], num_tokens_per_expert [E])``: rows in the experts' order, in and out."""
+    """``(x [R, H], num_tokens_per_expert [E])``: input and output rows in the experts' order."""
 
     def forward(
         self, module: MXExperts, x: torch.Tensor, num_tokens_per_expert: torch.Tensor
@@ -162,7 +162,7 @@ class GroupedLayout(Layout):
     def products(
         self, module: MXExperts, x: torch.Tensor, offs: torch.Tensor, order: torch.Tensor | None
     ) -> torch.Tensor:
-        """The experts' output for rows ``x[order // k]``, ``x`` itself without an order."""
+        """Compute the experts' output for the rows ``x[order // k]``, or ``x`` without an order."""
         raise NotImplementedError
 
     def linear(
@@ -173,7 +173,7 @@ class GroupedLayout(Layout):
         offs: torch.Tensor,
         order: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``x`` times the weight at ``index``, plus its bias."""
+        """Multiply ``x`` by the weight at ``index`` and add its bias."""
         bias = module.local_parameter(self.biases[index]) if self.biases else None
         return pipeline.grouped_linear(
             x, module.operand(self.weights[index]), offs, order=order, bias=bias,
@@ -183,7 +183,7 @@ class GroupedLayout(Layout):
 
 @dataclass(frozen=True)
 class TitanLayout(GroupedLayout):
-    """torchtitan's SwiGLU of three weights, named ``w1, w2, w3`` until 0.2.2 and by their axes since."""
+    """torchtitan's SwiGLU of three weights: ``w1, w2, w3`` until 0.2.2, named by their axes since."""
 
     @classmethod
     def of(cls, module: nn.Module) -> TitanLayout:
@@ -205,7 +205,7 @@ class TitanGptOssLayout(GroupedLayout):
     @classmethod
     def of(cls, module: nn.Module) -> TitanGptOssLayout:
         if not hasattr(module, "swiglu_limit"):
-            raise ValueError("it has no swiglu_limit, which gpt-oss's activation takes")
+            raise ValueError("it lacks swiglu_limit, which gpt-oss's activation needs")
         if "mlp1_weight_EGD" in parameters_of(module):
             return cls(("mlp1_weight_EGD", "mlp2_weight_EDF"), ("mlp1_bias_EG", "mlp2_bias_ED"))
         return cls(("mlp1_weight", "mlp2_weight"), ("mlp1_bias", "mlp2_bias"))
@@ -219,7 +219,7 @@ class TitanGptOssLayout(GroupedLayout):
 
 @dataclass(frozen=True)
 class Llama4Layout(GroupedLayout):
-    """Llama 4's ``(hidden [E T, H])``: every expert gets T rows, all tokens scaled by the router."""
+    """Llama 4's ``(hidden [E T, H])``: every expert gets all T tokens, scaled by the router."""
 
     @classmethod
     def of(cls, module: nn.Module) -> Llama4Layout:
@@ -229,7 +229,7 @@ class Llama4Layout(GroupedLayout):
 
     def forward(self, module: MXExperts, hidden_states: torch.Tensor) -> torch.Tensor:
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
-        n_experts = parameters_of(module)[self.weights[0]].shape[0]  # on all ranks
+        n_experts = parameters_of(module)[self.weights[0]].shape[0]  # of all ranks
         counts = torch.full((n_experts,), len(rows) // n_experts, device=rows.device)
         return super().forward(module, rows, counts)
 
@@ -242,7 +242,7 @@ class Llama4Layout(GroupedLayout):
 
 @dataclass(frozen=True)
 class GroupedLinearLayout(GroupedLayout):
-    """One weight: ``(inputs [R, in], expert_size)``, a list or tensor of the rows per expert."""
+    """One weight: ``(inputs [R, in], expert_size)``, a list or tensor of row counts per expert."""
 
     @classmethod
     def of(cls, module: nn.Module) -> GroupedLinearLayout:
@@ -261,7 +261,7 @@ class GroupedLinearLayout(GroupedLayout):
 
 @dataclass(frozen=True)
 class AriaLayout(GroupedLinearLayout):
-    """The same of transformers 4.57's Aria, stored ``[E, in, out]``."""
+    """One weight of transformers 4.57's Aria, stored ``[E, in, out]``."""
 
     @classmethod
     def of(cls, module: nn.Module) -> AriaLayout:
@@ -274,7 +274,7 @@ class AriaLayout(GroupedLinearLayout):
 
 
 def gate_of(module: Any, cls: type) -> pipeline.Activation:
-    """What ``cls`` computes between its two products, with module's attributes; as one op where one can."""
+    """Return the activation between the two products of ``cls``, as one fused op if possible."""
     if not getattr(module, "has_gate", True):
         return lambda x, offs: module.act_fn(x)
     gate = _gate_name(cls)
@@ -286,7 +286,7 @@ def gate_of(module: Any, cls: type) -> pipeline.Activation:
 
 
 def default_gate(module: Any) -> pipeline.Activation:
-    """``act_fn(gate) * up`` of gate and up side by side."""
+    """Return ``act_fn(gate) * up`` for gate and up side by side."""
     if type(module.act_fn).__name__ in ("SiLU", "SiLUActivation"):
         return lambda gate_up, offs: ops.swiglu(gate_up)
 
@@ -299,12 +299,12 @@ def default_gate(module: Any) -> pipeline.Activation:
 
 @torch.compiler.assume_constant_result
 def _gate_name(cls: type) -> str:
-    """Not traced: to torch.compile (2.13) a ``__qualname__`` equals no string, and gates would be unknown."""
+    """Return the gate's name, untraced: torch.compile (2.13) finds ``__qualname__`` unequal to any string."""
     return getattr(getattr(cls, "_apply_gate", None), "__qualname__", "")
 
 
 def gpt_oss_gate(alpha: float, limit: float) -> pipeline.Activation:
-    """The gate of gpt-oss."""
+    """Return gpt-oss's gate."""
     options = {"interleaved": True, "up_offset": 1.0, "alpha": alpha, "limit": limit}
     return lambda gate_up, offs: ops.swiglu(gate_up, **options)
 
@@ -318,11 +318,11 @@ LAYOUTS: dict[str, type[Layout]] = {
     "torchtitan": TitanLayout,
     "torchtitan_gpt_oss": TitanGptOssLayout,
 }
-_INTERFACE = ("hidden_states", "top_k_index", "top_k_weights")  # of transformers v5
+_INTERFACE = ("hidden_states", "top_k_index", "top_k_weights")  # transformers v5
 _GPT_OSS = ("hidden_states", "router_indices", "routing_weights")
 _TITAN = (("x", "num_tokens_per_expert"), ("x_RD", "num_tokens_per_expert_E"))
 _PARALLEL = (("inputs", "expert_size"),)
-# name of a class -> (what its forward may be called with, layout)
+# class name -> (the argument names that its forward may have, layout)
 _KNOWN: dict[str, tuple[tuple[tuple[str, ...], ...], type[Layout]]] = {
     "AriaGroupedExpertsGemm": ((("input", "tokens_per_expert"),), AriaLayout),
     "GptOssExperts": ((_GPT_OSS,), GptOssV4Layout),
@@ -341,17 +341,17 @@ _REGISTERED: WeakKeyDictionary[type[nn.Module], type[Layout] | Layout] = WeakKey
 def register_experts(cls: type[nn.Module], layout: str | Layout) -> None:
     """Make a class of experts known to ``is_experts``, and so to all configs and to ``from_pretrained``.
 
-    The class has to compute what the layout does, on parameters of its names:
+    The class must compute what the layout does, on parameters with the layout's names:
 
     - "transformers": forward ``(hidden [T, H], ids [T, k], weights [T, k])`` on ``gate_up_proj [E, 2 I, H]``
       and ``down_proj [E, H, I]``, with ``_apply_gate(self, gate_up)`` between them or, without that method,
-      ``act_fn(gate) * up`` of the two halves. Attributes of the module, optional: ``is_transposed`` for
-      weights ``[E, in, out]``, ``has_bias``, and ``has_gate = False`` for ``up_proj [E, I, H]`` and
-      ``act_fn`` alone.
+      ``act_fn(gate) * up`` of the two halves. Optional attributes of the module: ``is_transposed`` for
+      weights ``[E, in, out]``, ``has_bias``, and ``has_gate = False`` for ``up_proj [E, I, H]`` followed by
+      ``act_fn``.
     - "torchtitan": forward ``(x [R, H], counts [E])``, rows in the order of the experts, ``w2 (silu(w1 x) *
       (w3 x))`` with ``w1 [E, I, H]``, ``w2 [E, H, I]``, ``w3 [E, I, H]``, or ``w1_EFD, w2_EDF, w3_EFD``.
     - "grouped_linear": forward ``(x [R, in], counts [E])``, rows likewise, ``weight [E, out, in]``.
-    - "llama4", "torchtitan_gpt_oss", "transformers_v4_gpt_oss", "transformers_v4_aria": as those classes.
+    - "llama4", "torchtitan_gpt_oss", "transformers_v4_gpt_oss", "transformers_v4_aria": like those classes.
 
     Subclasses count too, unless they override forward or a method that forward calls. Registering a class
     again with the same layout changes nothing.
@@ -361,7 +361,7 @@ def register_experts(cls: type[nn.Module], layout: str | Layout) -> None:
         layout: one of the names, or a :class:`torchao_mx.nn.experts.Layout`.
 
     Raises:
-        TypeError: ``cls`` is no class of modules with a forward, or ``layout`` neither a name nor a layout.
+        TypeError: ``cls`` is not a module class with a forward, or ``layout`` is neither a name nor a layout.
         ValueError: no layout has this name, or ``cls`` is registered with another.
 
     Example:
@@ -389,15 +389,15 @@ def register_experts(cls: type[nn.Module], layout: str | Layout) -> None:
         torch.Size([5, 32])
     """
     if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
-        raise TypeError(f"register_experts takes a subclass of nn.Module, and cls is {cls!r}")
+        raise TypeError(f"cls is {cls!r}; register_experts needs a subclass of nn.Module")
     if cls.forward is nn.Module.forward or cls is nn.Linear:
         raise TypeError(
-            f"{cls.__name__} has no forward of experts; register the class that defines it"
+            f"{cls.__name__} does not define a forward of experts; register the class that does"
         )
     if isinstance(layout, str):
         if layout not in LAYOUTS:
             raise ValueError(
-                f"layout={layout!r} is none that is known: {', '.join(LAYOUTS)}; or give a Layout object"
+                f"layout={layout!r} is unknown; use one of {', '.join(LAYOUTS)}, or pass a Layout object"
             )
         found: type[Layout] | Layout = LAYOUTS[layout]
     elif isinstance(layout, Layout):
@@ -409,14 +409,14 @@ def register_experts(cls: type[nn.Module], layout: str | Layout) -> None:
     before = _REGISTERED.setdefault(cls, found)
     if before != found:
         raise ValueError(
-            f"{cls.__name__} is registered with {before!r} already, and a class has one layout; register "
-            f"a subclass, or leave this call out"
+            f"{cls.__name__} is already registered with {before!r}, and a class has only one layout; "
+            f"register a subclass, or leave this call out"
         )
 
 
 def layout_of(module: nn.Module) -> Layout | None:
-    """The layout of a module of experts; None for any other module."""
-    own = module.__dict__.get("layout")  # of ours
+    """Return the layout of a module of experts, or None for any other module."""
+    own = module.__dict__.get("layout")  # set on MXExperts
     if isinstance(own, Layout):
         return own
     if not any(p is not None and p.dim() == 3 for p in parameters_of(module).values()):
@@ -428,32 +428,32 @@ def layout_of(module: nn.Module) -> Layout | None:
 
 
 def _layout_of(module: nn.Module) -> Layout | None:
-    """The same of a module that is not ours; ValueError says why one of a known class does not fit."""
+    """Return the layout of a source module; ValueError says why a module of a known class does not fit."""
     cls = type(module)
     for base in cls.__mro__:
-        layout = _REGISTERED.get(base) or _known(base, module)
+        layout = _REGISTERED.get(base) or _known_layout(base, module)
         if layout is None:
             continue
         overridden = _overridden(cls, base)
         if overridden:
             raise ValueError(
-                f"it overrides {', '.join(overridden)} of {base.__name__}, which is known"
+                f"it overrides {', '.join(overridden)} of the known class {base.__name__}"
             )
         found = layout if isinstance(layout, Layout) else layout.of(module)
         parameters = ((name, parameters_of(module).get(name)) for name in found.weights)
         missing = [name for name, p in parameters if p is None or p.dim() != 3]
         if missing:
             raise ValueError(
-                f"{base.__name__} is known, and it has no 3-D parameters {', '.join(missing)}"
+                f"its class {base.__name__} is known, but it lacks 3-D parameters {', '.join(missing)}"
             )
         return found
     return None
 
 
-def _known(cls: type, module: nn.Module) -> type[Layout] | None:
-    """The layout of a class that is known without having been registered."""
+def _known_layout(cls: type, module: nn.Module) -> type[Layout] | None:
+    """Return the layout of a class that is known without being registered."""
     forward = getattr(cls, "forward", None)
-    # The forward that transformers' decorator makes is a function of the file that defines the decorator.
+    # transformers' decorator makes forward a function of the file that defines the decorator.
     if getattr(forward, "__globals__", {}).get("__name__") == "transformers.integrations.moe":
         return TransformersLayout
     arguments = _arguments(forward)
@@ -467,7 +467,7 @@ def _known(cls: type, module: nn.Module) -> type[Layout] | None:
 
 
 def _arguments(forward: Any) -> tuple[str, ...] | None:
-    """The names of a method's arguments."""
+    """Return the names of a method's arguments."""
     try:
         return tuple(inspect.signature(forward).parameters)[1:]
     except (TypeError, ValueError):
@@ -475,7 +475,7 @@ def _arguments(forward: Any) -> tuple[str, ...] | None:
 
 
 def _overridden(cls: type, base: type) -> list[str]:
-    """The methods, of ``base``'s forward and those that it calls, that ``cls`` overrides; but for gates."""
+    """List ``base``'s forward and the methods it calls, gates aside, that ``cls`` overrides."""
     code = getattr(inspect.unwrap(base.forward), "__code__", None)
     called = {"forward", *(code.co_names if code else ())} - {"_apply_gate"}
     static = inspect.getattr_static

@@ -1,7 +1,7 @@
-"""MXExperts, which stands in for a module of experts, and how such modules are packed, checked and reported.
+"""MXExperts, the replacement for a module of experts, and functions that pack, check and report such modules.
 
-``layouts.py`` says which classes are known. Parameters may be DTensors that hold a part of the experts on
-each rank; the products see the local part.
+``layouts.py`` lists the known classes. Parameters may be DTensors that hold some of the experts on each rank;
+products see the local part.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from torchao_mx.torch_internals import parameters_of
 
 
 class LocalExperts(Protocol):
-    """What a rank computes with its own E' experts."""
+    """The function that a rank computes with its own E' experts."""
 
     def __call__(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         """``(x [R, H], ids [R, k] below E', weights [R, k]) -> [R, H]``."""
 
 
 class Exchange(Protocol):
-    """How a module whose experts are split over ranks reaches those of the others.
+    """How a module whose experts are split over ranks reaches the experts on other ranks.
 
-    :class:`torchao_mx.distributed.ExpertParallel` gives a module one.
+    :class:`torchao_mx.distributed.ExpertParallel` sets it on a module.
     """
 
     def routed(
@@ -52,11 +52,11 @@ class Exchange(Protocol):
 
 
 class MXExperts(nn.Module):
-    """A module of experts on frozen packed weights, computed by the pipeline of ``pipeline.py``.
+    """A module of experts on frozen packed weights, computed by ``pipeline.py``.
 
-    It is called as its source is, and has the source's attributes, hooks and parameters under their names,
-    the weights as :class:`MXTensor` of the source's logical shape. Made by ``quantize_`` with a PTQ config
-    and ``filter_fn=is_experts``, or by converting an :class:`torchao_mx.MXFakeQuantizedExperts`.
+    It has the call signature, attributes, hooks and parameter names of its source module; weights are
+    :class:`MXTensor` of the source's logical shape. Made by ``quantize_`` with a PTQ config and
+    ``filter_fn=is_experts``, or by converting an :class:`torchao_mx.MXFakeQuantizedExperts`.
 
     Example:
         >>> import torch
@@ -82,12 +82,12 @@ class MXExperts(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the products are told."""
+        """Keyword arguments for the products."""
         return {}
 
     @classmethod
     def stand_in(cls, module: nn.Module) -> Any:
-        """A ``cls`` that shares everything a module of experts holds, itself unchanged."""
+        """Make a ``cls`` that shares all state of a module of experts and leaves it unchanged."""
         twin = twin_of(cls, module)
         twin.layout = layout_of(module)
         twin.source_class = module.source_class if isinstance(module, MXExperts) else type(module)
@@ -95,28 +95,28 @@ class MXExperts(nn.Module):
 
     @property
     def n_experts(self) -> int:
-        """E; of experts that are split over ranks those of this one."""
+        """E, or the number of experts on this rank if they are split over ranks."""
         return self.local_parameter(self.layout.weights[0]).shape[0]
 
     def local_parameter(self, name: str) -> torch.Tensor:
-        """The parameter ``name``; of a DTensor its part on this rank, through which gradients go."""
+        """Return the parameter ``name``, or a DTensor's part on this rank, through which gradients flow."""
         return local_of(parameters_of(self)[name])
 
     def operand(self, name: str) -> pipeline.Weight:
-        """What the products take for the weight ``name``, stored as the source stores it."""
+        """Return the products' operand for the weight ``name``, in the source's storage order."""
         return self.local_parameter(name)
 
     def base(self, name: str) -> torch.Tensor:
-        """The weight ``name`` as ``[E, out, in]``, E as in :attr:`n_experts`."""
+        """Return the weight ``name`` as ``[E, out, in]``, E as in :attr:`n_experts`."""
         weight = self.local_parameter(name)
         return weight.mT if self.layout.transposed else weight
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the source's."""
+        """Compute the source's forward; the layout defines the arguments."""
         return self.layout.forward(self, *args, **kwargs)
 
     def shapes_repr(self) -> str:
-        """The source's name and its weights' shapes."""
+        """Return the source's name and the shapes of its weights."""
         shapes = [f"{n}={tuple(parameters_of(self)[n].shape)}" for n in self.layout.weights]
         if self.exchange is not None:
             shapes.append(str(self.exchange))
@@ -128,12 +128,12 @@ class MXExperts(nn.Module):
 
 
 def local_of(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of a DTensor, differentiably; any other tensor as it is."""
+    """Return this rank's part of a DTensor, differentiably; return any other tensor unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """``local`` as this rank's part of a DTensor, split as ``tensor`` is; itself if that is not split."""
+    """Wrap ``local`` as this rank's part of a DTensor split like ``tensor``, if ``tensor`` is one."""
     if not isinstance(tensor, DTensor):
         return local
     check_placements(tensor, "the weight")
@@ -143,26 +143,26 @@ def placed_like(local: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 def split_experts(
     local: torch.Tensor, mesh: DeviceMesh, placements: Sequence[Placement], n_experts: int
 ) -> DTensor:
-    """The DTensor ``[n_experts, ...]`` of which ``local``, dense, is this rank's part."""
+    """Make the DTensor ``[n_experts, ...]`` of which the dense ``local`` is this rank's part."""
     shape = torch.Size((n_experts, *local.shape[1:]))
-    # FSDP2 takes what is contiguous. Packed weights whose blocks lie dense are, transposed or not.
+    # FSDP2 needs contiguous parameters; packed weights with dense blocks count as such, even transposed.
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
 def check_placements(tensor: torch.Tensor, what: str) -> None:
-    """Refuse a DTensor that is split otherwise than by whole experts, along its first axis.
+    """Raise unless a DTensor is split only by whole experts, along its first axis.
 
     Raises:
-        TypeError: it is; blocks and shapes of the part on a rank say nothing about the whole then.
+        TypeError: ``tensor`` is split otherwise; its local blocks and shape then say nothing about the whole.
     """
     if not isinstance(tensor, DTensor):
         return
     if not all(p.is_replicate() or p.is_shard(0) for p in tensor.placements):
         raise TypeError(
-            f"{what} is a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements}, and "
-            f"experts are split along axis 0, by whole experts; call quantize_ before they are split, gather "
-            f"them with full_tensor(), or redistribute them to Shard(0)"
+            f"{what} is a DTensor of shape {tuple(tensor.shape)} with placements {tensor.placements}; "
+            f"experts may only be split along axis 0, by whole experts: call quantize_ before splitting, "
+            f"gather with full_tensor(), or redistribute to Shard(0)"
         )
 
 
@@ -172,9 +172,9 @@ def pack(
     spec: QuantizeSpec,
     activation: QuantizeSpec | None = None,
 ) -> torch.Tensor:
-    """``[E, out, in]`` (``[E, in, out]`` if transposed) in blocks along ``in``, of the same shape.
+    """Pack ``[E, out, in]`` (``[E, in, out]`` if transposed) in blocks along ``in``; keep the shape.
 
-    A DTensor that is split along E stays one.
+    A DTensor split along E remains one.
     """
     if isinstance(weight, DTensor):
         return placed_like(pack(weight.to_local(), transposed, spec, activation), weight)
@@ -197,12 +197,12 @@ def pack_singly(
 def quantize_experts(
     module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None
 ) -> MXExperts:
-    """The frozen packed twin of a module of experts; twice is once, with a warning."""
+    """Return the frozen packed twin of a module of experts; warn if the module is packed already."""
     layout = layout_of(module)
     if is_packed(module):
         warnings.warn(
-            f"{type(module).__name__} holds MXTensors already; left as it is. Quantize a model once, or "
-            f"exclude this module with filter_fn",
+            f"{type(module).__name__} already holds MXTensors and is left as it is. Quantize a model once, "
+            f"or exclude this module with filter_fn",
             stacklevel=2,
         )
         return module if isinstance(module, MXExperts) else MXExperts.stand_in(module)
@@ -215,14 +215,14 @@ def quantize_experts(
 
 
 def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeSpec | None) -> None:
-    """Refuse a module of experts whose weights cannot be quantized so; nothing is changed."""
+    """Raise unless the weights of a module of experts can be quantized to these specs; change nothing."""
     check_parameters(module)
     layout, kind = layout_of(module), type(module).__name__
     for name in layout.weights:
         data, what = local_of(parameters_of(module)[name]).detach(), f"{kind}.{name}"
         if isinstance(data, MXTensor):
             raise TypeError(
-                f"{what} is an MXTensor already; quantize from high-precision weights, or leave this module "
+                f"{what} is already an MXTensor; quantize from high-precision weights, or leave this module "
                 f"out with filter_fn"
             )
         check_high_precision(data.dtype, what)
@@ -233,11 +233,11 @@ def check_experts(module: nn.Module, weight: QuantizeSpec, activation: QuantizeS
 
 
 def check_parameters(module: nn.Module) -> None:
-    """Refuse what is not experts, lacks a bias that its flags promise, or is split within an expert."""
+    """Raise unless ``module`` is of a known class, has the biases its flags promise and splits no expert."""
     layout, kind = layout_of(module), type(module).__name__
     if layout is None:
         raise TypeError(
-            f"{kind} is no module of experts that is known; select them with "
+            f"{kind} is not a known module of experts; select those with "
             f"quantize_(..., filter_fn=torchao_mx.is_experts)"
         )
     missing = [n for n in layout.biases if parameters_of(module).get(n) is None]
@@ -248,19 +248,19 @@ def check_parameters(module: nn.Module) -> None:
 
 
 def is_packed(module: nn.Module) -> bool:
-    """Whether all weights of a module of experts are MXTensors."""
+    """Return whether all weights of a module of experts are MXTensors."""
     weights = (parameters_of(module)[name] for name in layout_of(module).weights)
     return all(isinstance(local_of(weight), MXTensor) for weight in weights)
 
 
 def is_experts(module: nn.Module, fqn: str = "") -> bool:
-    """A ``filter_fn`` for ``quantize_``: modules of experts with 3-D weights that our configs convert.
+    """Select known modules of experts with 3-D weights, as a ``filter_fn`` for ``quantize_``.
 
-    transformers v5's classes under ``use_experts_implementation`` (gpt-oss, Qwen3-MoE, Mixtral, DeepSeek-V3,
-    Nemotron-H, GLM4-MoE and their like), Llama 4's and JetMoE's; transformers 4.57's gpt-oss, Llama 4,
-    Granite, JetMoE and Aria; torchtitan's ``GroupedExperts`` and ``GptOssGroupedExperts``; and classes given
-    to :func:`torchao_mx.register_experts`. A module that holds 3-D weights and is none of these gets a
-    warning, once for each class; :func:`unclaimed_experts` names them all.
+    Known are transformers v5's classes under ``use_experts_implementation`` (gpt-oss, Qwen3-MoE, Mixtral,
+    DeepSeek-V3, Nemotron-H, GLM4-MoE and others), Llama 4's and JetMoE's; transformers 4.57's gpt-oss, Llama
+    4, Granite, JetMoE and Aria; torchtitan's ``GroupedExperts`` and ``GptOssGroupedExperts``; and classes
+    passed to :func:`torchao_mx.register_experts`. Other modules with 3-D weights cause a warning, once per
+    class; :func:`unclaimed_experts` names all of them.
 
     Example:
         >>> import torch
@@ -281,10 +281,10 @@ _WARNED: WeakSet[type[nn.Module]] = WeakSet()
 
 
 def unclaimed_experts(model: nn.Module) -> dict[str, str]:
-    """The modules of ``model`` that may be experts and stay in high precision, as no layout claims them.
+    """Return the modules of ``model`` that may be experts but stay in high precision for want of a layout.
 
-    Those are modules with floating 3-D parameters of their own, large enough to be packed, and modules whose
-    class is called experts and has weights of its own. Layers of ``torch.nn`` and embeddings are not meant.
+    These are modules that directly own floating 3-D parameters large enough to pack, and modules that own
+    weights and have "expert" in their class name. Layers of ``torch.nn`` and embeddings do not count.
 
     Returns:
         ``{fully qualified name: reason}``; the reason says what the module holds and what to do.
@@ -297,7 +297,7 @@ def unclaimed_experts(model: nn.Module) -> dict[str, str]:
         ...         super().__init__()
         ...         self.w1 = torch.nn.Parameter(torch.randn(4, 64, 32))
         >>> unclaimed_experts(torch.nn.ModuleDict({"experts": GeluExperts()}))  # doctest: +ELLIPSIS
-        {'experts': 'GeluExperts holds w1 [4, 64, 32] and is of no class of experts that is known; ...'}
+        {'experts': 'GeluExperts holds w1 [4, 64, 32] and is not of a known class of experts; ...'}
     """
     reasons = ((name, _unclaimed(module)) for name, module in model.named_modules())
     return {name: reason for name, reason in reasons if reason is not None}
@@ -309,11 +309,11 @@ _CONVOLUTIONS = (
 
 
 def _unclaimed(module: nn.Module) -> str | None:
-    """Why a module that may be one of experts is not claimed; None of any other."""
+    """Return why a possible module of experts is not claimed, or None for any other module."""
     cls = type(module)
     if cls.__module__.startswith("torch.nn.") or layout_of(module) is not None:
         return None
-    # isinstance: of what torch.nn defines, and FSDP2 or a parametrization gave a class of its own
+    # isinstance also catches layers of torch.nn that FSDP2 or a parametrization gave a new class
     if isinstance(module, (nn.Linear, nn.Embedding, *_CONVOLUTIONS, nn.Bilinear)):
         return None
     by_name = "expert" in cls.__name__.lower()
@@ -327,17 +327,17 @@ def _unclaimed(module: nn.Module) -> str | None:
     shapes = ", ".join(f"{name} {list(p.shape)}" for name, p in held.items())
     try:
         _layout_of(module)
-        why = "is of no class of experts that is known"
+        why = "is not of a known class of experts"
     except ValueError as error:
-        why = f"cannot be taken as experts: {error}"
+        why = f"cannot be used as experts: {error}"
     return (
-        f"{cls.__name__} holds {shapes} and {why}; it stays in high precision. If it computes as a known "
+        f"{cls.__name__} holds {shapes} and {why}; it stays in high precision. If it computes what a known "
         f"class does, call torchao_mx.register_experts({cls.__name__}, layout)"
     )
 
 
 def _may_be_experts(name: str, p: torch.Tensor | None, dims: int) -> bool:
-    """Whether a parameter may be a stack of weights in high precision; tables of embeddings are none."""
+    """Return whether a parameter may be a stack of high-precision weights; embedding tables are not."""
     if p is None or p.dim() < dims or not p.is_floating_point() or 1 in p.shape or "embed" in name:
         return False
     _, *rows, columns = p.shape if p.dim() > 2 else (1, *p.shape)

@@ -1,21 +1,21 @@
-"""A layer of experts as a pipeline over one grouped-matmul seam.
+"""A layer of experts, as a pipeline over one grouped-matmul seam.
 
 ::
 
     route     top_k_index [T, k] -> order [T k], offs [E]   sorted by expert, on the device
-    up        hidden [T, H]      -> gate_up [T k, 2 I]      gathered in the GEMM, bias and LoRA in it
+    up        hidden [T, H]      -> gate_up [T k, 2 I]      gather, bias and LoRA fused into the GEMM
     activate  gate_up            -> act [T k, I]
-    down      act                -> y [T k, H]              bias and LoRA in it
-    combine   y, weights [T, k]  -> out [T, H]              each token's rows, in the order of its slots
+    down      act                -> y [T k, H]              bias and LoRA fused
+    combine   y, weights [T, k]  -> out [T, H]              sums each token's rows in slot order
 
-No row count comes to the host, so the layer is CUDA-graph safe, and no sum depends on timing.
+No row count reaches the host, so the layer is CUDA-graph safe. No sum depends on timing.
 
-What backward keeps, beside the packed weights by reference: hidden ``[T, H]`` once (not T k rows of it)
-and, where adapters are trained, ``x A^T [T k, r]``; gate_up, from which the activation is computed again; act
-where the down adapters are trained; y for the gradient of the routing weights.
+Backward keeps the packed weights by reference, hidden ``[T, H]`` once (not as T k rows), gate_up, from which
+it recomputes the activation, and y for the gradient of the routing weights. Trained adapters add
+``x A^T [T k, r]``; trained down adapters also add act.
 
 Weights follow ``torch._grouped_mm``: ``w [E, in, out]``, ``x @ w[e]``; with ``transpose_weight`` they are
-``[E, out, in]``. (``w.mT`` would say the same of a packed one, but torch.compile loses the fields of a view.)
+``[E, out, in]``. (``w.mT`` would express the same, but torch.compile loses the fields of a packed view.)
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ Activation = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class AdaptedWeight(NamedTuple):
-    """``W [E, out, in] = base + scaling * lora_b @ lora_a``, with which products are ``x W^T``.
+    """``W [E, out, in] = base + scaling * lora_b @ lora_a``, for products ``x W^T``.
 
-    What a :class:`LoRATensor` is, without being a tensor: torch.compile traces a module that forms it.
+    Like a :class:`LoRATensor`, but not a tensor, so that torch.compile can trace a module that creates it.
     """
 
     base: MXTensor  # packed along in: [E, out, in], or its transpose, [E, in, out]
@@ -46,7 +46,7 @@ class AdaptedWeight(NamedTuple):
     scaling: float
 
 
-# (x, offs, order, bias) -> y, for a weight that only its owner knows how to multiply with.
+# (x, offs, order, bias) -> y, for a weight whose owner computes the product.
 Product = Callable[
     [torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor
 ]
@@ -63,26 +63,26 @@ def grouped_linear(
     bias: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The seam: rows ``offs[e - 1] : offs[e]`` of x times expert e of any weight, plus its bias.
+    """Multiply rows ``offs[e - 1] : offs[e]`` of x by expert e of any weight and add its bias.
 
     Args:
-        x: ``[R, C]`` in the order of the groups; with an ``order`` ``[T, C]``, ungrouped.
+        x: ``[R, C]`` in the order of the groups; with an ``order``, ungrouped ``[T, C]``.
         weight: ``[E, C, D]``: an :class:`MXTensor`, one with adapters (a :class:`LoRATensor` or an
-            :class:`AdaptedWeight`), or a plain tensor; gradients go to adapters and to a plain one. Or a
+            :class:`AdaptedWeight`), or a plain tensor; adapters and plain tensors get gradients. Or a
             function that computes the product.
         offs: int32 ``[E]``, as in :func:`torchao_mx.ops.grouped_mm`.
-        transpose_weight: the weight is ``[E, D, C]``.
+        transpose_weight: whether the weight is ``[E, D, C]``.
         order: int32 ``[R]``, as in :func:`torchao_mx.ops.grouped_mm`.
         bias: ``[E, D]``.
-        options: ``strategy``, ``max_scratch_bytes`` and, with adapters, ``compute_dtype`` and
-            ``grad_compute_dtype``, of a packed weight's op.
+        options: options of a packed weight's op: ``strategy``, ``max_scratch_bytes`` and, with adapters,
+            ``compute_dtype`` and ``grad_compute_dtype``.
 
     Returns:
-        ``[R, D]`` in x's dtype; zeros behind ``offs[-1]``.
+        ``[R, D]`` in x's dtype; unassigned rows, after ``offs[-1]``, are zero.
 
     Raises:
-        NotImplementedError: a plain weight on a GPU that is not bfloat16; a packed one whose gradient is
-            asked for.
+        NotImplementedError: x is not bfloat16 with a plain weight on a GPU, or a packed weight requires a
+            gradient.
         TypeError, ValueError: as in the ops.
     """
     if isinstance(weight, (LoRATensor, AdaptedWeight)):
@@ -103,7 +103,7 @@ def grouped_linear(
         )  # fmt: skip
     if options:
         raise TypeError(
-            f"{', '.join(options)}: options of packed weights; the weight is a {type(weight).__name__}"
+            f"the weight is a {type(weight).__name__}; only packed weights take {', '.join(options)}"
         )
     if not isinstance(weight, torch.Tensor):
         return weight(x, offs, order, bias)
@@ -111,7 +111,7 @@ def grouped_linear(
 
 
 def _packed(w: MXTensor) -> tuple[torch.Tensor, torch.Tensor, BlockFormat]:
-    """The fields of ``w`` as ops take them, packed last; torch.compile sees none of ``w.mT``'s."""
+    """Return the fields of ``w``, packed axis last; torch.compile cannot see those of ``w.mT``."""
     if w.packed_axis == -1:
         return w.qdata, w.scale, w.format
     return w.qdata.transpose(-2, -1), w.scale.transpose(-2, -1), w.format
@@ -124,15 +124,15 @@ def _plain_grouped_mm(
     order: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
-    """``torch._grouped_mm`` with unassigned rows zero, forward and backward."""
+    """Run ``torch._grouped_mm`` with unassigned rows zero in forward and backward."""
     if x.is_cuda and x.dtype != torch.bfloat16:
         raise NotImplementedError(
-            f"x has dtype {x.dtype} and the experts are plain ones; torch._grouped_mm takes bfloat16 on a "
-            f"GPU: use .bfloat16(), or quantize the experts"
+            f"x has dtype {x.dtype} and the experts are not quantized; torch._grouped_mm needs bfloat16 on "
+            f"a GPU: use .bfloat16(), or quantize the experts"
         )
     rows = x if order is None else x[tokens_of(order, len(x))]
     if len(rows) == 0:
-        return rows @ weight.sum(0)  # zero gradients rather than none
+        return rows @ weight.sum(0)  # gradients are zero rather than None
     owned = (torch.arange(len(rows), device=x.device) < offs[-1])[:, None]
     y = torch_internals.grouped_mm(rows.where(owned, 0), weight.to(x.dtype), offs=offs)
     if bias is not None:
@@ -155,18 +155,18 @@ def experts(
     down_bias: torch.Tensor | None = None,
     **options: Any,
 ) -> torch.Tensor:
-    """The layer's output ``[T, H]``; gradients go to hidden, top_k_weights, biases and trained weights.
+    """Compute a layer's output ``[T, H]``; hidden, top_k_weights, biases and trained weights get gradients.
 
     Args:
         hidden: ``[T, H]``.
-        top_k_index: ``[T, k]`` expert ids; ids of no expert here add nothing.
+        top_k_index: ``[T, k]`` expert ids; out-of-range ids add nothing.
         top_k_weights: ``[T, k]``, floating.
         gate_up: ``[E, H, D]``, a weight of :func:`grouped_linear`.
         down: ``[E, I, H]``, likewise.
-        activation: ``(gate_up [T k, D], offs) -> [T k, I]``; rows behind
-            ``offs[-1]``, which are zero, may become anything.
-        n_experts: E; None for that of gate_up, a tensor.
-        transpose_weight: the two are ``[E, D, H]`` and ``[E, H, I]``.
+        activation: ``(gate_up [T k, D], offs) -> [T k, I]``; it may turn the unassigned rows, which are
+            zero, into anything.
+        n_experts: E; None to take it from gate_up, a tensor.
+        transpose_weight: whether the two are ``[E, D, H]`` and ``[E, H, I]``.
         gate_up_bias: ``[E, D]``.
         down_bias: ``[E, H]``.
         options: as in :func:`grouped_linear`, for both products.

@@ -15,12 +15,12 @@ from torchao_mx.ops.packed_mm.strategy import check_strategy, compute_names
 
 @dataclass(frozen=True)
 class MXWeightOnlyLoRAConfig(AOBaseConfig):
-    """Freeze linear layers in a block format and train adapters beside them: QLoRA in MX formats.
+    """Freeze layers in a block format and train LoRA adapters beside them: QLoRA in MX formats.
 
-    ``quantize_`` makes an :class:`MXLoRALinear` of each ``nn.Linear``: it quantizes a high-precision weight,
-    and keeps one that is an :class:`MXTensor` already, whatever its format. Of these layers only the
-    adapters require gradients afterwards. Parameters of other modules stay as they are: to train nothing
-    but adapters, call ``model.requires_grad_(False)`` first.
+    ``quantize_`` turns each ``nn.Linear`` into an :class:`MXLoRALinear`. It quantizes a high-precision weight
+    and keeps a weight that is already an :class:`MXTensor`, in any format. In these layers only the adapters
+    then require gradients. Parameters of other modules stay as they are: to train only adapters, call
+    ``model.requires_grad_(False)`` first.
 
     Args:
         r: rank of the adapters, at most each layer's smaller side.
@@ -30,23 +30,23 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         use_rslora: multiply by ``lora_alpha / sqrt(r)`` instead.
         dtype: element type of the weights: ``torch.float4_e2m1fn_x2``, ``torch.float8_e4m3fn`` or
             ``torch.float8_e5m2``.
-        block_size: 32 for the MX formats; 16 with 4-bit elements is NVFP4.
+        block_size: 32 for the MX formats; 16 with 4-bit elements for NVFP4.
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
-        compute_dtype: None to multiply in x's dtype, or ``torch.float8_e4m3fn`` to round x by rows and
-            multiply MXFP4 weights on 8-bit tensor cores; the adapters' product stays in x's dtype.
+        compute_dtype: None multiplies in x's dtype. ``torch.float8_e4m3fn`` rounds x by rows and multiplies
+            MXFP4 weights on 8-bit tensor cores; the adapters' product stays in x's dtype.
         grad_compute_dtype: the same choice for the product that gives x's gradient: None or
-            ``torch.bfloat16`` for x's dtype or, with a ``compute_dtype``, ``torch.float8_e4m3fn`` or
-            ``torch.float8_e5m2`` (the latter for linear layers alone).
+            ``torch.bfloat16`` for x's dtype or, with a ``compute_dtype``, ``torch.float8_e4m3fn`` or, for
+            linear layers only, ``torch.float8_e5m2``.
         strategy: how products are computed on a GPU; see
             :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
-        adapter_dtype: bfloat16, float16 or float32; None for the weight's. Adapters in float32 under
-            bfloat16 activations keep updates that bfloat16 would round away.
-        max_scratch_bytes: how much decoded weight a product may hold at a time; None for 256 MiB or
-            what the rows of x and of its result take, whichever is more.
+        adapter_dtype: bfloat16, float16 or float32; None for the weight's. With bfloat16 activations, float32
+            adapters keep updates that bfloat16 would round away.
+        max_scratch_bytes: limit on the decoded weight that a product holds at a time; None for 256 MiB or
+            the size of the rows of x and of its result, whichever is larger.
 
     Raises:
-        TypeError: a field of the wrong type.
-        ValueError: a value out of range; fields that exclude one another.
+        TypeError: a field has the wrong type.
+        ValueError: a value is out of range, or fields exclude each other.
 
     Example:
         >>> import torch
@@ -76,7 +76,7 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         self._check_compute()
         if self.adapter_dtype not in (None, *HIGH_PRECISION_DTYPES):
             raise ValueError(
-                f"adapter_dtype={self.adapter_dtype}; it is None (the weight's), torch.bfloat16, "
+                f"adapter_dtype={self.adapter_dtype}; it must be None (the weight's), torch.bfloat16, "
                 f"torch.float16 or torch.float32"
             )
 
@@ -95,12 +95,12 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
                 wanted = "a bool" if kind is bool else "an int" if kind is int else "a number"
                 raise TypeError(f"{name}={value!r}; it must be {wanted}")
         if self.r < 1:
-            raise ValueError(f"r={self.r}; adapters have a rank of 1 or more")
+            raise ValueError(f"r={self.r}; the rank of adapters must be 1 or more")
         if not 0 < self.lora_alpha < math.inf:
             raise ValueError(f"lora_alpha={self.lora_alpha}; it must be positive and finite")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(
-                f"lora_dropout={self.lora_dropout}; it is a probability from 0 up to, not with, 1"
+                f"lora_dropout={self.lora_dropout}; it must be a probability of at least 0 and below 1"
             )
 
     def _check_compute(self) -> None:
@@ -110,7 +110,7 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
         check_strategy(self.strategy, self.max_scratch_bytes, compute)
         if compute and self.lora_dropout:
             raise ValueError(
-                f"lora_dropout={self.lora_dropout} with compute_dtype={self.compute_dtype}; dropout leaves "
+                f"lora_dropout={self.lora_dropout} with compute_dtype={self.compute_dtype}; dropout bypasses "
                 f"the fused product, the only one in 8 bits: set one of them to its default"
             )
 
@@ -120,11 +120,11 @@ class MXWeightOnlyLoRAConfig(AOBaseConfig):
 
     @property
     def scaling(self) -> float:
-        """What the adapters' product is multiplied by."""
+        """The factor of the adapters' product."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def repr_of(self, weight: str) -> str:
-        """What a module with these adapters on a ``weight`` of this kind shows of them."""
+        """Describe these adapters on a ``weight`` of this kind, for a module's ``extra_repr``."""
         fields = [
             f"r={self.r}",
             f"alpha={self.lora_alpha}",

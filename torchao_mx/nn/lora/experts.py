@@ -1,10 +1,10 @@
-"""MXLoRAExperts: experts whose packed 3-D weights are frozen and whose adapters are trained.
+"""MXLoRAExperts: experts with frozen, packed 3-D weights and trained adapters.
 
-For each weight ``W [E, out, in]``, packed along ``in``, ``A [E, r, in]`` and ``B [E, out, r]``::
+Each weight ``W [E, out, in]``, packed along ``in``, has adapters ``A [E, r, in]`` and ``B [E, out, r]``::
 
     y = x W_e^T + s (x A_e^T) B_e^T + bias_e        for the rows of expert e
 
-in one op, ``packed_mm/lora.py``, in the pipeline of ``pipeline.py``. No bf16 copy of a weight is kept.
+One op computes this, ``packed_mm/lora.py``, within ``pipeline.py``. No bf16 copy of a weight is kept.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from torchao_mx.torch_internals import parameters_of
 
 
 class MXLoRAExperts(MXExperts):
-    """A module of experts on frozen packed weights, with LoRA adapters beside each of them.
+    """A module of experts on frozen packed weights, with LoRA adapters for each weight.
 
-    It is called as its source is, and has the source's attributes, hooks and parameters under their names,
-    frozen: weights as :class:`MXTensor` of the source's logical shape, biases as they were. Each weight
-    ``NAME`` gets ``NAME_lora_A [E, r, in]`` and ``NAME_lora_B [E, out, r]``, which are trained:
-    Kaiming-uniform and zero, as PEFT has them, so that the module begins as the quantized one.
+    It has the call signature, attributes, hooks and parameter names of its source module. The source's
+    parameters are frozen: weights are :class:`MXTensor` of the source's logical shape, biases are unchanged.
+    Each weight ``NAME`` gets trained ``NAME_lora_A [E, r, in]`` and ``NAME_lora_B [E, out, r]``, initialized
+    as in PEFT (Kaiming-uniform and zero): the module first computes what the quantized one does.
 
     Made by ``quantize_`` with an :class:`MXWeightOnlyLoRAConfig` and ``filter_fn=is_experts``, or by
     :meth:`from_experts`.
@@ -58,21 +58,21 @@ class MXLoRAExperts(MXExperts):
         ...     def forward(self, x, num_tokens_per_expert): ...
         >>> model = torch.nn.ModuleDict({"experts": GroupedExperts()})
         >>> quantize_(model, MXWeightOnlyLoRAConfig(r=4), filter_fn=is_experts)
-        >>> rows_an_expert = torch.tensor([2, 0, 1, 2])
-        >>> model["experts"](torch.randn(5, 32), rows_an_expert).sum().backward()
+        >>> rows_per_expert = torch.tensor([2, 0, 1, 2])
+        >>> model["experts"](torch.randn(5, 32), rows_per_expert).sum().backward()
         >>> model["experts"].w1_lora_B.grad.shape
         torch.Size([4, 64, 4])
     """
 
     @classmethod
     def from_experts(cls, module: nn.Module, config: MXWeightOnlyLoRAConfig) -> MXLoRAExperts:
-        """The twin of ``module`` with adapters; weights are quantized unless they are MXTensors.
+        """Make the twin of ``module`` with adapters; weights are quantized unless they are MXTensors.
 
-        Biases are shared, ``module`` is unchanged.
+        Biases are shared; ``module`` is unchanged.
 
         Raises:
-            TypeError: a module that :func:`torchao_mx.is_experts` does not know.
-            ValueError: weights that cannot be packed so; a rank above a side of one; dropout.
+            TypeError: :func:`torchao_mx.is_experts` does not select ``module``.
+            ValueError: weights cannot be packed, the rank exceeds a side of one, or dropout is set.
         """
         check_lora_experts(module, config)
         twin = cls.stand_in(module)
@@ -100,9 +100,9 @@ class MXLoRAExperts(MXExperts):
         self.register_parameter(f"{name}_lora_B", nn.Parameter(placed_like(b, weight)))
 
     def reset_parameters(self) -> None:
-        """Initialise the adapters, each expert's as those of a linear layer.
+        """Initialize each expert's adapters like those of a linear layer.
 
-        Of experts that are split over ranks each rank draws its own: seed ranks differently, as for dropout.
+        If experts are split over ranks, each rank draws its own: seed ranks differently, as for dropout.
         """
         for name in self.layout.weights:
             for a in self.local_parameter(f"{name}_lora_A").detach():
@@ -111,7 +111,7 @@ class MXLoRAExperts(MXExperts):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the products are told."""
+        """Keyword arguments for the products."""
         config = self.lora_config
         return {
             "strategy": config.strategy,
@@ -121,15 +121,15 @@ class MXLoRAExperts(MXExperts):
         }
 
     def operand(self, name: str) -> AdaptedWeight:
-        """The weight ``name`` with its adapters."""
+        """Return the weight ``name`` with its adapters."""
         a, b = (self.local_parameter(f"{name}_lora_{side}") for side in "AB")
         return AdaptedWeight(self.local_parameter(name), a, b, self.lora_config.scaling)
 
     @torch.no_grad()
     def merged_weight(self, name: str) -> torch.Tensor:
-        """``W + s B A`` of the weight ``name``, in its dtype and shape; summed in fp32, rounded once.
+        """Return ``W + s B A`` of the weight ``name`` in its dtype and shape, summed in fp32, rounded once.
 
-        Of experts that are split over ranks it is this rank's.
+        If experts are split over ranks, return this rank's part.
         """
         _, *adapters = self.operand(name)
         return LoRATensor(self.base(name), *adapters, self.layout.transposed).dequantize()
@@ -140,18 +140,18 @@ class MXLoRAExperts(MXExperts):
 
 
 def check_lora_experts(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
-    """Refuse a module that cannot become an :class:`MXLoRAExperts`; nothing is changed."""
+    """Raise unless ``module`` can become an :class:`MXLoRAExperts`; change nothing."""
     name = type(module).__name__
     if not isinstance(config, MXWeightOnlyLoRAConfig):
         raise TypeError(f"config={config!r} must be a torchao_mx.MXWeightOnlyLoRAConfig")
     if isinstance(module, MXLoRAExperts):
-        raise TypeError(f"{name} has adapters already: train these, or leave this module out")
+        raise TypeError(f"{name} already has adapters: train these, or leave this module out")
     check_not_in_training(module)
     check_parameters(module)
     if config.lora_dropout:
         raise ValueError(
-            f"{name}: lora_dropout={config.lora_dropout}; experts have none, as their adapters' input is "
-            f"gathered in the product: set it to 0"
+            f"{name}: lora_dropout={config.lora_dropout}; experts do not support dropout, because the "
+            f"product gathers their adapters' input: set it to 0"
         )
     layout = layout_of(module)
     for weight_name in layout.weights:
@@ -176,5 +176,5 @@ def _check_weight(
         check_blocks(stored.shape, config.weight_spec.format, -1, name)
     if config.r > min(stored.shape[-2:]):
         raise ValueError(
-            f"{name}: r={config.r} is more than a side of {tuple(stored.shape[-2:])}; take a smaller r"
+            f"{name}: r={config.r} exceeds a side of {tuple(stored.shape[-2:])}; use a smaller r"
         )

@@ -1,4 +1,4 @@
-"""What torchao's ``quantize_`` does with our LoRA config."""
+"""The ``quantize_`` handler of the LoRA config."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _OURS = (MXLoRALinear, MXLoRAExperts)
 
 
 def _lora_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Module:
-    """An MXLoRALinear of an ``nn.Linear``, an MXLoRAExperts of experts; twice is once, with a warning."""
+    """Turn an ``nn.Linear`` into an MXLoRALinear, experts into MXLoRAExperts; warn if already done."""
     if isinstance(module, _OURS):
         warnings.warn(
-            f"{module} has adapters already; left as it is. Exclude this layer with filter_fn",
+            f"{module} already has adapters and is left as it is. Exclude this layer with filter_fn",
             stacklevel=2,
         )
         return module
@@ -30,7 +30,7 @@ def _lora_handler(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> nn.Modul
 
 
 def check_lora_module(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
-    """Refuse what the handler would refuse; nothing is changed."""
+    """Raise if the handler would; change nothing."""
     if not isinstance(module, _OURS):
         (check_lora_experts if layout_of(module) is not None else check_lora_linear)(module, config)
         check_replaceable(module)

@@ -1,12 +1,12 @@
-"""MXLoRALinear: a linear layer whose packed weight is frozen and whose adapters are trained.
+"""MXLoRALinear: a linear layer with a frozen, packed weight and trained adapters.
 
 With the frozen ``W [N, K]``, ``A [r, K]`` and ``B [N, r]`` (``lora_A`` and ``lora_B``)::
 
     y = x W^T + s (x A^T) B^T + bias
 
-in one op, ``packed_mm/lora.py``. ``W + s B A`` is never formed, and no unpacked ``W`` is kept for backward,
-which decodes the packed bytes again. With dropout on the adapters' input the two terms have different x, so
-that in training they are two products.
+One op computes this, ``packed_mm/lora.py``. ``W + s B A`` is never formed. Backward decodes the packed bytes
+again, so no unpacked ``W`` is kept. Dropout on the adapters' input gives the two terms different x, so in
+training they are two products.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from torchao_mx.torch_internals import parameters_of
 
 
 class MXLoRALinear(nn.Linear):
-    """An ``nn.Linear`` on a frozen packed weight, with LoRA adapters beside it.
+    """An ``nn.Linear`` on a frozen packed weight, with LoRA adapters.
 
-    Its parameters are ``weight`` (an :class:`MXTensor`) and ``bias``, frozen, and ``lora_A [r, in_features]``
-    and ``lora_B [out_features, r]``, which are trained: plain parameters, initialised as PEFT does
-    (Kaiming-uniform and zero), so that the layer begins as the quantized one. They keep their own dtype,
-    whatever that of the activations. ``state_dict`` has these four names.
+    ``weight`` (an :class:`MXTensor`) and ``bias`` are frozen. ``lora_A [r, in_features]`` and
+    ``lora_B [out_features, r]`` are trained: plain parameters, initialized as in PEFT (Kaiming-uniform and
+    zero), so the layer first computes what the quantized one does. They keep their own dtype, whatever the
+    activations' dtype. ``state_dict`` has these four names.
 
-    Made from a model's layers by ``quantize_`` with an :class:`MXWeightOnlyLoRAConfig`, or by
-    :meth:`from_linear`; the constructor quantizes a random weight, to be loaded into.
+    ``quantize_`` with an :class:`MXWeightOnlyLoRAConfig` makes it from a model's layers, and
+    :meth:`from_linear` from one layer. The constructor quantizes a random weight, for loading a state.
 
     Args:
         in_features: K, a multiple of the block size.
         out_features: N.
-        bias: whether to add one.
+        bias: whether to add a bias.
         config: rank, format and so on; None for the default.
-        device: of the parameters.
-        dtype: of the bias, and the weight's logical one.
+        device: device of the parameters.
+        dtype: dtype of the bias, and logical dtype of the weight.
 
     Raises:
-        TypeError: an unsupported dtype; a ``config`` of another type.
-        ValueError: ``in_features`` not a multiple of the block size; a rank above a side of the weight.
+        TypeError: the dtype is unsupported, or ``config`` has another type.
+        ValueError: ``in_features`` is not a multiple of the block size, or the rank exceeds a side.
 
     Example:
         >>> import torch
@@ -80,22 +80,22 @@ class MXLoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, config: MXWeightOnlyLoRAConfig) -> MXLoRALinear:
-        """The twin of ``linear`` with adapters, its weight quantized unless it is an MXTensor.
+        """Make the twin of ``linear`` with adapters; the weight is quantized unless it is an MXTensor.
 
-        Hooks and training mode are kept. ``linear`` is unchanged, its bias shared.
+        The twin keeps hooks and training mode and shares the bias; ``linear`` is unchanged.
 
         Raises:
-            TypeError, ValueError: as the constructor; a layer that is no plain ``nn.Linear``, or whose
-                MXTensor quantizes activations.
+            TypeError, ValueError: as in the constructor; also if ``linear`` is not a plain ``nn.Linear``, or
+                its MXTensor quantizes activations.
         """
         check_lora_linear(linear, config)
         twin = twin_of(cls, linear)
-        twin.__dict__.pop("extra_repr", None)  # what quantize_ sets for a packed weight
+        twin.__dict__.pop("extra_repr", None)  # set by quantize_ for a packed weight
         twin._add_adapters(config)
         return twin
 
     def _add_adapters(self, config: MXWeightOnlyLoRAConfig) -> None:
-        """Pack and freeze what is here; new parameters, as a twin's are another module's too."""
+        """Pack and freeze the parameters as new ones, because a twin shares them with its source."""
         weight, spec = self.weight.detach(), config.weight_spec
         if not isinstance(weight, MXTensor):
             weight = MXTensor.from_hp(weight, spec.format, spec.scaling_mode)
@@ -106,13 +106,13 @@ class MXLoRALinear(nn.Linear):
         options = {"device": weight.device, "dtype": config.adapter_dtype or weight.dtype}
         self.lora_A = nn.Parameter(torch.empty(config.r, self.in_features, **options))
         self.lora_B = nn.Parameter(torch.empty(self.out_features, config.r, **options))
-        # The packed weight while a merged one is in its place; moves with the module, is in no state_dict.
+        # The packed weight while a merged one replaces it; moves with the module, not in state_dict.
         self.register_buffer("packed_weight", None, persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the adapters; the weight and the bias are not this layer's to choose."""
-        if "lora_A" not in parameters_of(self):  # nn.Linear's constructor
+        """Initialize the adapters; the frozen weight and bias stay as they are."""
+        if "lora_A" not in parameters_of(self):  # called by nn.Linear's constructor
             super().reset_parameters()
             return
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -152,13 +152,13 @@ class MXLoRALinear(nn.Linear):
 
     @torch.no_grad()
     def merge(self) -> None:
-        """Put ``weight + s B A`` in the weight's place, in its logical dtype; the adapters are then not used.
+        """Replace the weight with ``weight + s B A`` in its logical dtype; the adapters are then unused.
 
-        Summed in fp32 and rounded once. The packed weight is kept for :meth:`unmerge`, so that memory grows;
-        ``state_dict`` has the merged weight.
+        The sum is in fp32, rounded once. The packed weight is kept for :meth:`unmerge`, so memory grows;
+        ``state_dict`` holds the merged weight.
         """
         if self.merged:
-            warnings.warn(f"{self} is merged already; left as it is", stacklevel=2)
+            warnings.warn(f"{self} is already merged and is left as it is", stacklevel=2)
             return
         packed = self.weight.detach()
         merged = LoRATensor(packed, self.lora_A, self.lora_B, self.config.scaling).dequantize()
@@ -166,15 +166,15 @@ class MXLoRALinear(nn.Linear):
         self.weight = nn.Parameter(merged, requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put the packed weight back, bit for bit as it was."""
+        """Restore the packed weight, bit for bit."""
         if not self.merged:
-            warnings.warn(f"{self} is not merged; left as it is", stacklevel=2)
+            warnings.warn(f"{self} is not merged and is left as it is", stacklevel=2)
             return
         self.weight = nn.Parameter(self.packed_weight, requires_grad=False)
         self.packed_weight = None
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        """Refuse a weight of the other kind, which ``assign=True`` would put in place."""
+        """Raise for a weight of the other kind, which ``assign=True`` would install."""
         weight = state_dict.get(f"{prefix}weight")
         if weight is not None and isinstance(local_of(weight), MXTensor) == self.merged:
             todo = (
@@ -183,7 +183,7 @@ class MXLoRALinear(nn.Linear):
                 else "load high-precision weights before quantize_, and save this layer unmerged"
             )
             raise TypeError(
-                f"{prefix}weight is {weight if self.merged else 'not an MXTensor'} in the state and the "
+                f"{prefix}weight in the state is {weight if self.merged else 'not an MXTensor'}, but the "
                 f"layer is {self}: {todo}"
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
@@ -195,11 +195,11 @@ class MXLoRALinear(nn.Linear):
 
 
 def check_lora_linear(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None:
-    """Refuse a module that cannot become an :class:`MXLoRALinear`; nothing is changed."""
+    """Raise unless ``module`` can become an :class:`MXLoRALinear`; change nothing."""
     if not isinstance(config, MXWeightOnlyLoRAConfig):
         raise TypeError(f"config={config!r} must be a torchao_mx.MXWeightOnlyLoRAConfig")
     if isinstance(module, MXLoRALinear):
-        raise TypeError(f"{module} has adapters already: train these, or leave this layer out")
+        raise TypeError(f"{module} already has adapters: train these, or leave this layer out")
     check_not_in_training(module)
     if isinstance(module, nn.Linear) and isinstance(parameters_of(module).get("weight"), MXTensor):
         _check_packed_weight(module, config)
@@ -209,12 +209,12 @@ def check_lora_linear(module: nn.Module, config: MXWeightOnlyLoRAConfig) -> None
     own_forward = type(module).forward is not nn.Linear.forward or "forward" in vars(module)
     if own_forward or not is_linear(module):
         raise TypeError(
-            f"{name}: it has a forward of its own, or another module reads its weight, so that adapters "
-            f"would not be used; leave this layer out with filter_fn"
+            f"{name}: it has its own forward, or another module reads its weight, so adapters would be "
+            f"bypassed; leave this layer out with filter_fn"
         )
     if config.r > min(module.in_features, module.out_features):
         raise ValueError(
-            f"{name}: r={config.r} is more than its smaller side; take a smaller r, or leave this layer out "
+            f"{name}: r={config.r} exceeds its smaller side; use a smaller r, or leave this layer out "
             f"with filter_fn"
         )
 

@@ -1,4 +1,4 @@
-"""The explicit form of a fake-quantization scheme, for ``QATConfig(weight_config=...)``."""
+"""The explicit config of a fake-quantization scheme, for ``QATConfig(weight_config=...)``."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode
 
 @dataclass(frozen=True)
 class MXFakeQuantizeConfig(FakeQuantizeConfigBase):
-    """How to fake-quantize weights, or activations, in training.
+    """How to fake-quantize weights or activations in training.
 
-    The fields of torchao's prototype config of this name; unlike it, NVFP4 (4-bit elements,
-    ``block_size=16``) is one of the formats, and weights may be quantized alone.
+    It has the fields of torchao's prototype config of this name. In addition it supports NVFP4 (4-bit
+    elements, ``block_size=16``) and quantizing only the weights.
 
     Args:
         dtype: element type: ``torch.float4_e2m1fn_x2``, ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
-        block_size: 32 for the MX formats; 16 with 4-bit elements is NVFP4.
+        block_size: 32 for the MX formats; 16 with 4-bit elements for NVFP4.
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
-        kernel_preference: ``AUTO`` or ``EMULATED``. There is one path for both, so that what is trained is
-            what is converted: the product of the quantized values, none of which is approximated.
+        kernel_preference: ``AUTO`` or ``EMULATED``, which use the same path: the exact product of the
+            quantized values. Training therefore computes what the converted model computes.
 
     Raises:
-        TypeError: a field of the wrong type.
-        ValueError: no format has this dtype with this block size; another kernel preference.
+        TypeError: a field has the wrong type.
+        ValueError: no format has this dtype with this block size, or the kernel preference is unsupported.
 
     Example:
         >>> import torch
@@ -53,7 +53,7 @@ class MXFakeQuantizeConfig(FakeQuantizeConfigBase):
         supported = (KernelPreference.AUTO, KernelPreference.EMULATED)
         if self.kernel_preference not in supported:
             raise ValueError(
-                f"kernel_preference={self.kernel_preference!r} has no kernel here; use "
+                f"kernel_preference={self.kernel_preference!r} is not supported; use "
                 f"KernelPreference.AUTO or KernelPreference.EMULATED"
             )
 
@@ -63,17 +63,17 @@ class MXFakeQuantizeConfig(FakeQuantizeConfigBase):
 
     @classmethod
     def from_spec(cls, spec: QuantizeSpec | None) -> MXFakeQuantizeConfig | None:
-        """The config that quantizes as ``spec`` says."""
+        """Return the config that quantizes to ``spec``, or None for None."""
         if spec is None:
             return None
         return cls(spec.format.elem_dtype, spec.format.block_size, spec.scaling_mode)
 
 
 def check_configs(activation: object, weight: object) -> None:
-    """Raise ValueError without a ``weight``, TypeError for what is no :class:`MXFakeQuantizeConfig`."""
+    """Raise ValueError if ``weight`` is None, TypeError if either is not an :class:`MXFakeQuantizeConfig`."""
     if weight is None:
         raise ValueError(
-            "weight_config is missing; give an MXFakeQuantizeConfig (activation_config may be None, for "
+            "weight_config is missing; pass an MXFakeQuantizeConfig (activation_config may be None, for "
             "weight-only)"
         )
     for name, config in (("weight_config", weight), ("activation_config", activation)):

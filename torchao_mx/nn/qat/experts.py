@@ -1,13 +1,13 @@
-"""MXFakeQuantizedExperts: train 3-D expert weights on the values that they will have once quantized.
+"""MXFakeQuantizedExperts: train 3-D expert weights on their quantized values.
 
-Forward is the converted module's, by the same ops on equal operands: each weight is packed and the product
-is that of the packed weight (``ops.grouped_mm``), its input quantized first where activations are. Backward
-takes quantization as the identity (straight-through, Bengio et al. 2013, arXiv:1308.3432)::
+Forward equals that of the converted module, with the same ops on equal operands: each weight is packed, the
+input is quantized if the scheme quantizes activations, and ``ops.grouped_mm`` multiplies by the packed
+weight. Backward treats quantization as the identity (straight-through, Bengio et al. 2013, arXiv:1308.3432)::
 
     dX = dY Wq_e        dW_e = dY_e^T Xq_e        dbias_e = sum over the rows of dY_e
 
-dX and dbias are the product's own; dW is one grouped product over rows. Kept for backward are X, by
-reference, and the packed weight.
+The product itself yields dX and dbias; dW is one grouped product over rows. Backward keeps X, by reference,
+and the packed weight.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torchao_mx.torch_internals import parameters_of
 
 
 class _WeightGradient(torch.autograd.Function):
-    """y as it is; backward adds the gradient of the weight ``[E, out, in]`` that y was computed with."""
+    """Return y unchanged; backward adds the gradient of y's weight ``[E, out, in]``."""
 
     @staticmethod
     def forward(
@@ -50,7 +50,7 @@ class _WeightGradient(torch.autograd.Function):
         ctx.save_for_backward(x, offs, order)
         ctx.dtype = weight.dtype
         ctx.activation = (activation, activation_mode)
-        ctx.mark_dirty(y)  # returned as it is, and no view, which could not be modified in place
+        ctx.mark_dirty(y)  # so that y itself is returned: a view could not be modified in place
         return y
 
     @staticmethod
@@ -67,7 +67,7 @@ class _WeightGradient(torch.autograd.Function):
 
 
 def _packed(weight: torch.Tensor, spec: QuantizeSpec) -> tuple[torch.Tensor, ...]:
-    """(qdata, scale, per-tensor scale) of a weight ``[E, out, in]``, which FSDP2 may have gathered packed."""
+    """Pack a weight ``[E, out, in]``, unless FSDP2 gathered it packed: (qdata, scale, per-tensor scale)."""
     if isinstance(weight, MXTensor):
         return weight.packed_as(spec.format.name)
     stored, pts = weight.contiguous(), None
@@ -79,10 +79,10 @@ def _packed(weight: torch.Tensor, spec: QuantizeSpec) -> tuple[torch.Tensor, ...
 class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
     """A module of experts that computes with quantized weights, and activations, and trains through them.
 
-    It is called as its source is and shares its parameters, in high precision. Made by ``quantize_`` with
+    It has its source's call signature and shares its high-precision parameters. Made by ``quantize_`` with
     ``QATConfig(base, step="prepare")`` and ``filter_fn=is_experts``. ``QATConfig(base, step="convert")``
-    makes an :class:`MXExperts` of it, whose forward is the same; without a ``base``, the source again.
-    :func:`torchao_mx.disable_fake_quant` has it compute in high precision until it is enabled again.
+    turns it into an :class:`MXExperts` with the same forward, or without a ``base`` back into the source.
+    :func:`torchao_mx.disable_fake_quant` makes it compute in high precision until re-enabled.
 
     Example:
         >>> import torch
@@ -104,7 +104,7 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         torch.Size([4, 64, 32])
     """
 
-    _alone = ("weight",)
+    _separable = ("weight",)
 
     @classmethod
     def from_experts(
@@ -113,11 +113,11 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         activation_config: MXFakeQuantizeConfig | None = None,
         weight_config: MXFakeQuantizeConfig | None = None,
     ) -> MXFakeQuantizedExperts:
-        """The fake-quantized twin of ``module``, which is unchanged and shares its parameters.
+        """Make the fake-quantized twin of ``module``, which is unchanged and shares its parameters.
 
         Raises:
-            TypeError: a module that :func:`torchao_mx.is_experts` does not know; configs of other types.
-            ValueError: no ``weight_config``; weights that cannot be packed so.
+            TypeError: :func:`torchao_mx.is_experts` does not select ``module``, or a config has another type.
+            ValueError: ``weight_config`` is missing, or weights cannot be packed.
         """
         check_fake_quantized_experts(module, activation_config, weight_config)
         twin = cls.stand_in(module)
@@ -129,7 +129,7 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         return None if self.activation_config is None else self.activation_config.spec
 
     def operand(self, name: str) -> pipeline.Product:
-        """A product with the weight ``name`` as it is once quantized; with itself while that is off."""
+        """Return the product with the quantized weight ``name``, or with the weight itself while off."""
         weight_spec, activation_spec = self._specs(self.local_parameter(name))
         if weight_spec is None and activation_spec is None:
             return lambda x, offs, order, bias: pipeline.grouped_linear(
@@ -162,7 +162,7 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         return _WeightGradient.apply(y, weight, x, offs, order, *spec_strings(activation))
 
     def to_source(self) -> nn.Module:
-        """The module that this was made of, on the same parameters, in high precision."""
+        """Return a module of the source's class on the same parameters, in high precision."""
         source = twin_of(self.source_class, self)
         for name in (
             "activation_fake_quantizer",
@@ -174,7 +174,7 @@ class MXFakeQuantizedExperts(FakeQuantized, MXExperts):
         return source
 
     def to_packed(self) -> MXExperts:
-        """The frozen module on the quantized weights, that computes what this one does."""
+        """Return the frozen module on the quantized weights, which computes the same as this one."""
         twin = MXExperts.stand_in(self)
         del twin.activation_fake_quantizer, twin.weight_fake_quantizer
         for name in self.layout.weights:
@@ -197,6 +197,6 @@ def check_fake_quantized_experts(
     activation: MXFakeQuantizeConfig | None,
     weight: MXFakeQuantizeConfig | None,
 ) -> None:
-    """Refuse a module that cannot become an :class:`MXFakeQuantizedExperts`; nothing is changed."""
+    """Raise unless ``module`` can become an :class:`MXFakeQuantizedExperts`; change nothing."""
     check_configs(activation, weight)
     check_experts(module, weight.spec, None if activation is None else activation.spec)

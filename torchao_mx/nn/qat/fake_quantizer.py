@@ -1,4 +1,4 @@
-"""Fake quantization switched off and on, under the names that torchao's modules have for it."""
+"""Switches for fake quantization, under the names that torchao's modules use."""
 
 from __future__ import annotations
 
@@ -15,27 +15,24 @@ from torchao_mx.tensor import MXTensor
 
 @dataclass
 class FakeQuantizer:
-    """How an operand is fake-quantized, and whether it is at the moment."""
+    """How an operand is fake-quantized, and whether it is now."""
 
     config: MXFakeQuantizeConfig
     enabled: bool = True
 
 
 class FakeQuantized:
-    """What modules in training share: the schemes of their operands, each with its switch.
+    """Base of modules in training: the schemes of their operands, each with its switch.
 
     Attributes:
-        weight_fake_quantizer: of the weights.
-        activation_fake_quantizer: of the input; None where that is never quantized (weight-only).
+        weight_fake_quantizer: the scheme of the weights.
+        activation_fake_quantizer: the scheme of the input; None if it is never quantized (weight-only).
     """
 
-    is_in_training = (
-        True  # a flag rather than a base class, so that other schemes need not import this
-    )
-    _alone: tuple[str, ...] = (
-        "weight",
-        "activation",
-    )  # which operand may be quantized without the other
+    # A flag rather than a base class, so that other schemes need not import this file.
+    is_in_training = True
+    # The operands that may be quantized without the other one.
+    _separable: tuple[str, ...] = ("weight", "activation")
     weight_fake_quantizer: FakeQuantizer
     activation_fake_quantizer: FakeQuantizer | None
 
@@ -55,34 +52,34 @@ class FakeQuantized:
         return None if quantizer is None else quantizer.config
 
     def _specs(self, weight: torch.Tensor) -> tuple[QuantizeSpec | None, QuantizeSpec | None]:
-        """(of ``weight``, of the input) as they are switched: None for what is not quantized.
+        """Return the active specs of ``weight`` and of the input, None for an unquantized operand.
 
         Raises:
-            ValueError: one operand alone is quantized, and this class does not compute that; ``weight`` was
-                gathered packed, and is not to be quantized.
+            ValueError: only one operand is quantized, and this class does not support that; or ``weight`` was
+                gathered packed while its quantization is off.
         """
         w, x = self.weight_fake_quantizer, self.activation_fake_quantizer
         weight_spec = w.config.spec if w.enabled else None
         activation_spec = x.config.spec if x is not None and x.enabled else None
         if x is not None and w.enabled != x.enabled:
             on = "weight" if w.enabled else "activation"
-            if on not in self._alone:
+            if on not in self._separable:
                 raise ValueError(
-                    f"{type(self).__name__}: fake quantization is on for the {on} alone, which this module "
-                    f"does not compute; set enabled alike on weight_fake_quantizer and "
+                    f"{type(self).__name__}: fake quantization is on only for the {on}, which this module "
+                    f"does not support; set the same enabled on weight_fake_quantizer and "
                     f"activation_fake_quantizer, as torchao_mx.enable_fake_quant and "
                     f"disable_fake_quant do"
                 )
         if weight_spec is None and isinstance(weight, MXTensor):
             raise ValueError(
-                f"{type(self).__name__}: fake quantization of the weight is off, and FSDP2 gathered it "
+                f"{type(self).__name__}: fake quantization of the weight is off, but FSDP2 gathered it "
                 f"packed; leave gather_packed out to train with it off, or switch it on"
             )
         return weight_spec, activation_spec
 
     @property
     def is_switched_off(self) -> bool:
-        """Whether an operand that has a scheme is not quantized at the moment."""
+        """Whether an operand with a scheme is currently not quantized."""
         quantizers = (self.weight_fake_quantizer, self.activation_fake_quantizer)
         return any(q is not None and not q.enabled for q in quantizers)
 
@@ -91,11 +88,11 @@ class FakeQuantized:
 
 
 def enable_fake_quant(module: nn.Module, enabled: bool = True) -> None:
-    """Switch the fake quantization of one module on, for ``model.apply``; any other module is left alone.
+    """Switch on the fake quantization of one module, for use with ``model.apply``; ignore other modules.
 
-    While it is off, a layer computes and trains in high precision: a linear layer what ``nn.Linear`` does,
-    bit for bit. torchao's ``enable_linear_fake_quant`` switches our linear layers too; this function switches
-    our modules of experts as well, and torchao's own linear layers.
+    While it is off, a layer computes and trains in high precision; a linear layer equals ``nn.Linear`` bit
+    for bit. torchao's ``enable_linear_fake_quant`` switches this library's and torchao's linear layers. This
+    function also switches modules of experts.
 
     Args:
         module: one module; its children are not visited.
@@ -124,7 +121,7 @@ def enable_fake_quant(module: nn.Module, enabled: bool = True) -> None:
 
 
 def disable_fake_quant(module: nn.Module) -> None:
-    """Switch the fake quantization of one module off: :func:`enable_fake_quant` with ``enabled=False``.
+    """Switch off the fake quantization of one module: :func:`enable_fake_quant` with ``enabled=False``.
 
     Example::
 

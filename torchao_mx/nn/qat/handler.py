@@ -1,11 +1,11 @@
-"""What torchao's ``QATConfig`` does with our configs.
+"""The handler that makes torchao's ``QATConfig`` accept our configs.
 
-torchao's handler of ``QATConfig`` knows torchao's own classes alone. :func:`register_qat_handler`, which
-``import torchao_mx`` calls, puts one in front of it that takes the cases below and hands every other one on:
+torchao's handler of ``QATConfig`` knows only torchao's own classes. :func:`register_qat_handler`, which
+``import torchao_mx`` calls, wraps it in a handler for the cases below, which passes on all others:
 
-* prepare from our PTQ configs, from torchao's ``MXDynamicActivationMXWeightConfig``, or from our
+* prepare with one of our PTQ configs, torchao's ``MXDynamicActivationMXWeightConfig`` or our
   ``MXFakeQuantizeConfig``;
-* convert of our fake-quantized modules, alone or inside the module that is given.
+* convert one of our fake-quantized modules, given itself or inside the given module.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ _TORCHAOS = (
 
 
 def is_fake_quantized(module: nn.Module) -> bool:
-    """Whether ``module`` is in training, ours or torchao's, and ``step="convert"`` would convert it."""
+    """Return whether ``module``, ours or torchao's, is in training and ``step="convert"`` converts it."""
     return isinstance(module, (FakeQuantized, *_TORCHAOS))
 
 
 def _configs_of(config: QATConfig) -> _Configs | None:
-    """(activation_config, weight_config) where ``config`` is ours to prepare, else None."""
+    """Return (activation_config, weight_config) if our handler prepares ``config``, otherwise None."""
     specs = base_specs(config.base_config)
     if specs is not None:
         return tuple(MXFakeQuantizeConfig.from_spec(spec) for spec in specs)
@@ -68,7 +68,7 @@ def _configs_of(config: QATConfig) -> _Configs | None:
 
 def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Module:
     if isinstance(module, FakeQuantized):
-        warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
+        warnings.warn(f"{module} is already prepared and is left as it is", stacklevel=2)
         return module
     _check_prepared(module, configs, config)
     if layout_of(module) is not None:
@@ -77,12 +77,12 @@ def _prepare(module: nn.Module, configs: _Configs, config: QATConfig) -> nn.Modu
 
 
 def _is_ours(config: QATConfig) -> bool:
-    """Whether our handler has something to do with ``config``; of the others torchao's is to say."""
+    """Return whether our handler handles ``config``; torchao's handler gets all others."""
     return config.step == "convert" or _configs_of(config) is not None
 
 
 def check_qat_module(module: nn.Module, config: QATConfig) -> None:
-    """Refuse what the handler would refuse; nothing is changed."""
+    """Raise if the handler would; change nothing."""
     if config.step == "convert":
         _check_converted(module, config)
     else:
@@ -99,7 +99,7 @@ def _check_prepared(module: nn.Module, configs: _Configs, config: QATConfig) -> 
         is_torchaos = isinstance(config.base_config, TorchaoMXDynamicActivationMXWeightConfig)
         if is_torchaos and module.weight.dtype != torch.bfloat16:
             raise TypeError(
-                f"{module} has a {module.weight.dtype} weight, which torchao's config could not convert "
+                f"{module} has a {module.weight.dtype} weight, which torchao's config cannot convert "
                 f"after training; use .bfloat16(), or torchao_mx.MXDynamicActivationMXWeightConfig"
             )
     check_replaceable(module)
@@ -112,8 +112,8 @@ def _check_converted(module: nn.Module, config: QATConfig) -> None:
     wanted, trained = _configs_of(config), (module.activation_config, module.weight_config)
     if wanted is None or [c and c.spec for c in wanted] != [c and c.spec for c in trained]:
         raise ValueError(
-            f"{module} cannot be converted with {base}: that is not what it was trained for. Convert "
-            f"with the base config of its prepare step, or without one and quantize the result"
+            f"{module} cannot be converted with {base}, for which it was not trained. Convert with the "
+            f"base config of its prepare step, or convert without one and quantize the result"
         )
 
 
@@ -124,8 +124,8 @@ def _convert(
     base = config.base_config
     if module.is_switched_off:
         warnings.warn(
-            f"{module} is converted while its fake quantization is switched off: it was not trained for what "
-            f"it computes from now on; see torchao_mx.enable_fake_quant",
+            f"{module} is converted while its fake quantization is off, so it was not trained for the "
+            f"quantized values; see torchao_mx.enable_fake_quant",
             stacklevel=2,
         )
     if isinstance(module, MXFakeQuantizedExperts):
@@ -140,10 +140,10 @@ def convert_inside(
     is_in_training: Callable[[nn.Module], bool],
     how_to_prepare: str,
 ) -> nn.Module:
-    """Convert what is in training inside ``module``, which is not; say so where there is nothing.
+    """Convert the modules in training inside ``module``, which is not in training; warn if there are none.
 
-    ``quantize_`` gives a handler the first module that ``filter_fn`` selects: the model itself, of a filter
-    that goes by names.
+    ``quantize_`` passes a handler the first module that ``filter_fn`` selects, which for a filter by name may
+    be the model itself.
     """
     inside = {name: m for name, m in module.named_modules() if is_in_training(m)}
     if inside:
@@ -152,8 +152,8 @@ def convert_inside(
         quantize_(module, config, filter_fn=lambda m, name: is_in_training(m))
     elif isinstance(module, FakeQuantized):
         warnings.warn(
-            f"{module} was prepared otherwise and stays in training; convert it with the config of its "
-            f"prepare step",
+            f"{module} was prepared with another config and stays in training; convert it with the config "
+            f"of its prepare step",
             stacklevel=2,
         )
     elif is_in_high_precision(module):
@@ -183,7 +183,7 @@ register_base(TorchaoMXDynamicActivationMXWeightConfig, _torchaos_specs)
 
 
 def register_qat_handler() -> None:
-    """Put our handler of ``QATConfig`` in front of torchao's; calling it again changes nothing."""
+    """Wrap torchao's handler of ``QATConfig`` in ours; further calls change nothing."""
     if is_registered(QATConfig):
         return
     torchao_handler = torchaos_handler(QATConfig)

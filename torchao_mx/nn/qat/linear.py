@@ -1,19 +1,19 @@
-"""MXFakeQuantizedLinear: train a linear layer on the values that it will have once quantized.
+"""MXFakeQuantizedLinear: train a linear layer on its quantized values.
 
-Forward, from Xq and Wq, the operands quantized to a block format and decoded again::
+Forward multiplies Xq and Wq, the operands quantized to a block format and decoded again::
 
     Y = Xq Wq^T + bias
 
-which is what the converted layer computes, from equal operands by the same product: bit for bit.
-Backward takes quantization as the identity (straight-through)::
+The converted layer computes the same product of equal operands, so the results agree bit for bit.
+Backward treats quantization as the identity (straight-through)::
 
     dX = dY Wq        dW = dY^T Xq        dbias = sum over rows of dY
 
-(MXFP4 times MXFP4 takes 8-bit tensor cores, in training as after: ``packed_mm/exact_fp4.py``.)
+(MXFP4 times MXFP4 uses 8-bit tensor cores, in training and after: ``packed_mm/exact_fp4.py``.)
 
-For backward the *packed* operands are kept (4.25 bits an element for MXFP4 rather than 16) and decoded
-again; decoding runs at copy bandwidth, a few per cent of the GEMM it feeds. An operand that is not
-quantized (weight-only) is the caller's own tensor and is kept by reference.
+Backward keeps the *packed* operands (4.25 bits per element for MXFP4 rather than 16) and decodes them again;
+decoding runs at copy bandwidth, a few per cent of the GEMM that it feeds. An unquantized operand
+(weight-only) is the caller's own tensor, kept by reference.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from torchao_mx.ops.quantization.quantize import (
 )
 from torchao_mx.tensor import MXTensor
 
-# (qdata, scale, per-tensor scale), or (the operand, None, None) where it is not quantized
+# (qdata, scale, per-tensor scale), or (the operand, None, None) if it is not quantized
 _Packed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def _pack(
     x: torch.Tensor, fmt: str, scaling_mode: str, dtype: torch.dtype
 ) -> tuple[_Packed, torch.Tensor]:
-    """``x`` packed, and its dequantized values in ``dtype``; as it is where ``fmt`` is empty."""
+    """Return ``x`` packed, and its dequantized values in ``dtype``; x unpacked if ``fmt`` is empty."""
     if not fmt:
         return (x, None, None), x.to(dtype)
     if isinstance(x, MXTensor):
@@ -68,7 +68,7 @@ def _unpack(packed: _Packed, fmt: str, dtype: torch.dtype) -> torch.Tensor:
 
 
 class _FakeQuantizedLinear(torch.autograd.Function):
-    """x [M, K] and bias [N] in the compute dtype, weight [N, K] in its own.
+    """Take x [M, K] and bias [N] in the compute dtype, weight [N, K] in its own.
 
     A weight that FSDP2 gathered packed is an MXTensor; its gradient is a plain tensor.
     """
@@ -108,7 +108,7 @@ class _FakeQuantizedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: under checkpointing each look unpacks again
+        saved = ctx.saved_tensors  # read once: under checkpointing each access unpacks again
         w_packed, x_saved = saved[:3], saved[3:]
         needs_dx, needs_dw, needs_dbias, *_ = ctx.needs_input_grad
         dx = dw = None
@@ -125,26 +125,26 @@ class _FakeQuantizedLinear(torch.autograd.Function):
 class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
     """An ``nn.Linear`` that computes with quantized weights, and activations, and trains through them.
 
-    Its parameters are those of the linear layer it came from (high precision, any of bfloat16, float16
-    and float32; the activations' dtype may differ). Under autocast x is cast and the weight is quantized
-    from its own dtype, as conversion will quantize it.
+    It keeps the parameters of the linear layer it came from: bfloat16, float16 or float32; the activations'
+    dtype may differ. Under autocast x is cast, and the weight is quantized from its own dtype, as in
+    conversion.
 
-    It is one of torchao's ``FakeQuantizedLinear``, whose ``disable_linear_fake_quant`` and
-    ``enable_linear_fake_quant`` switch it: while off, it computes what ``nn.Linear`` does. So do
-    ``weight_fake_quantizer.enabled`` and ``activation_fake_quantizer.enabled``, each for its operand.
+    It subclasses torchao's ``FakeQuantizedLinear``. ``disable_linear_fake_quant`` and
+    ``enable_linear_fake_quant`` switch it; while off, it computes what ``nn.Linear`` does.
+    ``weight_fake_quantizer.enabled`` and ``activation_fake_quantizer.enabled`` switch one operand each.
 
     Args:
         in_features: K, a multiple of both block sizes.
         out_features: N.
-        bias: whether to add one.
-        activation_config: how to quantize x; None leaves it as it is (weight-only).
+        bias: whether to add a bias.
+        activation_config: how to quantize x; None leaves it unquantized (weight-only).
         weight_config: how to quantize the weight, in blocks along K.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        TypeError: a config that is not an :class:`MXFakeQuantizeConfig`; an unsupported dtype.
-        ValueError: no ``weight_config``; ``in_features`` not a multiple of a block size.
+        TypeError: a config is not an :class:`MXFakeQuantizeConfig`, or the dtype is unsupported.
+        ValueError: ``weight_config`` is missing, or ``in_features`` is not a multiple of a block size.
 
     Example:
         >>> import torch
@@ -168,7 +168,7 @@ class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
     ) -> None:
         linear = nn.Linear(in_features, out_features, bias, device="meta", dtype=dtype)
         check_fake_quantized_linear(linear, activation_config, weight_config)
-        # torchao's constructor knows torchao's configs alone.
+        # torchao's constructor accepts only torchao's configs.
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self._set_configs(activation_config, weight_config)
 
@@ -200,10 +200,10 @@ class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
         activation_config: MXFakeQuantizeConfig | None = None,
         weight_config: MXFakeQuantizeConfig | None = None,
     ) -> MXFakeQuantizedLinear:
-        """The fake-quantized twin of ``linear``: the same parameters (tied ones stay tied), hooks and mode.
+        """Make the fake-quantized twin of ``linear``: same parameters (tied ones stay tied), hooks and mode.
 
         Raises:
-            TypeError, ValueError: as the constructor; ``linear`` is unchanged.
+            TypeError, ValueError: as in the constructor; ``linear`` is unchanged.
         """
         check_fake_quantized_linear(linear, activation_config, weight_config)
         twin = twin_of(cls, linear)
@@ -211,7 +211,7 @@ class MXFakeQuantizedLinear(FakeQuantized, FakeQuantizedLinear):
         return twin
 
     def to_linear(self) -> nn.Linear:
-        """The plain ``nn.Linear`` on the same parameters."""
+        """Return a plain ``nn.Linear`` on the same parameters."""
         linear = twin_of(nn.Linear, self)
         del linear.activation_fake_quantizer, linear.weight_fake_quantizer
         return linear
@@ -222,7 +222,7 @@ def check_fake_quantized_linear(
     activation: MXFakeQuantizeConfig | None,
     weight: MXFakeQuantizeConfig | None,
 ) -> None:
-    """Refuse a module that cannot become an :class:`MXFakeQuantizedLinear`; nothing is changed."""
+    """Raise unless ``linear`` can become an :class:`MXFakeQuantizedLinear`; change nothing."""
     check_configs(activation, weight)
     check_linear(linear, weight.spec, None if activation is None else activation.spec)
     check_own_forward(linear)

@@ -23,32 +23,32 @@ _BACKWARD_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 @dataclass(frozen=True)
 class NVFP4ForwardMXFP8BackwardConfig(AOBaseConfig):
-    """Train linear layers, and experts, with NVFP4 products in forward and MXFP8 products in backward.
+    """Train linear layers and experts with NVFP4 products in forward and MXFP8 products in backward.
 
     ::
 
         Y = Q4(X) Q4(W)^T + bias    dX = Q8(dY) Q8(W)    dW = Q8(dY)^T Q8(X)    dbias = sum of dY's rows
 
-    each operand quantized along the axis that its product reduces. The weights stay in high precision.
-    ``step="convert"`` quantizes them to NVFP4 after training; the converted model computes what the trained
-    one did in forward, bit for bit (see ``kernel_preference``).
+    Each operand is quantized along the axis that its product reduces. The weights stay in high precision.
+    ``step="convert"`` quantizes them to NVFP4 after training. The converted model computes the trained
+    model's forward, bit for bit if emulated (see ``kernel_preference``).
 
     Args:
         backward_dtype: element type of X and W in backward: ``torch.float8_e4m3fn`` or ``torch.float8_e5m2``.
         grad_dtype: element type of dY, likewise.
         scaling_mode: how an E8M0 scale follows from a block's largest magnitude.
-        stochastic_rounding: round dY up or down at random, so that its expectation is kept (but for what
-            saturates, under FLOOR and EVEN). Drawn from torch's generator of dY's device, so reproducible
-            under ``torch.manual_seed``; seed data-parallel ranks differently, as for dropout.
-        kernel_preference: ``AUTO`` multiplies in NVFP4 and MXFP8 on GPUs that can (compute capability 10.0;
-            not run on one yet) and emulates elsewhere. ``EMULATED`` emulates everywhere: converted
-            models are computed so, and agree bit for bit with nothing else.
+        stochastic_rounding: round dY up or down at random, which preserves its expectation except for values
+            that saturate under FLOOR and EVEN. The random numbers come from torch's generator of dY's device
+            (see ``torch.manual_seed``); seed data-parallel ranks differently, as for dropout.
+        kernel_preference: ``AUTO`` multiplies in NVFP4 and MXFP8 on GPUs that can (compute capability 10.0)
+            and emulates elsewhere. ``EMULATED`` emulates everywhere; converted models do so too, and match
+            only an emulated forward bit for bit.
         step: ``"prepare"`` before training, ``"convert"`` after it, as in torchao's ``QATConfig``. Converting
-            looks at the layers that were prepared and at none of the other fields.
+            uses only the prepared layers and ignores the other fields.
 
     Raises:
-        TypeError: a field of the wrong type.
-        ValueError: an element type or a kernel preference that there is not; another step.
+        TypeError: a field has the wrong type.
+        ValueError: an element type, a kernel preference or the step is unsupported.
 
     Example:
         >>> import torch
@@ -87,7 +87,7 @@ class NVFP4ForwardMXFP8BackwardConfig(AOBaseConfig):
             raise TypeError(f"stochastic_rounding={self.stochastic_rounding!r}; it must be a bool")
         if self.kernel_preference not in (KernelPreference.AUTO, KernelPreference.EMULATED):
             raise ValueError(
-                f"kernel_preference={self.kernel_preference!r} has no kernel here; use "
+                f"kernel_preference={self.kernel_preference!r} is not supported; use "
                 f"KernelPreference.AUTO or KernelPreference.EMULATED"
             )
         if self.step not in _STEPS:
@@ -95,22 +95,22 @@ class NVFP4ForwardMXFP8BackwardConfig(AOBaseConfig):
 
     @property
     def forward_spec(self) -> QuantizeSpec:
-        """Of X and W in forward."""
+        """The spec of X and W in forward."""
         return QuantizeSpec(NVFP4)
 
     @property
     def backward_spec(self) -> QuantizeSpec:
-        """Of X and W in backward."""
+        """The spec of X and W in backward."""
         return QuantizeSpec(BlockFormat.from_dtype(self.backward_dtype), self.scaling_mode)
 
     @property
     def grad_spec(self) -> QuantizeSpec:
-        """Of dY."""
+        """The spec of dY."""
         return QuantizeSpec(BlockFormat.from_dtype(self.grad_dtype), self.scaling_mode)
 
     @property
     def forward_config(self) -> MXFakeQuantizeConfig:
-        """What quantization-aware training calls the forward pass, of activations and of weights."""
+        """The forward spec as a config of quantization-aware training, for activations and weights."""
         return MXFakeQuantizeConfig.from_spec(self.forward_spec)
 
     def __str__(self) -> str:

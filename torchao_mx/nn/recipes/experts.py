@@ -1,17 +1,17 @@
-"""NVFP4MXFP8Experts: 3-D expert weights trained with NVFP4 products in forward and MXFP8 ones in backward.
+"""NVFP4MXFP8Experts: train 3-D expert weights with NVFP4 products in forward and MXFP8 products in backward.
 
 For the rows of expert e, as in ``recipes/linear.py``::
 
     Y = Q4(X) Q4(W_e)^T + bias_e    dX = Q8(dY) Q8(W_e)    dW_e = Q8(dY)^T Q8(X)    dbias_e = sum of dY's rows
 
-Forward is the converted module's: the same op on equal operands. dW_e reduces the tokens of e, so blocks
-along the tokens begin anew with each expert: ``quantize_both`` gathers its rows by an index in which every
-group is completed to whole blocks, and no padded copy of X or dY is made. The index is made on the device; no
-row count comes to the host.
+Forward equals that of the converted module: the same op on equal operands. dW_e reduces over e's tokens, so
+blocks along the tokens start afresh per expert. ``quantize_both`` gathers rows by an index that completes
+each group to whole blocks, so no padded copy of X or dY is made. The index is made on the device; no row
+count reaches the host.
 
-X is kept for backward by reference, ungathered, and W too: a quantized form of X would be of its gathered
-rows, top-k times as large. ``block_scaled/grouped.py`` says which GPUs multiply the packed operands;
-elsewhere the products are emulated, on their values.
+Backward keeps the ungathered X and W by reference: a quantized X would hold its gathered rows, top-k times as
+many. ``block_scaled/grouped.py`` says which GPUs multiply packed operands; elsewhere the products are
+emulated on the operands' values.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class _Native(NamedTuple):
     def of(
         cls, x: torch.Tensor, weight: torch.Tensor, config: NVFP4ForwardMXFP8BackwardConfig
     ) -> _Native:
-        """For ``x [T, K]`` and ``weight [E, N, K]``."""
+        """Decide for ``x [T, K]`` and ``weight [E, N, K]``."""
         if config.kernel_preference != KernelPreference.AUTO or len(x) == 0:
             return cls(False, False)
         forward, backward = config.forward_spec.format, config.backward_spec.format
@@ -69,7 +69,7 @@ class _Native(NamedTuple):
 
 
 class _RecipeGroupedLinear(torch.autograd.Function):
-    """x [T, K] in the compute dtype, weight [E, N, K] and bias [E, N] in their own, w_scale [E, 1, 1]."""
+    """Take x [T, K] in the compute dtype, weight [E, N, K], bias [E, N] in their own, w_scale [E, 1, 1]."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ def _native_product(
     order: torch.Tensor | None,
     spec: QuantizeSpec,
 ) -> torch.Tensor:
-    """``ops.grouped_mm`` with an activation: rows are gathered once they are packed."""
+    """Compute ``ops.grouped_mm`` with an activation spec; rows are packed before they are gathered."""
     token = None if order is None else tokens_of(order, len(x))
     rows = x if order is None else x[token]
     pts = per_tensor_scale_op(rows, spec.format.name, False, offs)
@@ -152,7 +152,7 @@ def _gradients(
     needs_dx: bool,
     needs_dw: bool,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """dX ``[T, K]`` and dW ``[E, N, K]``."""
+    """Return dX ``[T, K]`` and dW ``[E, N, K]``."""
     n_rows, dtype = dy_RN.shape[0], dy_RN.dtype
     grad, backward = spec_strings(config.grad_spec), spec_strings(config.backward_spec)
     index, ends = completed_groups(offs, n_rows, config.grad_spec.format.block_size)
@@ -174,7 +174,7 @@ def _gradients(
         else:
             wq_ENK = fake_quantize_op(w_ENK, *backward, -2, None).to(dtype)
             dx_RK = torch_internals.grouped_mm(dy.row_values, wq_ENK, offs=offs)
-            # torch leaves the rows behind the last group as it found them.
+            # torch leaves the rows after the last group uninitialized.
             is_owned = torch.arange(n_rows, device=offs.device) < offs[-1]
             dx = dx_RK.where(is_owned[:, None], 0)
         if order is not None:
@@ -195,11 +195,11 @@ def _gradients(
 
 
 class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
-    """A module of experts that multiplies in NVFP4 forward and in MXFP8 backward.
+    """A module of experts that multiplies in NVFP4 in forward and in MXFP8 in backward.
 
-    It is called as its source is and shares its parameters, in high precision. Made by ``quantize_`` with an
-    :class:`NVFP4ForwardMXFP8BackwardConfig` and ``filter_fn=is_experts``; ``step="convert"`` makes an
-    :class:`MXExperts` of it, whose forward is the same.
+    It has its source's call signature and shares its high-precision parameters. Made by ``quantize_`` with an
+    :class:`NVFP4ForwardMXFP8BackwardConfig` and ``filter_fn=is_experts``; ``step="convert"`` turns it into an
+    :class:`MXExperts` with the same forward.
 
     Example:
         >>> import torch
@@ -221,17 +221,17 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
     """
 
     recipe: NVFP4ForwardMXFP8BackwardConfig
-    _alone = ()
+    _separable = ()
 
     @classmethod
     def from_experts(
         cls, module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig | None = None
     ) -> NVFP4MXFP8Experts:
-        """The twin of ``module`` under the recipe; ``module`` is unchanged and shares its parameters.
+        """Make the twin of ``module`` under the recipe; ``module`` is unchanged and shares its parameters.
 
         Raises:
-            TypeError: a module that :func:`torchao_mx.is_experts` does not know; a config of another type.
-            ValueError: weights that are not whole blocks.
+            TypeError: :func:`torchao_mx.is_experts` does not select ``module``, or ``config`` has another
+            type. ValueError: weights are not whole blocks.
         """
         config = NVFP4ForwardMXFP8BackwardConfig() if config is None else config
         check_recipe_experts(module, config)
@@ -256,7 +256,7 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
         )
 
     def to_packed(self) -> MXExperts:
-        """The frozen module on NVFP4 weights, that computes what this one does."""
+        """Return the frozen module on NVFP4 weights, which computes the same as this one."""
         packed = super().to_packed()
         del packed.recipe
         return packed
@@ -266,7 +266,7 @@ class NVFP4MXFP8Experts(MXFakeQuantizedExperts):
 
 
 def check_recipe_experts(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
-    """Refuse a module that cannot become an :class:`NVFP4MXFP8Experts`; nothing is changed."""
+    """Raise unless ``module`` can become an :class:`NVFP4MXFP8Experts`; change nothing."""
     check_config(config)
     kind = type(module).__name__
     check_experts(module, config.forward_spec, config.forward_spec)

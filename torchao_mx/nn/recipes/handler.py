@@ -1,4 +1,4 @@
-"""What torchao's ``quantize_`` does with the recipe's config."""
+"""The ``quantize_`` handler of the recipe's config."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ _OURS = (NVFP4MXFP8Linear, NVFP4MXFP8Experts)
 
 
 def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> nn.Module:
-    """Prepare: the twin under the recipe; twice is once, with a warning. Convert: the packed module."""
+    """Make the twin under the recipe, or warn if it is made already; on convert, pack it."""
     if config.step == "convert":
         if isinstance(module, _OURS):
             return in_place_of(module, _convert(module))
         how = "prepare it with NVFP4ForwardMXFP8BackwardConfig() and train it"
         return convert_inside(module, config, is_under_recipe, how)
     if isinstance(module, _OURS):
-        warnings.warn(f"{module} is prepared already; left as it is", stacklevel=2)
+        warnings.warn(f"{module} is already prepared and is left as it is", stacklevel=2)
         return module
     check_recipe_module(module, config)
     if layout_of(module) is not None:
@@ -35,7 +35,7 @@ def _recipe_handler(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) 
 
 
 def is_under_recipe(module: nn.Module) -> bool:
-    """Whether ``module`` is trained in the recipe, and ``step="convert"`` of its config would convert it."""
+    """Return whether ``module`` is in training under the recipe, so that ``step="convert"`` converts it."""
     return isinstance(module, _OURS)
 
 
@@ -47,7 +47,7 @@ def _convert(module: NVFP4MXFP8Linear | NVFP4MXFP8Experts) -> nn.Module:
 
 
 def check_recipe_module(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
-    """Refuse what the handler would refuse; nothing is changed."""
+    """Raise if the handler would; change nothing."""
     if isinstance(module, _OURS):
         return
     if config.step == "convert":

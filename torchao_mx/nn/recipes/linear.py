@@ -1,4 +1,4 @@
-"""NVFP4MXFP8Linear: a linear layer trained with NVFP4 products in forward and MXFP8 products in backward.
+"""NVFP4MXFP8Linear: train a linear layer with NVFP4 products in forward and MXFP8 products in backward.
 
 ::
 
@@ -6,14 +6,13 @@
     dX = Q8(dY) Q8(W)            reduces N: both in blocks of 32 along N
     dW = Q8(dY)^T Q8(X)          reduces the tokens: both in blocks of 32 along M, completed by zeros
 
-The forward pass is that of quantization-aware training in NVFP4 (``qat/linear.py``), and converts as that
-does; the backward pass is what differs. X and dY are each read once for both of their directions
-(``quantization/quantize_both.py``; X once more before, for NVFP4's per-tensor scale). Kept for backward are
-the packed columns of X (8.25 bits an element) and W by reference. W is quantized along N when backward needs
-it: kept from forward on, that form would take another byte a weight in every layer, whole where FSDP2
-reshards W.
+Forward and conversion are those of quantization-aware training in NVFP4 (``qat/linear.py``); only backward
+differs. X and dY are each read once for both directions (``quantization/quantize_both.py``); X is also read
+once before, for NVFP4's per-tensor scale. Backward keeps the packed columns of X (8.25 bits per element) and
+W by reference, and quantizes W along N when it needs it. Keeping that form from forward on would cost another
+byte per weight in every layer, for the whole weight even where FSDP2 reshards W.
 
-``reference.recipe_products`` defines the operands; how they are multiplied is ``block_scaled/dense.py``'s.
+``reference.recipe_products`` defines the operands; ``block_scaled/dense.py`` multiplies them.
 """
 
 from __future__ import annotations
@@ -35,14 +34,14 @@ from torchao_mx.ops.core.arguments import check_product, operands, spec_strings
 
 
 def random_seed(config: NVFP4ForwardMXFP8BackwardConfig, dy: torch.Tensor) -> torch.Tensor | None:
-    """A fresh seed of dY's rounding, on its device; None where it is rounded to nearest."""
+    """Draw a seed for dY's stochastic rounding, on its device; None for rounding to nearest."""
     if not config.stochastic_rounding:
         return None
     return torch.randint(2**63 - 1, (), device=dy.device)
 
 
 class _RecipeLinear(torch.autograd.Function):
-    """x [M, K] in the compute dtype, weight [N, K] and bias [N] in their own."""
+    """Take x [M, K] in the compute dtype, weight [N, K] and bias [N] in their own."""
 
     @staticmethod
     def forward(
@@ -65,7 +64,7 @@ class _RecipeLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        weight, *x_columns = ctx.saved_tensors  # once: under checkpointing each look unpacks again
+        weight, *x_columns = ctx.saved_tensors  # read once: checkpointing unpacks on each access
         config, needs = ctx.config, ctx.needs_input_grad
         gradients = iter(
             recipe_linear_backward_op(
@@ -81,26 +80,26 @@ class _RecipeLinear(torch.autograd.Function):
 
 
 class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
-    """An ``nn.Linear`` that multiplies in NVFP4 forward and in MXFP8 backward, on a high-precision weight.
+    """An ``nn.Linear`` with a high-precision weight that multiplies in NVFP4 in forward, MXFP8 in backward.
 
-    Its parameters are those of the linear layer it came from (any of bfloat16, float16 and float32; x's
-    dtype may differ). Under autocast x is cast and the weight is quantized from its own dtype, as conversion
-    will quantize it. x may have any number of rows, none included. A NaN or an Inf in x makes all of Y NaN,
-    by the per-tensor scale; in backward a NaN spreads over its block alone.
+    It keeps the parameters of the linear layer it came from: bfloat16, float16 or float32; x's dtype may
+    differ. Under autocast x is cast, and the weight is quantized from its own dtype, as in conversion. x may
+    have any number of rows, including none. A NaN or an Inf in x makes all of Y NaN through the per-tensor
+    scale; in backward a NaN spreads only over its block.
 
     Made by ``quantize_`` with an :class:`NVFP4ForwardMXFP8BackwardConfig`, or by :meth:`from_linear`.
 
     Args:
         in_features: K, a multiple of 16, NVFP4's block size.
-        out_features: N, a multiple of 32, MXFP8's.
-        bias: whether to add one.
+        out_features: N, a multiple of 32, MXFP8's block size.
+        bias: whether to add a bias.
         config: the recipe; its defaults if None.
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
 
     Raises:
-        TypeError: a config of another type; an unsupported dtype.
-        ValueError: ``in_features`` or ``out_features`` not whole blocks.
+        TypeError: ``config`` has another type, or the dtype is unsupported.
+        ValueError: ``in_features`` or ``out_features`` is not whole blocks.
 
     Example:
         >>> import torch
@@ -112,7 +111,7 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
     """
 
     recipe: NVFP4ForwardMXFP8BackwardConfig
-    _alone = ()
+    _separable = ()
 
     def __init__(
         self,
@@ -136,7 +135,7 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
         x, _ = operands(x, None)
         check_product(x, self.weight, self.in_features, self.recipe.forward_spec)
         rows = x.reshape(-1, self.in_features)
-        # Without gradients ctx.needs_input_grad says what they would be.
+        # needs_input_grad does not reflect no_grad, so pass whether gradients are enabled.
         y = _RecipeLinear.apply(
             rows,
             self.weight,
@@ -154,10 +153,10 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
     def from_linear(
         cls, linear: nn.Linear, config: NVFP4ForwardMXFP8BackwardConfig | None = None
     ) -> NVFP4MXFP8Linear:
-        """The twin of ``linear`` under the recipe: the same parameters (tied ones stay tied), hooks and mode.
+        """Make the twin of ``linear`` under the recipe: same parameters (ties included), hooks and mode.
 
         Raises:
-            TypeError, ValueError: as the constructor, and for a forward of its own; ``linear`` is unchanged.
+            TypeError, ValueError: as in the constructor, and if ``linear`` has its own forward.
         """
         config = NVFP4ForwardMXFP8BackwardConfig() if config is None else config
         check_recipe_linear(linear, config)
@@ -166,7 +165,7 @@ class NVFP4MXFP8Linear(MXFakeQuantizedLinear):
         return twin
 
     def to_linear(self) -> nn.Linear:
-        """The plain ``nn.Linear`` on the same parameters."""
+        """Return a plain ``nn.Linear`` on the same parameters."""
         linear = super().to_linear()
         del linear.recipe
         return linear
@@ -184,7 +183,7 @@ def _is_native(x: torch.Tensor, config: NVFP4ForwardMXFP8BackwardConfig) -> bool
 
 
 def check_recipe_linear(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConfig) -> None:
-    """Refuse a layer that cannot become an :class:`NVFP4MXFP8Linear`; nothing is changed."""
+    """Raise unless ``module`` can become an :class:`NVFP4MXFP8Linear`; change nothing."""
     check_config(config)
     check_linear(module, config.forward_spec, config.forward_spec)
     check_own_forward(module)
@@ -193,7 +192,7 @@ def check_recipe_linear(module: nn.Module, config: NVFP4ForwardMXFP8BackwardConf
 
 
 def check_config(config: object) -> None:
-    """Raise TypeError unless ``config`` is the recipe's."""
+    """Raise TypeError unless ``config`` is a :class:`NVFP4ForwardMXFP8BackwardConfig`."""
     if not isinstance(config, NVFP4ForwardMXFP8BackwardConfig):
         raise TypeError(
             f"config={config!r}; it must be a torchao_mx.NVFP4ForwardMXFP8BackwardConfig"
