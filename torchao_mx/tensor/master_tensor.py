@@ -150,7 +150,7 @@ class MasterTensor(torch.Tensor):
 
 @functools.cache
 def _writes(func: Any) -> bool:
-    """Return whether the operator writes to an argument, by its name: ``aten::add_.Tensor``, ``aten::add.out``."""
+    """Return whether an operator writes to an argument, by its name: ``add_.Tensor``, ``add.out``."""
     name, _, overload = func.name().partition("::")[2].partition(".")
     return name.endswith("_") or "out" in overload
 

@@ -1,4 +1,4 @@
-"""benchmarks/train_recipes.py, small and on the CPU: it runs to the end, and resumes without a trace."""
+"""benchmarks/quality/train_recipes.py, small and on the CPU: it runs to the end, and resumes without a trace."""
 
 import json
 import sys
