@@ -22,7 +22,7 @@ from torchao_mx import MXFP4, NVFP4, QuantizeSpec, ops, reference
 from torchao_mx.ops.core.operands import Packed
 from torchao_mx.ops.moe import narrow
 from torchao_mx.ops.moe.group_sum import group_outer_op
-from torchao_mx.ops.packed_mm import epilogue, unpack
+from torchao_mx.ops.packed_mm import epilogue, strategy, unpack
 from torchao_mx.ops.packed_mm import op as mm
 from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, choose_strategy
 
@@ -33,9 +33,9 @@ OPS = torch.ops.torchao_mx
 
 
 def test_choosing_a_strategy(monkeypatch):
-    tables = {True: mm.Crossover(100, 70, 30), False: mm.Crossover(50, 40, 20)}
-    monkeypatch.setattr(mm, "HOPPER_CROSSOVER", tables[True])
-    monkeypatch.setattr(mm, "PORTABLE_CROSSOVER", tables[False])
+    tables = {True: strategy.Crossover(100, 70, 30), False: strategy.Crossover(50, 40, 20)}
+    monkeypatch.setattr(strategy, "HOPPER_CROSSOVER", tables[True])
+    monkeypatch.setattr(strategy, "PORTABLE_CROSSOVER", tables[False])
     bf16, cpu, cuda = torch.bfloat16, torch.device("cpu"), torch.device("cuda", 0)
     for hopper, (over_k, over_n, dense) in tables.items():
         assert choose_strategy("auto", "", cuda, bf16, dense - 1, None, hopper) == "fused"

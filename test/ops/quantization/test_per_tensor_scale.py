@@ -19,8 +19,8 @@ each_dtype = pytest.mark.parametrize(
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several programs, and several tiles for each of them."""
-    monkeypatch.setattr(_amax, "TILE", 64)
-    monkeypatch.setattr(_amax, "PROGRAMS_A_MULTIPROCESSOR", 3)
+    monkeypatch.setattr(_amax, "AMAX", _amax.AMAX._replace(size=64))
+    monkeypatch.setattr(_amax, "AMAX_PROGRAMS_PER_MULTIPROCESSOR", 3)
 
 
 def expected(x, per_expert=False):
