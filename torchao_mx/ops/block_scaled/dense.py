@@ -12,7 +12,7 @@ product is that of the operands themselves, summed in fp32. NVFP4 values are rou
 as in quantization-aware training. Callers ask :func:`takes_block_scaled_mm` and quantize into the matching
 form.
 
-The native product has not run on a GPU: its dispatch and its operand layout are tested on the CPU, and
+The native product is untested on GPUs: its dispatch and its operand layout are tested on the CPU, and
 ``block_scaled/native.py`` checks it before its first use.
 """
 

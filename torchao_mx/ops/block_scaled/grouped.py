@@ -10,7 +10,7 @@ scaled grouped matmul, for two operands in NVFP4 or in MXFP8 with E4M3 elements.
 each group separately, padded to whole tiles of 128 rows and 4 columns. The tile count is known only on the
 device, so the upper bound is allocated. *Decoded*, elsewhere and on the CPU.
 
-The native product has not run on a GPU: its dispatch and its layout (byte for byte torchao's) are tested on
+The native product is untested on GPUs: its dispatch and its layout (byte for byte torchao's) are tested on
 the CPU, and ``block_scaled/native.py`` checks it before its first use.
 """
 

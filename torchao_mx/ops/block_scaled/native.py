@@ -1,6 +1,6 @@
 """Decides whether to use the native block-scaled products of a GPU and this build of torch.
 
-These products have not run on a GPU, so they are not trusted. On first use per device, a small native product
+These products are untested on GPUs, so they are not trusted. On first use per device, a small native product
 is checked against the one of decoded operands. If torch has no kernel for it or the two differ, a warning
 says so and products are emulated, as on every other GPU.
 """

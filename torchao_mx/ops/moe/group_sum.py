@@ -46,8 +46,7 @@ def _group_outer_fake(
 
 
 # ``dW_e = dY_e^T X_e``, ``[E, N, K]`` in ``dtype``, of ``dy [R, N]`` and ``x [R, K]``; rows after the last
-# group are ignored. This is an op because inductor would choose other layouts for the operands of
-# torch._grouped_mm.
+# group are ignored. An op, because inductor would change the layouts of torch._grouped_mm's operands.
 group_outer_op = define_op(
     "group_outer",
     "(Tensor dy, Tensor x, Tensor offs, ScalarType dtype) -> Tensor",

@@ -17,7 +17,7 @@ from torchao_mx.ops.core.launch import cdiv, next_power_of_2
 
 
 def max_tiles(n_rows: int, n_groups: int, tile: int) -> int:
-    """Return the maximum of tiles for :func:`tile_rows`, as a grid; ``n_groups=0`` for ungrouped rows.
+    """Return the largest number of tiles in :func:`tile_rows`, as a grid; ``n_groups=0`` for ungrouped rows.
 
     Each group, the unassigned rows included, may end in a tile of a single row.
     """

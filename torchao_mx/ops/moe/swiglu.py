@@ -1,8 +1,7 @@
 """swiglu: an MLP's activation, between its up and its down product, in one pass.
 
-With ``x [R, 2 C]`` the output of the up product, e the expert of a row (a single expert if ``offs`` is None),
-and
-a clamp only if there is a limit::
+With ``x [R, 2 C]`` the output of the up product, e a row's expert (one expert for all if ``offs`` is None),
+and a clamp only if there is a limit::
 
     g', u' = halves of x + bias_e
     g, u   = min(g', limit), min(max(u', -limit), limit)
