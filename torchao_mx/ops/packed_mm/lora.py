@@ -1,4 +1,4 @@
-"""lora_matmul and lora_grouped_mm: the verbs of ``packed_mm/op.py`` for a frozen packed weight with LoRA adapters.
+"""lora_matmul and lora_grouped_mm: the verbs of ``packed_mm/op.py`` for a packed weight with LoRA adapters.
 
 A ``[r, K]`` and B ``[N, r]`` adapt ``W [N, K]`` to ``W + s B A``, whichever way it is multiplied::
 
@@ -65,7 +65,7 @@ def lora_matmul(
         grad_compute_dtype: None for x's (for a bfloat16 x, ``torch.bfloat16`` means the same), or, with a
             ``compute_dtype``, ``torch.float8_e5m2`` or ``torch.float8_e4m3fn``: the incoming gradient is
             rounded likewise in the product that gives x's gradient.
-        strategy: ``"auto"``, ``"fused"``, ``"unpack"``, or ``"unpack8"`` or ``"fused8"`` with a ``compute_dtype``; see
+        strategy: ``"auto"``, ``"fused"``, ``"unpack"``; with a ``compute_dtype`` ``"unpack8"``, ``"fused8"``; see
             :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
         max_scratch_bytes: as in :func:`torchao_mx.ops.matmul`.
 

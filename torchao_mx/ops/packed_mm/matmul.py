@@ -201,7 +201,7 @@ def matmul(
     strategy: str = "auto",
     max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """Return ``x @ W^T + bias`` (or ``x @ W``) with a packed ``W [N, K]`` or ``[B, N, K]``; see the file's head.
+    """``x @ W^T + bias`` (or ``x @ W``) with a packed ``W [N, K]`` or ``[B, N, K]``; see the file's head.
 
     Computes in x's dtype (autocast's, under autocast), independent of the dtype that the weight had.
 
@@ -217,7 +217,7 @@ def matmul(
         activation: how to quantize x first, in blocks along the reduced axis.
         strategy: how to compute on a GPU: ``"fused"``, ``"unpack"`` or ``"auto"`` (see
             :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`); for 2-D weights without an ``activation``.
-        max_scratch_bytes: the limit of decoded weight that ``"unpack"`` holds at a time; at least one slice of 8
+        max_scratch_bytes: the decoded weight that ``"unpack"`` may hold at a time; at least one slice of 8
             rows or one block of columns. None: 256 MiB, or the size of the rows of x and of the result if
             that is more.
 
@@ -299,7 +299,7 @@ def grouped_mm(
     range never read foreign memory; offsets beyond the rows may, as in ``torch._grouped_mm``.
 
     Args:
-        x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in the order of the groups; ungrouped ``[T, K]``
+        x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in group order; ungrouped ``[T, K]``
             with an ``order``. bfloat16, float16 or float32.
         qdata, scale, fmt, per_tensor_scale: ``W``, as in :func:`matmul`.
         offs: ``[E]`` int32 end offsets on x's device, ascending, as in ``torch._grouped_mm``.

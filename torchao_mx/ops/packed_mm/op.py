@@ -7,14 +7,12 @@ For every expert e and its rows of x (one group of all rows if ``offs`` is None)
     d_down = g^T x                d_up = s dy^T h                      dbias = sum of the rows of dy
 
 where ``transpose_weight`` reduces over K, the packed axis of ``W [E, N, K]``: x ``[R, K]``, y ``[R, N]``,
-down ``[E, r, K]``, up ``[E, N, r]``. Otherwise it reduces over N: x ``[R, N]``, y ``[R, K]``, down ``[E, r,
-N]``, up ``[E, K, r]``. With an ``order``, x is ``[T, ..]`` and gathered on the way in, and dx is summed on
-the way out.
+down ``[E, r, K]``, up ``[E, N, r]``. Otherwise it reduces over N: x ``[R, N]``, y ``[R, K]``,
+down ``[E, r, N]``, up ``[E, K, r]``. With an ``order``, x ``[T, ..]`` is gathered first, and dx summed last.
 
 The adapters keep their dtype. Products cast them to x's dtype; their gradients are summed in fp32 and
 returned in the adapters' dtype. Backward refers to the packed bytes and decodes them again; it keeps x only
-if down is trained, and h ``[R, r]``. The product itself is computed by one of the strategies of
-:func:`choose_strategy`.
+if down is trained, and h ``[R, r]``. :func:`choose_strategy` chooses how the product is computed.
 """
 
 from __future__ import annotations
@@ -37,8 +35,7 @@ from torchao_mx.ops.packed_mm.hopper.product import hopper_product, takes_hopper
 from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, choose_strategy
 from torchao_mx.reference import Added, Rows
 
-# Dense products up to this many rows use our kernels for adapters: a launch costs the host less than a
-# torch.mm.
+# Dense products up to this many rows use our adapter kernels: a launch costs the host less than a torch.mm.
 SKINNY_UP_TO = 512
 
 
@@ -154,7 +151,7 @@ def _gram(
 
 
 class Arguments(NamedTuple):
-    """The arguments of ``mm``, in schema order; ``bias`` is ``[E, C]`` or ``[C]``, dtypes are names, "" for x's."""
+    """``mm``'s arguments, in schema order; ``bias`` is ``[E, C]`` or ``[C]``, dtypes are names, "" for x's."""
 
     x: torch.Tensor
     qdata: torch.Tensor

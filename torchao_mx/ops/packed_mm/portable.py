@@ -2,14 +2,12 @@
 
 ::
 
-    y[i] = x[token of i] W_e^T (or W_e) + scaling * h[i] up_e^T + bias_e      rows i of expert e, see
-    moe/groups.py
+    y[i] = x[token of i] W_e^T (or W_e) + scaling * h[i] up_e^T + bias_e      rows i of expert e, see moe/groups.py
 
 A tile of y is computed transposed, W on the left: a tensor core's left operand may come from registers, where
 the decoded values are, and few rows of x (16) fill its right side. The layout of everything here follows from
 that. Registers hold *pairs* of values, neighbours along the reduced axis. A thread decodes the pairs of a
-word that it has loaded, and the words are dealt out so that those are the pairs that its tensor core needs
-from it:
+word that it has loaded, and the words are dealt out so that its tensor core needs just those pairs from it:
 
 - ``x W^T`` reduces along the packed rows. A word of eight codes is four pairs. A thread takes a quarter of
   the tile's columns, four per row, where the tensor core would deal out RUN neighbours at a time. A sum may
@@ -210,7 +208,7 @@ def _deal_reduced(t, RUN: tl.constexpr):
 
 @triton.jit
 def _deal_columns(t, RUN: tl.constexpr):
-    """Put rows 16 (w + A / 32 * r) + 8 h + g of ``t [A, B]`` in the places 32 w + 4 g + 2 r + h if RUN > 0.
+    """Move rows 32 w + 4 g + 2 r + h of ``t [A, B]`` to 16 (w + A / 32 * r) + 8 h + g, if RUN > 0.
 
     Warp w's tensor core has rows 8 h + g of 16, and a thread has one g of them: the four columns of a word.
     """
@@ -409,7 +407,7 @@ def _fused_kernel(
 def fused_product(
     x: torch.Tensor, w: Packed, rows: Rows, transpose_weight: bool, added: Added
 ) -> torch.Tensor:
-    """Return ``y [n_rows, N]`` (``[n_rows, K]`` without ``transpose_weight``) in x's dtype; see the file's head.
+    """Return ``y [n_rows, N]`` (``[n_rows, K]`` without ``transpose_weight``), in x's dtype; see the head.
 
     A weight is element * scale, rounded once to x's dtype, as in :func:`torchao_mx.ops.dequantize`. Sums are
     in fp32. Rows after ``offs[-1]`` are zero.

@@ -43,7 +43,7 @@ def choose_strategy(
     hopper: bool = False,
     transpose_weight: bool = True,
 ) -> str:
-    """Choose the strategy for ``n_rows`` rows in ``n_groups`` groups (None: dense), with or without a Hopper kernel.
+    """Choose the strategy for ``n_rows`` rows in ``n_groups`` groups (None: dense), with a Hopper kernel or not.
 
     - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows. -
     ``"unpack"``: decode into a scratch buffer, then call the vendor's GEMM; for many rows. - ``"fused8"``,
@@ -94,8 +94,8 @@ def compute_names(
     """Return the two dtypes as the op's schema carries them, empty for x's own.
 
     Args:
-        compute_dtype: dtype of the forward product with a weight in ``fmt``: None, or ``torch.float8_e4m3fn``.
-        grad_compute_dtype: dtype of the product that gives x's gradient: None or ``torch.bfloat16`` for x's, or
+        compute_dtype: of the forward product with a weight in ``fmt``: None, or ``torch.float8_e4m3fn``.
+        grad_compute_dtype: of the product that gives x's gradient: None or ``torch.bfloat16`` for x's, or
             one of 8 bits.
         fmt: the weight's format.
         grouped: whether the weight holds experts.

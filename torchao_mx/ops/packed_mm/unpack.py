@@ -2,11 +2,10 @@
 
 With many rows per expert the decode pays off, and nothing beats the vendor's GEMM. A decoded weight larger
 than the scratch buffer is processed in slices of the output columns. For a packed ``W [E, N, K]`` those are
-slices of N (``x W^T``) or of whole blocks along K (``x W``). A slice holds all experts, so the host needs no
-row counts.
+slices of N (``x W^T``) or of whole blocks along K (``x W``). A slice holds all experts, so no row
+counts reach the host.
 
 If rows of x are gathered anyway, the grouped product includes its low-rank update and its bias in the GEMM::
-
 
     X' = [x | h | 1 | 0]      W' = [W | s up | bias | 0]      y = X' W'^T
 
@@ -181,7 +180,7 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
 def slices(
     columns: int, bytes_per_column: int, unit: int, max_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    """Cut the output columns into even slices, multiples of ``unit``, within ``max_bytes`` (at least ``unit``)."""
+    """Cut the output columns into even slices, multiples of ``unit``, within ``max_bytes`` (or one ``unit``)."""
     width = columns
     if columns * bytes_per_column > max_bytes:
         most = max_bytes // bytes_per_column
@@ -336,7 +335,7 @@ def _wide_rows(
     one: bool,
     depth: int,
 ) -> torch.Tensor:
-    """Return ``[x | h | 1 | 0] [R, depth]`` with x in the order of the groups; x itself if it is the only part."""
+    """Return ``[x | h | 1 | 0] [R, depth]`` with x in group order; x itself if it is the only part."""
     if order is None and depth == x.shape[1]:
         return aligned_rows(x)
     n_rows = x.shape[0] if order is None else order.shape[0]

@@ -1,4 +1,4 @@
-"""The steps around the fp8 GEMM of ``product.py``: rows of x to fp8, and the recomputation of flagged columns."""
+"""The steps around the fp8 GEMM of ``product.py``: rows of x to fp8, and flagged columns recomputed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _quantize_rows_kernel(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Convert rows of x to fp8 bytes, padded with zeros; SPAN covers a row of q. ORDER: see ``permuted_rows``."""
+    """Convert rows of x to fp8 bytes, zero-padded; SPAN covers a row of q. ORDER: see ``permuted_rows``."""
     x_row, q_row = strides
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SPAN)

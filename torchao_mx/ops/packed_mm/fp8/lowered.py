@@ -103,7 +103,7 @@ def _lowered_columns_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """:func:`_lowered_kernel` for blocks of columns: ``[E, n_blocks, chunks, 128]``, flags added to its zeros.
+    """:func:`_lowered_kernel` for blocks of columns: ``[E, n_blocks, chunks, 128]``; sets flags that were zero.
 
     Within a chunk's 128 rows n, the rows that one thread of the backward kernel reads are neighbours.
     """
@@ -145,10 +145,10 @@ def _lowered_columns_kernel(
 def lowered_rows(
     qdata: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return what a kernel needs beside each block to decode MXFP4 ``[..., N, K / 2]`` to e4m3 as it multiplies.
+    """Return what a kernel needs besides a block to decode MXFP4 ``[..., N, K / 2]`` to e4m3 as it multiplies.
 
     Returns:
-        ``(lowered [..., N, C], row_scale [..., N], flag [..., N])``. ``lowered``: uint8, 8 times the powers of two
+        ``(lowered [..., N, C], row_scale [..., N], flag [..., N])``. ``lowered``: uint8, 8 x the powers of two
         by which a block's scale is below the row's largest; C is the blocks of a row, padded with zeros to a
         multiple of four. The rest: fp32 and int8 as in ``weight.fp8_rows``, but spreads above 11 are flagged.
     """
@@ -189,7 +189,7 @@ def lowered_columns(
     """:func:`lowered_rows` of ``W^T``, for products reduced over N.
 
     Returns:
-        ``(lowered [..., K / 32, C, 128], column_scale [..., K], flag [..., K / 32])``: per block of columns, the
+        ``(lowered [..., K / 32, C, 128], column_scale [..., K], flag [..., K / 32])``: per column block, the
         rows n in chunks of 128, in the order of ``hopper/fp8_backward.py``; fp32 and int32 as in
         ``weight.fp8_columns``, but spreads above 11 are flagged.
     """

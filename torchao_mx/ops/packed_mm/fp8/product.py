@@ -1,20 +1,18 @@
 """The product with MXFP4 weights on the 8-bit tensor cores: x rounded to fp8 row by row, weights exact.
 
 ``torchao_mx/reference/fp8.py`` defines the algebra. The launches, for as many columns of y at a time as the
-scratch
-buffer holds (step 3 has twice the bf16 rate, at the price of the passes around it)::
+scratch buffer holds (step 3 has twice the bf16 rate, at the price of the passes around it)::
 
-    1. x to fp8 rows in the order of the groups, and one scale per row        once 2. the weight to e4m3,
-    lossless, and flags for parts that do not fit      (reduced over N: two launches) 3.
-    torch._scaled_grouped_mm, or torch._scaled_mm for a dense weight 4. + s * h up^T + bias, zeros after the
-    last group: one pass over y, which also moves a part of the columns
+    1. x to fp8 rows in the order of the groups, and one scale per row        once
+    2. the weight to e4m3, lossless, and flags for parts that do not fit      (reduced over N: two launches)
+    3. torch._scaled_grouped_mm, or torch._scaled_mm for a dense weight
+    4. + s * h up^T + bias, zeros after the last group: one pass over y, which also moves a part of the columns
        to its place. Neither GEMM can include it: h in fp8 would lose the adapter's accuracy.
     5. the flagged columns again, from x itself in bf16                       once
 
 Step 5 returns at once if nothing is flagged, so the host never waits for the flags. They are computed in each
-call: nothing proves that a weight is the one they were computed for (FSDP2 gathers into the same memory and
-keeps its version, a CUDA graph is replayed on whatever is there), and flags of another weight would be
-silently wrong.
+call: nothing proves that they belong to the present weight (FSDP2 gathers into the same memory and keeps its
+version, a CUDA graph is replayed on whatever is there), and flags of another weight are silently wrong.
 
 ``fused`` (Hopper) replaces 2, 3 and 4 by one GEMM, which decodes the weight in registers and adds the
 low-rank term to the fp32 sums: no scratch buffer, and nothing is gathered.
@@ -67,7 +65,7 @@ def fp8_product(
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
     fused: bool = False,
 ) -> torch.Tensor:
-    """Return ``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x's rows rounded to ``kind``.
+    """Return ``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x rounded to ``kind``.
 
     Rows are rounded to fp8 with one fp32 scale each, weights are exact, sums are in fp32, and the result is
     rounded to bf16 before and after the low-rank term is added. On Gaussian data the product is off by 2.6 %
@@ -82,14 +80,14 @@ def fp8_product(
         added: h ``[n_rows, r]``, up ``[E, C, r]`` (``[C, r]`` dense), bias ``[E, C]`` (``[C]`` dense).
         kind: ``"float8_e4m3fn"``, or for a dense weight ``"float8_e5m2"``.
         max_scratch_bytes: the bound of the decoded weight, unless 32 columns of each expert need more.
-        fused: decode in the GEMM's registers; then columns whose scales spread over more than 11 powers of two
+        fused: decode in the GEMM's registers; columns whose scales spread over more than 11 powers of two then
             use the unrounded x, as do columns that do not fit.
 
     Returns:
         ``[n_rows, C]`` in x's dtype; zeros after ``offs[-1]``.
 
     Raises:
-        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``; ``fused`` if it
+        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``; ``fused`` where it
             does not apply.
         TypeError: a wrong dtype of x.
         ValueError: an unknown kind; an N that is not a multiple of 16.
@@ -176,7 +174,7 @@ def _decode(
     flags: torch.Tensor,
     offs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Decode columns ``part`` of the result: e4m3 weights ``[E, part, reduced]``, their scales ``[E, part]``."""
+    """Decode columns ``part`` of the result: e4m3 weights ``[E, part, reduced]`` and scales ``[E, part]``."""
     if transpose_weight:
         w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part], offs)
     else:

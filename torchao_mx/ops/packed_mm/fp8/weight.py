@@ -49,7 +49,7 @@ _LOW_HALF, _HIGH_HALF = tl.constexpr(0x0000FFFF), tl.constexpr(0xFFFF0000 - 2**3
 
 @triton.jit
 def _table(spread):
-    """Return the eight magnitudes of e2m1 times ``2**(6 - spread)``, spread in 0 .. 14, as bytes of two words."""
+    """Return e2m1's eight magnitudes times ``2**(6 - spread)``, spread in 0 .. 14, as bytes of two words."""
     offset = (12 - tl.minimum(spread, 12)) * 8
     low = 0x0C080000 + offset * 0x01010100
     high = 0x1C181410 + offset * 0x01010101
@@ -116,7 +116,7 @@ def _four_by_table(word, low, high):
 
 @triton.jit
 def _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS: tl.constexpr):
-    """Load words ``[R, B, WORDS]`` and scale bytes ``[R, B]`` of the ``real [R]`` rows at pointers ``[R]``."""
+    """Load words ``[R, B, WORDS]`` and scale bytes ``[R, B]`` of the ``real [R]`` rows at ``[R]`` pointers."""
     inside = real[:, None] & (block < n_blocks)[None, :]
     index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     q_ptrs = q_row_ptrs[:, None, None] + index[None, :, :]
@@ -146,7 +146,7 @@ def _rows_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Convert int32 words of eight e2m1 codes, WORDS per block, to words of four e4m3 codes; BLOCKS covers a row.
+    """Convert int32 words of e2m1, WORDS per block, to words of four e4m3 codes; BLOCKS covers a row.
 
     Rows are numbered across the experts. Strides are of experts and rows. SELECTIVE skips experts without
     rows of x; their flags are 0.
@@ -270,7 +270,7 @@ def _decode_row(
 
 @triton.jit
 def _store_columns(out_ptrs, stride, a, b, c, d, mask):
-    """Store four words of four columns each, of four neighbouring rows ``[R / 4, ...]``, to four rows of ``W^T``."""
+    """Store four words of four columns, of neighbouring rows ``[R / 4, ...]``, to four rows of ``W^T``."""
     k0, k1, k2, k3 = _transpose_4x4(a, b, c, d)
     tl.store(out_ptrs, tl.permute(k0, (1, 2, 0)), mask=mask)
     tl.store(out_ptrs + stride, tl.permute(k1, (1, 2, 0)), mask=mask)
@@ -298,7 +298,7 @@ def _columns_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Convert ``[E, N, K / 8]`` words of e2m1, WORDS per block, to ``[E, K, N / 4]`` words of e4m3; N in fours.
+    """Convert ``[E, N, K / 8]`` words of e2m1, WORDS per block, to ``[E, K, N / 4]`` of e4m3; 4 divides N.
 
     A thread holds four neighbouring rows of a word, so it can transpose their bytes 4 x 4.
     """
@@ -341,7 +341,7 @@ def _columns_kernel(
 def load_values(
     q_ptr, s_ptr, row, n_rows, q_row, s_row, word_index, words_per_row, DTYPE: tl.constexpr
 ):
-    """Return decoded values ``[R, 8 W]`` of the rows ``row [R]`` and the words ``word_index [W]``, in DTYPE."""
+    """Return decoded values ``[R, 8 W]`` of rows ``row [R]`` and words ``word_index [W]``, in DTYPE."""
     inside = (row < n_rows)[:, None] & (word_index < words_per_row)[None, :]
     wide = row.to(tl.int64)[:, None]
     word = tl.load(q_ptr + wide * q_row + word_index[None, :], mask=inside, other=0)
@@ -353,7 +353,7 @@ def load_values(
 
 
 def words_of(qdata: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return int32 words ``[E, N, K / 8]`` and scale bytes ``[E, N, K / 32]``, E = 1 for a matrix; views if possible."""
+    """Return int32 words ``[E, N, K / 8]`` and scale bytes ``[E, N, K / 32]`` (E = 1: matrix), as views if possible."""
     qdata, scale = in_words(qdata, 4), bytes_of(scale)
     if scale.stride(-1) != 1:
         scale = scale.contiguous()
@@ -367,7 +367,7 @@ def column_scales(
     flag: torch.Tensor,
     offs: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Return the largest scale byte per block of columns, int32 ``[E, K / 32]``; fill column_scale, zero flag."""
+    """Return the largest scale byte per column block, int32 ``[E, K / 32]``; fill column_scale, zero flag."""
     experts, rows, blocks = scale.shape
     largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
     tile_blocks = min(FP8_COLUMN_SCALES_BLOCKS, next_power_of_2(blocks))
@@ -398,7 +398,7 @@ def fp8_rows(
     flag: torch.Tensor | None = None,
     offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Convert MXFP4 ``[..., N, K / 2]`` to (e4m3 ``[..., N, K]``, fp32 scales ``[..., N]``, int8 flags ``[..., N]``).
+    """Convert MXFP4 ``[..., N, K / 2]``: (e4m3 ``[..., N, K]``, fp32 scales ``[..., N]``, int8 flags ``[..., N]``).
 
     ``e4m3 * scale`` equals the values exactly wherever the row's flag is 0. Two or three axes, any strides
     with a contiguous last axis. ``flag``: the tensor to write the flags to. ``offs``: decode only experts
