@@ -9,8 +9,7 @@ operands and their block scales. *Emulated*, everywhere else: the vendor's GEMM 
 the product's dtype. (8-bit tensor cores without block scales take one scale per row, which fits neither
 format.) MXFP8 values are exact in bfloat16 (4 significant bits and a power of two), so there the emulated
 product is that of the operands themselves, summed in fp32. NVFP4 values are rounded to the product's dtype,
-as in quantization-aware training. Callers ask :func:`takes_block_scaled_mm` and quantize into the matching
-form.
+as in quantization-aware training. Callers ask :func:`takes_block_scaled_mm` which form to quantize into.
 
 The native product is untested on GPUs: its dispatch and its operand layout are tested on the CPU, and
 ``block_scaled/native.py`` checks it before its first use.
