@@ -395,30 +395,30 @@ def test_refusals():
         """\
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 TypeError: x has dtype torch.int32; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
-ValueError: x has shape (6, 7); its last axis holds as many gates as ups, so an even number of columns, at least 2
-ValueError: x has shape (6, 0); its last axis holds as many gates as ups, so an even number of columns, at least 2
-ValueError: x has shape (); its last axis holds as many gates as ups, so an even number of columns, at least 2
+ValueError: x has shape (6, 7); its last axis must hold as many gates as ups: an even number of columns, at least 2
+ValueError: x has shape (6, 0); its last axis must hold as many gates as ups: an even number of columns, at least 2
+ValueError: x has shape (); its last axis must hold as many gates as ups: an even number of columns, at least 2
 ValueError: alpha=nan; it must be a finite number
 ValueError: alpha=-inf; it must be a finite number
-TypeError: alpha is a Tensor; it is a Python number: of a tensor take .item() once, outside the training loop
-TypeError: alpha is a NoneType; it is a Python number: of a tensor take .item() once, outside the training loop
+TypeError: alpha is a Tensor; it must be a Python number: call .item() on a tensor once, outside the training loop
+TypeError: alpha is a NoneType; it must be a Python number: call .item() on a tensor once, outside the training loop
 ValueError: up_offset=inf; it must be a finite number
 ValueError: limit=0.0; it must be a positive number, or None for no clamp
 ValueError: limit=-7; it must be a positive number, or None for no clamp
 ValueError: limit=nan; it must be a positive number, or None for no clamp
-TypeError: limit is a str; it is a Python number: of a tensor take .item() once, outside the training loop
+TypeError: limit is a str; it must be a Python number: call .item() on a tensor once, outside the training loop
 TypeError: offs has dtype torch.int64; end offsets are int32: use offs.int()
 ValueError: offs is on meta and x on cpu; move one with .to(device)
 ValueError: offs has shape (1, 2); it is [E], the end offsets of at least one group: use the cumulative sum of the groups' row counts
 ValueError: offs has shape (0,); it is [E], the end offsets of at least one group: use the cumulative sum of the groups' row counts
-ValueError: x has shape (1, 6, 8) and offs (2,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
-ValueError: x has shape (8,) and offs (2,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
+ValueError: x has shape (1, 6, 8) and offs (2,); with experts they must be [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
+ValueError: x has shape (8,) and offs (2,); with experts they must be [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
 ValueError: offs is [4, 2] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts
 ValueError: offs is [4, 7] and there are 6 row(s); end offsets ascend from 0 on and do not pass the number of rows: use the cumulative sum of the experts' row counts
-ValueError: bias has shape (2, 8) and x (6, 8), without offs; the bias that is added is [8]
-ValueError: bias has shape (4,) and x (6, 8), without offs; the bias that is added is [8]
-ValueError: bias has shape (8,) and x (6, 8), with offs; the bias that is added is [2, 8]
-ValueError: bias has shape (1, 8) and x (6, 8), with offs; the bias that is added is [2, 8]
-TypeError: bias has dtype torch.float64; it is bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
+ValueError: bias has shape (2, 8) and x (6, 8), without offs; the bias must be [8]
+ValueError: bias has shape (4,) and x (6, 8), without offs; the bias must be [8]
+ValueError: bias has shape (8,) and x (6, 8), with offs; the bias must be [2, 8]
+ValueError: bias has shape (1, 8) and x (6, 8), with offs; the bias must be [2, 8]
+TypeError: bias has dtype torch.float64; it must be bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
 ValueError: bias is on meta and x on cpu; move one with .to(device)""",
     )
