@@ -1,4 +1,4 @@
-"""Hopper, few to some hundred rows per expert: ``y = x W``, the gradient's product, MXFP4 weights in registers.
+"""Hopper, few to some hundred rows per expert: ``y = x W``, the gradient's product, MXFP4 in registers.
 
 As in the forward kernel, the weight tile is the left operand, ``y^T = W^T x^T``. Here it is reduced over the
 rows n of W, while its words run along k. A wgmma register needs two neighbouring n of one k: the words of
@@ -59,7 +59,7 @@ TILE_K = gl.constexpr(256)  # columns k of W per program: four operands of 64
 
 @gluon.jit
 def _rows_of_pairs(low_even, low_odd, high_even, high_odd, LEFT: gl.constexpr):
-    """Arrange ``[n / 2, word]`` values of n, n + 1 at columns 8 word + i, 8 word + 4 + i as an operand ``[64, n]``.
+    """Arrange ``[n / 2, word]`` values of n, n + 1 at columns 8 word + i (+ 4) as an operand ``[64, n]``.
 
     The row is ``16 (word / 8) + 8 (low, high) + word % 8``.
     """
@@ -71,7 +71,7 @@ def _rows_of_pairs(low_even, low_odd, high_even, high_odd, LEFT: gl.constexpr):
 @gluon.jit
 def _operands(w_smem, scales, top, WORDS: gl.constexpr, PAIRS: gl.constexpr, LEFT: gl.constexpr,
               EXACT: gl.constexpr):  # fmt: skip
-    """Decode words ``[CHUNK, 32]`` to four left operands ``[64, CHUNK]``; the i-th has columns i, 4 + i of words.
+    """Decode words ``[CHUNK, 32]`` to four left operands ``[64, CHUNK]``; the i-th has columns i and 4 + i.
 
     ``scales [CHUNK / 2, 32]``: two bytes per word, of rows 2 j and 2 j + 1.
     """
@@ -184,10 +184,10 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
                     HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, STAGES: gl.constexpr,
                     TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr,
                     SPLITS: gl.constexpr):  # fmt: skip
-    """Compute ``y [n_rows, K]`` from int32 words w ``[E, N, K / 8]`` and transposed uint16 s ``[E, K / 32, N / 2]``.
+    """Compute ``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s transposed, uint16 ``[E, K / 32, N / 2]``.
 
-    s holds pairs of rows; CHUNK divides N. With SPLITS above 1 (not GROUPED), y is fp32 ``[SPLITS, n_rows,
-    K]``: sums over parts of N, to be added.
+    s holds pairs of rows. CHUNK divides N. With SPLITS above 1 (not GROUPED), y is fp32
+    ``[SPLITS, n_rows, K]``: sums over parts of N, to be added.
     """
     tiles_k = gl.cdiv(K, TILE_K)
     split = gl.program_id(0) % SPLITS

@@ -42,7 +42,7 @@ CHUNK = gl.constexpr(64)  # columns of K per step
 @launched
 @triton.jit
 def permute_kernel(x_ptr, out_ptr, n_chunks, chunks_per_row, x_stride, TILE: tl.constexpr):
-    """Permute ``x [T, K]`` to a contiguous ``out [T, K]``: 64 columns at a time, in the forward kernel's order."""
+    """Permute ``x [T, K]``, 64 columns at a time, to a contiguous ``out`` in the forward kernel's order."""
     chunk = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = (chunk < n_chunks)[:, None]
     row = (chunk // chunks_per_row).to(tl.int64)
@@ -56,7 +56,7 @@ def permute_kernel(x_ptr, out_ptr, n_chunks, chunks_per_row, x_stride, TILE: tl.
 @gluon.jit
 def _operand(w_smem, scales, top, WORDS: gl.constexpr, HALF: gl.constexpr, LEFT: gl.constexpr,
              TILE_N: gl.constexpr, EXACT: gl.constexpr):  # fmt: skip
-    """Decode words ``[TILE_N, 8]`` to wgmma's left operand ``[TILE_N, 64]``; ``scales [TILE_N]``: two bytes each."""
+    """Decode words ``[TILE_N, 8]`` to a left operand ``[TILE_N, 64]``; ``scales [TILE_N]``: two bytes per row."""
     words = w_smem.load(WORDS).reshape([TILE_N, 2, 4]).permute([0, 2, 1])
     first, second = gl.split(words)  # the words of the first and the second block of 32
     first = gl.convert_layout(first, HALF)

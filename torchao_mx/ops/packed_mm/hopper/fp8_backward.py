@@ -3,8 +3,8 @@
 The weight tile is the left operand, ``y^T = W^T x^T``, reduced over the rows n of W. A register needs four n
 of one column k. ``ldmatrix`` transposes on the way from shared memory: a thread gets n and n + 1 of the four
 codes at ``4 quad .. 4 quad + 3``. Byte permutations turn four decoded rows n, ``[n][k]``, into ``[k][n]``. A
-register may hold any n as long as x has the same order: of 32, ``8 j + 2 t + b`` is at ``16 (j / 2) + 4 t + 2
-(j % 2) + b``. The order of k in the operand's rows is free too: with W warps, ``4 quad + 2 u + v`` is row
+register may hold any n as long as x has the same order: of 32, ``8 j + 2 t + b`` is at ``16 (j / 2) + 4 t +
+2 (j % 2) + b``. The order of k in the operand's rows is free too: with W warps, ``4 quad + 2 u + v`` is row
 ``16 W u + 16 (quad / 8) + 8 v + quad % 8``.
 
 A column's blocks share the largest scale over all rows (``fp8/weight.py``), as in the forward kernel.
@@ -144,8 +144,7 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
         _store(y_ptr, gl.zeros([TILE_K, TILE_T], gl.float32, mma), row0, end, k0, K, TILE_T, TILE_K)
         return
 
-    # Each warp's 8 quads are a block; each thread's n are 2 t, 2 t + 1 and those 8, 16, 32, 64 on (t = lane %
-    # 4).
+    # A warp's 8 quads are a block; a thread's n are 2 t, 2 t + 1 and those 8, 16, 32, 64 on (t = lane % 4).
     QUADS: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]], [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
         [[0, 8], [0, 16]] if WARPS == 4 else [[0, 8], [0, 16], [0, 32]], [], [CHUNK, 8 * WARPS],

@@ -3,8 +3,7 @@
 As in ``hopper/forward.py``, the weight tile is the left operand. Per 32 columns of K (a block, and a step of
 wgmma), a thread holds word t of four in its rows. The word's nibbles 0 .. 3 are four neighbours of the
 operand, and 4 .. 7 are those 16 columns on, so the tensor core meets K in the order ``16 half + 4 word + i``
-instead of ``8 word + 4 half + i``. ``quantize_rows_kernel`` of ``fp8/kernels.py`` writes the rows of x in
-that order.
+instead of ``8 word + 4 half + i``. ``quantize_rows_kernel`` (``fp8/kernels.py``) writes x in that order.
 
 A row's blocks share the largest scale (``fp8/weight.py``). Each other block is some binades below it, and a
 table of the eight magnitudes is lowered by as many. One byte permutation then looks up four.
@@ -34,7 +33,7 @@ LOW, HIGH = gl.constexpr(0x6C686000), gl.constexpr(0x7C787470)
 
 @gluon.jit
 def _block(packed, lowered, QUARTER: gl.constexpr, TILE_N: gl.constexpr):
-    """Decode a block's bytes ``[TILE_N, 16]`` to e4m3 ``[TILE_N, 32]``; ``lowered [TILE_N]``: 8 x the binades."""
+    """Decode a block, bytes ``[TILE_N, 16]``, to e4m3 ``[TILE_N, 32]``; ``lowered [TILE_N]``: 8 x the binades."""
     spread = gl.full([TILE_N, 16], 0, gl.int32, QUARTER)
     low = spread + (LOW - lowered * 0x01010100)[:, None]
     high = spread + (HIGH - lowered * 0x01010101)[:, None]
@@ -65,7 +64,7 @@ def _block(packed, lowered, QUARTER: gl.constexpr, TILE_N: gl.constexpr):
 @gluon.jit
 def _operand(w_smem, lowered, BYTES: gl.constexpr, QUARTER: gl.constexpr, LEFT: gl.constexpr,
              TILE_N: gl.constexpr):  # fmt: skip
-    """Decode ``[TILE_N, 64]`` bytes to wgmma's left operand ``[TILE_N, 128]``; ``lowered``: one byte per block."""
+    """Decode bytes ``[TILE_N, 64]`` to a left operand ``[TILE_N, 128]``; ``lowered``: one byte per block."""
     packed = w_smem.load(BYTES).reshape([TILE_N, 2, 2, 16]).permute([0, 3, 1, 2])
     even, odd = gl.split(packed)
     p0, p2 = gl.split(even)
@@ -179,8 +178,7 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
 
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [WARPS, 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
-    # The compiler must see that this is at least 1: sums set on a path past the loop would serialise its
-    # wgmmas.
+    # The compiler must see that this is at least 1: sums set on a path past the loop serialise its wgmmas.
     chunks = gl.maximum(gl.cdiv(K, CHUNK), 1)
     row_bytes = (K // 32) * 16  # visibly a multiple of 16 to the compiler: 16-byte copies
     first_row = expert.to(gl.int64) * N

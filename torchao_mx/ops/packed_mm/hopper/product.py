@@ -77,7 +77,7 @@ def paired_scales(scale: torch.Tensor) -> torch.Tensor:
 def _splits(
     n_rows: int, reduced: int, chunk: int, programs: int, two_operands: bool, sms: int
 ) -> int:
-    """Return the number of parts of a dense product's reduction: enough to fill the GPU once, given its registers.
+    """Return the parts of a dense product's reduction: enough to fill the GPU once, as registers allow.
 
     The fp32 sums of the parts, written and read, take no more bytes than the weight.
     """

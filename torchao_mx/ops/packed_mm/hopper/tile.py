@@ -27,8 +27,8 @@ def find_tile(slot, offs_ptr, n_rows, E, GROUPED: gl.constexpr, TILE: gl.constex
     """Return (expert, first row, end row) of the tile ``slot``; E for unassigned rows; may be empty.
 
     Expert e's tiles have the slots ``e + start // TILE + 0, 1, ...``: these suffice, are in order, and need
-    no prefix sum. There are ``E + n_rows // TILE + 1`` slots. Whatever the offsets hold, rows outside ``0 ..
-    n_rows`` are never named.
+    no prefix sum. There are ``E + n_rows // TILE + 1`` slots. Whatever the offsets hold, no row
+    outside ``0 .. n_rows`` is named.
     """
     if GROUPED:
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
