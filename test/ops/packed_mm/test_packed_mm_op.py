@@ -442,7 +442,7 @@ TypeError: lora_a has dtype torch.float64; adapters are bfloat16, float16 or flo
 TypeError: lora_b has dtype torch.int32; adapters are bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
 ValueError: lora_a is on meta and x on cpu; move one with .to(device)
 ValueError: lora_b is on meta and x on cpu; move one with .to(device)
-TypeError: scaling is a Tensor; it is a Python number: use .item() once, outside the training loop, or multiply lora_b by it
+TypeError: scaling is a Tensor; it must be a Python number: use .item() once, outside the training loop, or multiply lora_b by it
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: x has shape (6, 63); the weight reduces over 64 elements, which x's last axis must have
 ValueError: compute_dtype=torch.bfloat16; it must be None (x's dtype) or torch.float8_e4m3fn

@@ -164,7 +164,7 @@ def adapters_of(
         )
     if not isinstance(scaling, (int, float)):
         raise TypeError(
-            f"scaling is a {type(scaling).__name__}; it is a Python number: use .item() once, outside the "
+            f"scaling is a {type(scaling).__name__}; it must be a Python number: use .item() once, outside the "
             f"training loop, or multiply lora_b by it"
         )
     return (lora_a, lora_b) if transpose_weight else (lora_b.mT, lora_a.mT)
