@@ -216,7 +216,7 @@ def test_ids_of_experts_of_any_integer_dtype(dtype):
 
 
 def test_complex_ids_are_refused():
-    with pytest.raises(TypeError, match="expert ids are integers"):
+    with pytest.raises(TypeError, match="expert ids must be integers"):
         ops.route(torch.zeros(1, 1, dtype=torch.complex128), EXPERTS)
 
 

@@ -434,8 +434,8 @@ def test_refusals_of_dequantize():
 TypeError: fmt='mxfp4' is not a BlockFormat; use one from torchao_mx, such as MXFP4
 TypeError: the output has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: axis=1; blocks run along the last axis (-1) or the one before it (-2): move yours there with torch.movedim
-TypeError: mxfp4 wants qdata of dtype torch.uint8 and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.uint8: reinterpret bytes with .view(dtype)
-TypeError: mxfp8_e4m3 wants qdata of dtype torch.float8_e4m3fn and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.float8_e8m0fnu: reinterpret bytes with .view(dtype)
+TypeError: mxfp4 needs qdata of dtype torch.uint8 and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.uint8: reinterpret bytes with .view(dtype)
+TypeError: mxfp8_e4m3 needs qdata of dtype torch.float8_e4m3fn and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.float8_e8m0fnu: reinterpret bytes with .view(dtype)
 ValueError: qdata has shape (8, 32) and scale (32, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
 ValueError: qdata has shape (32, 16) and scale (32, 2); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
 ValueError: mxfp4 has no per-tensor scale; leave per_tensor_scale out""",

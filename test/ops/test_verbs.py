@@ -245,7 +245,7 @@ NotImplementedError: x is a tensor of layout nested; it must be dense: use torch
 NotImplementedError: x is a tensor of layout nested; it must be dense: use torch.nested.to_padded_tensor
 NotImplementedError: x is a tensor of layout nested; it must be dense: use torch.nested.to_padded_tensor
 TypeError: qdata is a NoneType; it must be a torch.Tensor: use torch.as_tensor(qdata)
-TypeError: mxfp4 wants qdata of dtype torch.uint8 and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.float32: reinterpret bytes with .view(dtype)
+TypeError: mxfp4 needs qdata of dtype torch.uint8 and scale of dtype torch.float8_e8m0fnu; got torch.uint8 and torch.float32: reinterpret bytes with .view(dtype)
 TypeError: x is a list; it must be a torch.Tensor: use torch.as_tensor(x)
 ValueError: mxfp4 has no per-tensor scale; leave per_tensor_scale out
 TypeError: x is a str; it must be a torch.Tensor: use torch.as_tensor(x)

@@ -1,4 +1,4 @@
-"""The public ops: ``torch.library`` custom ops, the CPU served by ``reference/``, CUDA by Triton."""
+"""The public ops: ``torch.library`` custom ops; ``reference/`` serves the CPU, Triton serves CUDA."""
 
 from torchao_mx.ops.moe.combine import combine
 from torchao_mx.ops.moe.routing import Routing, route

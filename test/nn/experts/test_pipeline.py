@@ -56,7 +56,7 @@ def test_route_compiles(device):
 
 def test_refusals_of_route():
     ids = torch.zeros(3, K, dtype=torch.int64)
-    with pytest.raises(TypeError, match="expert ids are integers"):
+    with pytest.raises(TypeError, match="expert ids must be integers"):
         ops.route(ids.float(), E)
     with pytest.raises(ValueError, match=r"\[T, k\]"):
         ops.route(ids.flatten(), E)

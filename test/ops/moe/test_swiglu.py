@@ -395,18 +395,18 @@ def test_refusals():
         """\
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 TypeError: x has dtype torch.int32; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
-ValueError: x has shape (6, 7); its last axis holds as many gates as ups, so an even number of columns, at least 2
-ValueError: x has shape (6, 0); its last axis holds as many gates as ups, so an even number of columns, at least 2
-ValueError: x has shape (); its last axis holds as many gates as ups, so an even number of columns, at least 2
+ValueError: x has shape (6, 7); its last axis must hold as many gates as ups: an even number of columns, at least 2
+ValueError: x has shape (6, 0); its last axis must hold as many gates as ups: an even number of columns, at least 2
+ValueError: x has shape (); its last axis must hold as many gates as ups: an even number of columns, at least 2
 ValueError: alpha=nan; it must be a finite number
 ValueError: alpha=-inf; it must be a finite number
-TypeError: alpha is a Tensor; it is a Python number: of a tensor take .item() once, outside the training loop
-TypeError: alpha is a NoneType; it is a Python number: of a tensor take .item() once, outside the training loop
+TypeError: alpha is a Tensor; it must be a Python number: call .item() on a tensor once, outside the training loop
+TypeError: alpha is a NoneType; it must be a Python number: call .item() on a tensor once, outside the training loop
 ValueError: up_offset=inf; it must be a finite number
 ValueError: limit=0.0; it must be a positive number, or None for no clamp
 ValueError: limit=-7; it must be a positive number, or None for no clamp
 ValueError: limit=nan; it must be a positive number, or None for no clamp
-TypeError: limit is a str; it is a Python number: of a tensor take .item() once, outside the training loop
+TypeError: limit is a str; it must be a Python number: call .item() on a tensor once, outside the training loop
 TypeError: offs has dtype torch.int64; end offsets are int32: use offs.int()
 ValueError: offs is on meta and x on cpu; move one with .to(device)
 ValueError: offs has shape (1, 2); it must be [E], the end offsets of one group or more: use the cumulative sum of the groups' row counts

@@ -265,5 +265,5 @@ def test_refusals():
         refusals(calls, errors),
         """\
 TypeError: x has dtype torch.float32; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave compute_dtype out
-ValueError: the weight has N=72 rows, not a multiple of 16, which the 8-bit GEMMs want of every axis: pad the weight, or leave compute_dtype out""",
+ValueError: the weight has N=72 rows, but the 8-bit GEMMs need a multiple of 16 along every axis: pad the weight, or leave compute_dtype out""",
     )

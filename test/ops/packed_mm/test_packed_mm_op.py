@@ -343,14 +343,14 @@ ValueError: bias has shape (44,); a grouped product with 4 experts of 44 columns
 ValueError: bias has shape (4, 64); a grouped product with 4 experts of 44 columns takes a bias [4, 44]
 ValueError: bias is on meta and x on cpu; move one with .to(device)
 TypeError: order has dtype torch.float32; row numbers are int32: use order.int()
-ValueError: order has shape (11,) and there are 6 token(s); it is [T * k], the argsort of the flattened [T, k] expert ids
-ValueError: order has shape (0,) and there are 6 token(s); it is [T * k], the argsort of the flattened [T, k] expert ids
-ValueError: order has shape (1, 12) and there are 6 token(s); it is [T * k], the argsort of the flattened [T, k] expert ids
+ValueError: order has shape (11,) for 6 token(s); it must be [T * k], the argsort of the flattened [T, k] expert ids
+ValueError: order has shape (0,) for 6 token(s); it must be [T * k], the argsort of the flattened [T, k] expert ids
+ValueError: order has shape (1, 12) for 6 token(s); it must be [T * k], the argsort of the flattened [T, k] expert ids
 ValueError: order is on meta and x on cpu; move one with .to(device)
-ValueError: strategy='fastest' is none of auto, fused, unpack, fused8, unpack8
-ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fastest'; it must be one of auto, fused, unpack, fused8, unpack8
+ValueError: strategy='unpack8' with compute_dtype=None; only fused8 and unpack8 compute in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
-ValueError: strategy='unpack' with an activation; this product is computed in one way only: leave strategy out""",
+ValueError: strategy='unpack' with an activation; this product has only one strategy: leave strategy out""",
     )
 
 
@@ -376,9 +376,9 @@ ValueError: bias has shape (64,); the product has 44 columns and takes a bias [4
 ValueError: bias has shape (1, 44); the product has 44 columns and takes a bias [44]
 ValueError: bias is on meta and x on cpu; move one with .to(device)
 ValueError: qdata has shape (44, 32) and scale (44, 1); in mxfp4 a scale covers 16 bytes of the last axis and the other axes are equal: pass the two results of one quantize
-ValueError: strategy='unpack' with an activation; these products are computed in one way only: leave strategy out
-ValueError: strategy='fused' with a batch of weights; these products are computed in one way only: leave strategy out
-ValueError: strategy=None is none of auto, fused, unpack, fused8, unpack8""",
+ValueError: strategy='unpack' with an activation; these products have only one strategy: leave strategy out
+ValueError: strategy='fused' with a batch of weights; these products have only one strategy: leave strategy out
+ValueError: strategy=None; it must be one of auto, fused, unpack, fused8, unpack8""",
     )
 
 
@@ -442,20 +442,20 @@ TypeError: lora_a has dtype torch.float64; adapters are bfloat16, float16 or flo
 TypeError: lora_b has dtype torch.int32; adapters are bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
 ValueError: lora_a is on meta and x on cpu; move one with .to(device)
 ValueError: lora_b is on meta and x on cpu; move one with .to(device)
-TypeError: scaling is a Tensor; it is a Python number: use .item() once, outside the training loop, or multiply lora_b by it
+TypeError: scaling is a Tensor; it must be a Python number: use .item() once, outside the training loop, or multiply lora_b by it
 TypeError: x has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: x has shape (6, 63); the weight reduces over 64 elements, which x's last axis must have
-ValueError: compute_dtype=torch.bfloat16; it is None (x's dtype) or torch.float8_e4m3fn
-ValueError: grad_compute_dtype=torch.float16; it is None or torch.bfloat16 (x's dtype), torch.float8_e4m3fn or torch.float8_e5m2
+ValueError: compute_dtype=torch.bfloat16; it must be None (x's dtype) or torch.float8_e4m3fn
+ValueError: grad_compute_dtype=torch.float16; it must be None or torch.bfloat16 (x's dtype), torch.float8_e4m3fn or torch.float8_e5m2
 ValueError: grad_compute_dtype=torch.bfloat16 and x has dtype torch.float32; gradients have x's dtype: convert x, or leave grad_compute_dtype out
 ValueError: grad_compute_dtype=torch.float8_e5m2 without a compute_dtype; give compute_dtype=torch.float8_e4m3fn too
 TypeError: x has dtype torch.float32; the 8-bit GEMMs return bfloat16: use x.bfloat16(), or leave compute_dtype out
-ValueError: compute_dtype=torch.float8_e4m3fn with a weight in nvfp4; it takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, or use MXFP4
-ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
-ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: compute_dtype=torch.float8_e4m3fn with a weight in nvfp4; only MXFP4 weights convert to e4m3 without loss: leave compute_dtype out, or use MXFP4
+ValueError: strategy='unpack8' with compute_dtype=None; only fused8 and unpack8 compute in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; only fused8 and unpack8 compute in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: lora_a has shape (5, 64) and lora_b (44, 5); a weight [4, 44, 64] takes lora_a [4, r, 64] and lora_b [4, 44, r]
 ValueError: lora_a has shape (3, 5, 64) and lora_b (3, 44, 5); a weight [4, 44, 64] takes lora_a [4, r, 64] and lora_b [4, 44, r]
-ValueError: grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 alone: use torch.float8_e4m3fn, or leave grad_compute_dtype out
+ValueError: grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes only e4m3: use torch.float8_e4m3fn, or leave grad_compute_dtype out
 ValueError: the weight has shape (4, 44, 32) (packed); lora_matmul takes W [N, K]: for experts use lora_grouped_mm
 ValueError: x has shape (6, 64), the weight (44, 32) (packed) and offs (4,); a grouped product takes x [R, K], a weight [E, N, K] and offs [E]""",
     )  # fmt: skip
@@ -479,13 +479,13 @@ def test_refusals_of_combine():
             ]
         ),
         """\
-ValueError: y has shape (5, 64) and weights (3, 2); they are [T * k, C] and [T, k], k at least 1
-ValueError: y has shape (6, 64) and weights (6,); they are [T * k, C] and [T, k], k at least 1
-TypeError: y has dtype torch.float64 and weights torch.float32; both are bfloat16, float16 or float32: convert them
-TypeError: y has dtype torch.float32 and weights torch.int32; both are bfloat16, float16 or float32: convert them
+ValueError: y has shape (5, 64) and weights (3, 2); they must be [T * k, C] and [T, k], k at least 1
+ValueError: y has shape (6, 64) and weights (6,); they must be [T * k, C] and [T, k], k at least 1
+TypeError: y has dtype torch.float64 and weights torch.float32; both must be bfloat16, float16 or float32: convert them
+TypeError: y has dtype torch.float32 and weights torch.int32; both must be bfloat16, float16 or float32: convert them
 ValueError: weights is on meta and x on cpu; move one with .to(device)
 TypeError: order has dtype torch.float32; row numbers are int32: use order.int()
-ValueError: order has shape (9,) and y (6, 64); there is one number a row
-ValueError: order has shape (5,) and there are 3 token(s); it is [T * k], the argsort of the flattened [T, k] expert ids
-ValueError: y has shape (0, 64) and weights (3, 0); they are [T * k, C] and [T, k], k at least 1""",
+ValueError: order has shape (9,) and y (6, 64); order needs one number per row
+ValueError: order has shape (5,) for 3 token(s); it must be [T * k], the argsort of the flattened [T, k] expert ids
+ValueError: y has shape (0, 64) and weights (3, 0); they must be [T * k, C] and [T, k], k at least 1""",
     )

@@ -348,7 +348,7 @@ ValueError: forms=('row_values',) with row=None; give row a QuantizeSpec
 TypeError: the output has dtype torch.float64; block formats are quantized from and dequantized to bfloat16, float16 or float32: convert it with .to(torch.bfloat16) first
 ValueError: mxfp8_e4m3 has no per-tensor scale; leave per_tensor_scale out
 ValueError: per_tensor_scale has shape (1,); it must be 0-d, or [E, 1, 1] for x [E, M, K]: x has shape (40, 64)
-ValueError: a seed with nvfp4; stochastic rounding is to 8-bit elements: leave the seed out, or take an MXFP8 format
+ValueError: got a seed with nvfp4; stochastic rounding needs 8-bit elements: leave the seed out, or use an MXFP8 format
 ValueError: seed is a 0-d torch.int32 tensor on cpu; it must be 0-d, torch.int64 and on x's device, cpu
 ValueError: index is a 1-d torch.int64 tensor on cpu; it must be 1-d, torch.int32 and on x's device, cpu
 ValueError: index is a 1-d torch.int32 tensor on meta; it must be 1-d, torch.int32 and on x's device, cpu""",

@@ -1,5 +1,5 @@
-"""Products of two operands in blocks, which GPUs of compute capability 10.0 multiply as they are.
+"""Products of two block-quantized operands, which GPUs of compute capability 10.0 multiply without decoding.
 
-``dense`` and ``grouped`` are ops that multiply natively or emulate; ``native`` says whether a device's native
-product can be trusted; ``recipe_linear`` is the linear layer of the NVFP4 / MXFP8 recipe, an op a direction.
+``dense`` and ``grouped`` are ops that multiply natively or emulate. ``native`` decides whether to trust a
+device's native product. ``recipe_linear`` is the NVFP4 / MXFP8 recipe's linear layer, one op per direction.
 """

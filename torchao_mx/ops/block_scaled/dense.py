@@ -1,19 +1,18 @@
-"""block_scaled_mm: the product of two operands quantized in blocks along the axis that it reduces.
+"""block_scaled_mm: the product of two operands quantized in blocks along the reduced axis.
 
 The seam between a recipe and the hardware::
 
     a [R, C], b [S, C]  ->  a b^T [R, S]
 
 *Native*, on GPUs of compute capability 10.0 and newer (Blackwell): torch's scaled matmul on the packed
-operands, block scales and all. *Emulated*, everywhere else: the operands' values, in the product's dtype, and
-the vendor's GEMM. (8-bit tensor cores without block scales take one scale a row, in which neither format
-fits.) MXFP8 values are exact in bfloat16, 4 significant bits and a power of two, so that there the emulated
-product is that of the operands themselves, summed in fp32; NVFP4 values are rounded to the product's dtype, as
-in quantization-aware training. A caller asks :func:`takes_block_scaled_mm` and quantizes into the one form or
-the other.
+operands and their block scales. *Emulated*, everywhere else: the vendor's GEMM on the operands' values, in
+the product's dtype. (8-bit tensor cores without block scales take one scale per row, which fits neither
+format.) MXFP8 values are exact in bfloat16 (4 significant bits and a power of two), so there the emulated
+product is that of the operands themselves, summed in fp32. NVFP4 values are rounded to the product's dtype,
+as in quantization-aware training. Callers ask :func:`takes_block_scaled_mm` which form to quantize into.
 
-The native product has run on no GPU yet: its dispatch and the layout that it hands over are tested on the CPU, and
-``block_scaled/native.py`` compares it before its first use.
+The native product is untested on GPUs: its dispatch and its operand layout are tested on the CPU, and
+``block_scaled/native.py`` checks it before its first use.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.packed_mm.matmul import product
 from torchao_mx.ops.quantization.dequantize import dequantize_op
 
-ROW_BYTES = 16  # what rows of packed elements are a multiple of, for the vendor's GEMM
+ROW_BYTES = 16  # the vendor's GEMM needs rows of packed elements in multiples of this
 
 
 class Operand(NamedTuple):
     """A matrix ``[R, C]`` in blocks along C: ``packed``, or as ``values [R, C]``.
 
-    ``packed`` is ``(qdata, scale)`` of C up to whole blocks; what is added there is zeros.
+    ``packed`` is ``(qdata, scale)`` with C padded with zeros to whole blocks.
     """
 
     format: BlockFormat
@@ -46,9 +45,9 @@ class Operand(NamedTuple):
     values: torch.Tensor | None = None
 
     def decoded(self, dtype: torch.dtype, columns: int) -> torch.Tensor:
-        """The values ``[R, columns]``; those of packed ones as the transpose of a contiguous matrix.
+        """Return the values ``[R, columns]``; packed ones as the transpose of a contiguous matrix.
 
-        That is how a plain layer's GEMM for the weight's gradient has its operands.
+        A plain layer's GEMM for the weight's gradient has its operands in that layout.
         """
         if self.values is not None:
             return self.values
@@ -59,9 +58,9 @@ class Operand(NamedTuple):
 def takes_block_scaled_mm(
     x: torch.Tensor, columns: int, formats: tuple[BlockFormat, BlockFormat]
 ) -> bool:
-    """Whether products in x's dtype that reduce ``columns`` elements, of these formats, run natively.
+    """Whether products in x's dtype that reduce ``columns`` elements run natively for these formats.
 
-    torch's scaled matmul gives bfloat16 here, and multiplies no two E5M2 operands.
+    torch's scaled matmul returns bfloat16 here, and does not multiply two E5M2 operands.
     """
     return (
         x.dtype == torch.bfloat16
@@ -72,7 +71,7 @@ def takes_block_scaled_mm(
 
 
 class Arguments(NamedTuple):
-    """Those of the op, in its schema's order: two packed operands ``[R, C]`` and ``[S, C]``, y's dtype."""
+    """The op's arguments, in its schema's order: packed operands ``[R, C]`` and ``[S, C]``, and y's dtype."""
 
     a_qdata: torch.Tensor
     a_scale: torch.Tensor
@@ -107,9 +106,10 @@ def _native_product(*args: Any) -> torch.Tensor:
 def scaling_of(
     fmt: BlockFormat, blocked: torch.Tensor, per_tensor_scale: torch.Tensor | None
 ) -> tuple[list[torch.Tensor], list[F.ScalingType], list[F.SwizzleType]]:
-    """Scales as ``F.scaled_mm`` takes them: of blocks in tiles of 128 x 4, then the per-tensor one.
+    """Return the scales for ``F.scaled_mm``: block scales in tiles of 128 x 4, then the per-tensor scale.
 
-    The tiles are cuBLAS's "1D block scaling factors layout", which torchao's ``to_blocked`` makes of bytes.
+    The tiles are cuBLAS's "1D block scaling factors layout", which torchao's ``to_blocked`` produces from
+    bytes.
     """
     by_block = F.ScalingType.BlockWise1x16 if fmt.block_size == 16 else F.ScalingType.BlockWise1x32
     scales = [blocked.view(fmt.scale_dtype)]
@@ -137,7 +137,7 @@ def _cuda(*args: Any) -> torch.Tensor:
     return (_native_product if _is_native(args[0].device) else _decoded)(*args)
 
 
-# An op, so that torch.compile does not look into it: inductor's lowering of scaled_mm refuses swizzled scales.
+# An op keeps torch.compile out: inductor's lowering of scaled_mm refuses swizzled scales.
 block_scaled_mm_op = define_op(
     "block_scaled_mm",
     "(Tensor a_qdata, Tensor a_scale, Tensor? a_per_tensor, Tensor b_qdata, Tensor b_scale,"
@@ -151,12 +151,12 @@ block_scaled_mm_op = define_op(
 def block_scaled_mm(
     a: Operand, b: Operand, dtype: torch.dtype, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``a b^T + bias``, ``[R, S]`` in ``dtype``; natively where both operands are packed and the GPU can.
+    """Return ``a b^T + bias``, ``[R, S]`` in ``dtype``; native if both operands are packed and the GPU can.
 
     Args:
         a: ``[R, C]``.
         b: ``[S, C]``.
-        dtype: of the product, and of the operands' values.
+        dtype: the dtype of the product and of the operands' values.
         bias: ``[S]``, in ``dtype``.
     """
     if a.values is None and b.values is None:
@@ -175,7 +175,7 @@ def block_scaled_mm(
 
 
 def _examples(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Native products and decoded ones, of rows that are no whole tiles of scales."""
+    """Return pairs of native and decoded products, with rows that do not fill whole scale tiles."""
     pairs = []
     for fmt in (NVFP4, MXFP8_E4M3):
         a, b = (native.example(fmt, device, rows, 192) for rows in (203, 160))

@@ -1,17 +1,17 @@
-"""grouped_block_scaled_mm: ``block_scaled_mm`` by groups, the products of experts.
+"""grouped_block_scaled_mm: ``block_scaled_mm`` by groups, for the products of experts.
 
-The groups lie along an axis of ``a``, one behind the other; int32 end offsets stay on the device::
+The groups lie along an axis of ``a``, one after the other; int32 end offsets stay on the device::
 
     a [R, C], b [E, S, C]  ->  [R, S]     groups of rows: those of group e times b[e]^T, plus bias[e]
     a [R, C], b [S, C]     ->  [E, R, S]  groups of columns: a[:, group e] b[:, group e]^T
 
-Both operands are packed in blocks along C. *Native*, on GPUs of compute capability 10.0 and newer: torch's scaled
-grouped matmul, for two operands in NVFP4 or in MXFP8 with E4M3 elements. It takes the block scales of each
-group by itself in tiles of 128 rows and 4 columns, groups completed to whole tiles; how many tiles there are is
-only known on the device, so that as many are made as there can be. *Decoded*, elsewhere and on the CPU.
+Both operands are packed in blocks along C. *Native*, on GPUs of compute capability 10.0 and newer: torch's
+scaled grouped matmul, for two operands in NVFP4 or in MXFP8 with E4M3 elements. It takes the block scales of
+each group separately, padded to whole tiles of 128 rows and 4 columns. The tile count is known only on the
+device, so the upper bound is allocated. *Decoded*, elsewhere and on the CPU.
 
-The native product has run on no GPU yet: its dispatch and its layout, byte for byte torchao's, are tested on the
-CPU, and ``block_scaled/native.py`` compares it before its first use.
+The native product is untested on GPUs: its dispatch and its layout (byte for byte torchao's) are tested on
+the CPU, and ``block_scaled/native.py`` checks it before its first use.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TILE_BYTES = TILE_ROWS * TILE_COLUMNS
 
 
 def takes_grouped_block_scaled_mm(x: torch.Tensor, columns: int, fmt: BlockFormat) -> bool:
-    """Whether products in x's dtype that reduce ``columns`` elements, both operands in ``fmt``, run natively."""
+    """Whether products in x's dtype over ``columns`` elements run natively, both operands in ``fmt``."""
     return (
         fmt in (NVFP4, MXFP8_E4M3)
         and x.dtype == torch.bfloat16
@@ -48,7 +48,7 @@ def takes_grouped_block_scaled_mm(x: torch.Tensor, columns: int, fmt: BlockForma
 
 
 class Arguments(NamedTuple):
-    """Those of the op, in its schema's order: per-tensor scales 0-d (a) and ``[E, 1, 1]`` (b), bias ``[E, S]``."""
+    """The op's arguments, in schema order: per-tensor scales 0-d (a) and ``[E, 1, 1]`` (b), bias ``[E, S]``."""
 
     a_qdata: torch.Tensor
     a_scale: torch.Tensor
@@ -67,26 +67,26 @@ class Arguments(NamedTuple):
 
 
 def blocked_rows(scale: torch.Tensor, offs: torch.Tensor) -> torch.Tensor:
-    """Scale bytes ``[R, B]`` in groups of rows, in tiles: ``[P, B']``, P and B' whole tiles."""
+    """Tile the scale bytes ``[R, B]`` of groups of rows: ``[P, B']``, P and B' whole tiles."""
     index, _ = completed_groups(offs, scale.shape[0], TILE_ROWS)
     rows = scale[index.clamp(min=0)].where((index >= 0)[:, None], 0)
     return to_blocked(rows).view(index.shape[0], -1)
 
 
 def blocked_experts(scale: torch.Tensor) -> torch.Tensor:
-    """Scale bytes ``[E, S, B]``, each expert's in tiles: ``[E, S' B']``."""
+    """Tile the scale bytes ``[E, S, B]`` of each expert: ``[E, S' B']``."""
     experts, rows, _ = scale.shape
     whole = F.pad(scale, (0, 0, 0, -rows % TILE_ROWS))
     return to_blocked(whole.flatten(0, 1)).view(experts, -1)
 
 
 def blocked_columns(scale: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-    """Scale bytes ``[S, B]`` in groups of columns, in tiles: ``[S', B']``, where a group's tiles are contiguous."""
+    """Tile the scale bytes ``[S, B]`` of groups of columns: ``[S', B']``, each group's tiles contiguous."""
     index, ends = completed_groups(ends, scale.shape[1], TILE_COLUMNS)
     columns = scale[:, index.clamp(min=0)].where(index >= 0, 0)
     tiles = to_blocked(columns).view(-1, index.shape[0] // TILE_COLUMNS, TILE_BYTES)
     n_rows, n_columns, _ = tiles.shape
-    # The tile that comes p-th is of a group e: of its row of tiles r, the c-th.
+    # Tile p belongs to a group e: it is the c-th tile of that group's tile row r.
     end = ends // TILE_COLUMNS
     start = F.pad(end[:-1], (1, 0))
     place = torch.arange(n_rows * n_columns, dtype=torch.int32, device=scale.device)
@@ -95,7 +95,7 @@ def blocked_columns(scale: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
     width = (end - start)[group].clamp(min=1)
     local = place - start[group] * n_rows
     row, column = local // width, start[group] + local % width
-    # Behind the last group are tiles that nothing reads.
+    # Nothing reads the tiles after the last group.
     source = (row * n_columns + column).clamp(max=n_rows * n_columns - 1)
     return tiles.flatten(0, 1)[source].view(n_rows * TILE_ROWS, -1)
 
@@ -153,8 +153,8 @@ def _cuda(*args: Any) -> torch.Tensor:
     return (_native_product if _is_native(args[0].device) else _decoded_product)(*args)
 
 
-# Of packed operands and end offsets: in elements, along the axis that is grouped. Rows behind the last group are zero,
-# columns behind it count for nothing; a group of columns is whole blocks.
+# Takes packed operands and end offsets, in elements along the grouped axis. Rows after the last group are
+# zero, columns after it are ignored; a group of columns is whole blocks.
 grouped_block_scaled_mm_op = define_op(
     "grouped_block_scaled_mm",
     "(Tensor a_qdata, Tensor a_scale, Tensor? a_per_tensor, Tensor b_qdata, Tensor b_scale,"
@@ -166,7 +166,7 @@ grouped_block_scaled_mm_op = define_op(
 
 
 def _examples(device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Native products and decoded ones: groups of rows in both formats, and of columns; one group is empty."""
+    """Return (native, decoded) products: groups of rows in both formats, and of columns; one is empty."""
     rows = torch.tensor([3, 3, 150, 203], dtype=torch.int32, device=device)
     columns = torch.tensor([32, 32, 192, 352], dtype=torch.int32, device=device)
     pairs = []

@@ -1,8 +1,8 @@
-"""Whether the block-scaled products of a GPU and of this build of torch are to be used.
+"""Decides whether to use the native block-scaled products of a GPU and this build of torch.
 
-They have run on no GPU of this library's yet. So they are not taken on trust: before their first use on a device
-a small product is computed natively and from decoded operands, once, and where torch has no kernel for it
-or the two differ, a warning says so and products are emulated, as on every other GPU.
+These products are untested on GPUs, so they are not trusted. On first use per device, a small native product
+is checked against the one of decoded operands. If torch has no kernel for it or the two differ, a warning
+says so and products are emulated, as on every other GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ Products = Callable[[torch.device], list[tuple[torch.Tensor, torch.Tensor]]]
 
 
 def has_block_scaled_gemms(device: torch.device) -> bool:
-    """Whether the GPU multiplies block-scaled operands itself."""
+    """Whether the GPU multiplies block-scaled operands natively."""
     return device.type == "cuda" and capability(device.index) >= MIN_CAPABILITY
 
 
 def seam(name: str, products: Products) -> Callable[[torch.device], bool]:
-    """A function that says whether a device has the products called ``name``, and they are verified."""
+    """Return a function that tells whether a device has the products ``name``, and they are verified."""
 
     @torch.compiler.assume_constant_result
     def is_native(device: torch.device) -> bool:
@@ -38,7 +38,7 @@ def seam(name: str, products: Products) -> Callable[[torch.device], bool]:
 
 
 def example(fmt: BlockFormat, device: torch.device, *shape: int) -> tuple[torch.Tensor | None, ...]:
-    """A packed operand of ``products``: its elements, block scales and per-tensor scale, one for each expert."""
+    """Return a packed operand for ``products``: elements, block scales, and a per-tensor scale per expert."""
     g = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(shape, generator=g).to(device, torch.bfloat16)
     pts = per_tensor_scale_op(x, fmt.name, x.dim() == 3, None) if fmt.has_per_tensor_scale else None
@@ -46,10 +46,10 @@ def example(fmt: BlockFormat, device: torch.device, *shape: int) -> tuple[torch.
 
 
 def is_verified(name: str, device: torch.device, products: Products) -> bool:
-    """Whether ``products(device)``, pairs of a native result and the decoded operands', agree.
+    """Whether the pairs of native and decoded results from ``products(device)`` agree.
 
-    Found at the first call for a device, which waits for the GPU; False, for this once, while a CUDA graph is
-    captured.
+    The check runs on the first call per device and waits for the GPU. While a CUDA graph is captured, the
+    answer is False, for that call only.
     """
     verdict = _verdicts.get((name, device))
     if verdict is None:
@@ -64,7 +64,7 @@ def _agree(name: str, device: torch.device, products: Products) -> bool:
         with torch.no_grad():
             pairs = [(got.double(), want.double()) for got, want in products(device)]
         errors = [(got - want).norm() / want.norm() for got, want in pairs]
-        worst = float(torch.stack(errors).max())  # a NaN is the largest
+        worst = float(torch.stack(errors).max())  # a NaN counts as the largest
     except (RuntimeError, ValueError) as error:  # NotImplementedError is a RuntimeError
         reason = f"torch refuses it: {str(error).splitlines()[0]}"
     else:

@@ -1,8 +1,8 @@
-"""A linear layer's step whose products have operands quantized to one format forward and to another backward.
+"""A linear layer's training step: operands are quantized to one format in forward, to another in backward.
 
-One op for each direction, so that a step of small kernels costs its launches and not their planning
-(``core/replay.py``). X, W and dY are each read once for all forms that they are needed in, and X and W once more
-before where the format has a per-tensor scale. What they compute is ``reference.recipe_products``.
+There is one op per direction, so that a step of small kernels costs its launches and not their planning
+(``core/replay.py``). X, W and dY are each read once for all required forms; X and W are read once more before
+that if the format has a per-tensor scale. The ops compute ``reference.recipe_products``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torchao_mx.ops.core.replay import replayed
 from torchao_mx.ops.quantization.quantize import per_tensor_scale_op
 from torchao_mx.ops.quantization.quantize_both import quantize_both_op, unflattened
 
-_Spec = tuple[str, str]  # format and scaling mode, as matmul.spec_strings has them
+_Spec = tuple[str, str]  # format and scaling mode, as from matmul.spec_strings
 
 
 def _quantized(
@@ -32,7 +32,7 @@ def _quantized(
     packed_columns: bool,
     seed: torch.Tensor | None = None,
 ) -> tuple[Operand | None, Operand | None]:
-    """``x [R, C]`` as an operand ``[R, C]`` in blocks along C, and as one ``[C, R]`` in blocks along R."""
+    """Quantize ``x [R, C]`` to operands ``[R, C]``, in blocks along C, and ``[C, R]``, in blocks along R."""
     forms = []
     if row is not None:
         forms.append("rows" if packed_rows else "row_values")
@@ -79,7 +79,7 @@ class Forward(NamedTuple):
 
 
 def _forward(*args: Any) -> list[torch.Tensor]:
-    """Y and, if they are to be kept for dW, the packed columns of x."""
+    """Return Y and, if they are kept for dW, the packed columns of x."""
     a = Forward(*args)
     x, native = a.x, a.native
     x_rows, x_columns = _quantized(
@@ -120,7 +120,7 @@ recipe_linear_op = define_op(
 
 
 class Backward(NamedTuple):
-    """Backward's arguments, in its schema's order: what a gradient takes is given if that is wanted."""
+    """Backward's arguments, in its schema's order; the inputs of an unwanted gradient are None."""
 
     dy: torch.Tensor
     weight: torch.Tensor | None
@@ -145,7 +145,7 @@ class Backward(NamedTuple):
 
 
 def _backward(*args: Any) -> list[torch.Tensor]:
-    """Those of dX, dW and dbias that are wanted."""
+    """Return the requested ones of dX, dW and dbias."""
     a = Backward(*args)
     dy, needs_dx, needs_dw = a.dy, a.weight is not None, a.x_qdata is not None
     options = {"packed_rows": a.native, "packed_columns": a.native}

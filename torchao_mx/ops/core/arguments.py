@@ -1,4 +1,4 @@
-"""What the verbs of products check before an op runs, and the forms they bring operands into."""
+"""Argument checks of the product verbs, and conversion of operands to the form that ops take."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchao_mx.formats import BlockFormat, QuantizeSpec, ScaleCalculationMode, 
 
 
 def product_sizes(qdata: torch.Tensor, fmt: BlockFormat, transpose_weight: bool) -> tuple[int, int]:
-    """What a product with ``W`` reduces over, and how many columns it leaves."""
+    """Return the reduced size of a product with ``W`` and its number of columns."""
     n, k = qdata.shape[-2], qdata.shape[-1] * fmt.elems_per_byte
     return (k, n) if transpose_weight else (n, k)
 
@@ -31,10 +31,10 @@ def as_rows(x: torch.Tensor) -> torch.Tensor:
 def operands(
     x: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """x in the dtype that the product is computed in (autocast's or its own), and the bias likewise."""
+    """Cast x and the bias to the dtype that the product is computed in (autocast's, or x's own)."""
     check_tensors(x=x, optional={"bias": bias})
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):  # there is no autocast for meta
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta has no autocast
         x = x.to(torch.get_autocast_dtype(device)) if x.is_floating_point() else x
     check_high_precision(x.dtype, "x")
     return x, None if bias is None else bias.to(x.dtype)
@@ -43,7 +43,7 @@ def operands(
 def check_product(
     x: torch.Tensor, weight: torch.Tensor, columns: int, activation: QuantizeSpec | None
 ) -> None:
-    """Refuse an x that does not multiply the weight, or that ``activation`` cannot quantize."""
+    """Refuse an x that does not fit the weight, or that ``activation`` cannot quantize."""
     if x.dim() == 0 or x.shape[-1] != columns:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; the weight reduces over {columns} elements, which x's last "
@@ -66,17 +66,17 @@ def check_weight(
     per_tensor_scale: torch.Tensor | None,
     fmt: BlockFormat,
 ) -> None:
-    """Refuse tensors that are no weight of ``fmt``."""
+    """Refuse tensors that do not form a weight of ``fmt``."""
     check_packed(qdata, scale, per_tensor_scale, fmt)
     if qdata.dim() not in (2, 3):
         raise ValueError(
-            f"qdata has shape {tuple(qdata.shape)}; a weight is [N, K], or [E, N, K] of experts: flatten or "
+            f"qdata has shape {tuple(qdata.shape)}; a weight is [N, K], or [E, N, K] for experts: flatten or "
             f"unsqueeze it"
         )
 
 
 def dense_bias(bias: torch.Tensor | None, columns: int, x: torch.Tensor) -> torch.Tensor | None:
-    """``bias`` as ``[columns]``; one number is expanded to that."""
+    """Return ``bias`` as ``[columns]``, expanding a single number."""
     if bias is None:
         return None
     check_tensors(bias=bias)
@@ -99,7 +99,7 @@ def check_groups(
     bias: torch.Tensor | None,
     columns: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """``offs`` and ``order``, as int32; refuse operands that make no grouped product."""
+    """Return ``offs`` and ``order`` as int32; refuse operands that do not form a grouped product."""
     check_tensors(offs=offs, optional={"order": order, "bias": bias})
     if x.dim() != 2 or weight.dim() != 3 or offs.shape != weight.shape[:1]:
         raise ValueError(
@@ -111,21 +111,21 @@ def check_groups(
         check_on_device_of(x, bias, "bias")
         if bias.shape != (weight.shape[0], columns):
             raise ValueError(
-                f"bias has shape {tuple(bias.shape)}; a grouped product with {weight.shape[0]} experts "
-                f"of {columns} columns takes a bias [{weight.shape[0]}, {columns}]"
+                f"bias has shape {tuple(bias.shape)}; a grouped product with {weight.shape[0]} experts of "
+                f"{columns} columns takes a bias [{weight.shape[0]}, {columns}]"
             )
     return offs, None if order is None else check_order(order, x.shape[0], x)
 
 
 def check_order(order: torch.Tensor, n_tokens: int, x: torch.Tensor) -> torch.Tensor:
-    """``order`` as int32, refused where it cannot be a permutation of k rows a token."""
+    """Return ``order`` as int32; refuse one that cannot be a permutation of k rows per token."""
     if order.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"order has dtype {order.dtype}; row numbers are int32: use order.int()")
     check_on_device_of(x, order, "order")
     rows = order.shape[0] if order.dim() == 1 else -1
     if (rows != 0) if n_tokens == 0 else (rows < n_tokens or rows % n_tokens):
         raise ValueError(
-            f"order has shape {tuple(order.shape)} and there are {n_tokens} token(s); it is [T * k], the "
+            f"order has shape {tuple(order.shape)} for {n_tokens} token(s); it must be [T * k], the "
             f"argsort of the flattened [T, k] expert ids"
         )
     return order.int()
@@ -140,7 +140,7 @@ def adapters_of(
     scaling: float,
     transpose_weight: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(down, up)`` of the op; refuses adapters that do not fit the weight."""
+    """Return the op's ``(down, up)``; refuse adapters that do not fit the weight."""
     check_tensors(lora_a=lora_a, lora_b=lora_b)
     *lead, n, packed = qdata.shape
     k = packed * fmt.elems_per_byte
@@ -164,7 +164,7 @@ def adapters_of(
         )
     if not isinstance(scaling, (int, float)):
         raise TypeError(
-            f"scaling is a {type(scaling).__name__}; it is a Python number: use .item() once, outside the "
+            f"scaling is a {type(scaling).__name__}; it must be a Python number: use .item() once, outside the "
             f"training loop, or multiply lora_b by it"
         )
     return (lora_a, lora_b) if transpose_weight else (lora_b.mT, lora_a.mT)
@@ -177,7 +177,7 @@ def check_operand(
     axis: int,
     per_tensor_scale: torch.Tensor | None,
 ) -> None:
-    """Refuse what :func:`quantize` and ``fake_quantize`` cannot take, before any kernel runs."""
+    """Refuse arguments that :func:`quantize` and ``fake_quantize`` cannot take, before any kernel runs."""
     check_tensors(x=x, optional={"per_tensor_scale": per_tensor_scale})
     check_format(fmt)
     check_scaling_mode(scaling_mode)
@@ -191,7 +191,7 @@ def check_operand(
 def check_per_tensor_scale(
     per_tensor_scale: torch.Tensor, fmt: BlockFormat, x: torch.Tensor
 ) -> None:
-    """Refuse a per-tensor scale that ``fmt`` has not, or of a shape that does not fit ``x``."""
+    """Refuse a per-tensor scale if ``fmt`` has none or its shape does not fit ``x``."""
     if not fmt.has_per_tensor_scale:
         raise ValueError(f"{fmt.name} has no per-tensor scale; leave per_tensor_scale out")
     if per_tensor_scale.dtype != torch.float32:
@@ -213,12 +213,12 @@ def check_packed(
     per_tensor_scale: torch.Tensor | None,
     fmt: BlockFormat,
 ) -> None:
-    """Refuse what are no results of :func:`quantize` in ``fmt``: kernels would read beyond them."""
+    """Refuse tensors that :func:`quantize` does not return for ``fmt``: kernels would read out of bounds."""
     check_tensors(qdata=qdata, scale=scale, optional={"per_tensor_scale": per_tensor_scale})
     check_format(fmt)
     if qdata.dtype != fmt.qdata_dtype or scale.dtype != fmt.scale_dtype:
         raise TypeError(
-            f"{fmt.name} wants qdata of dtype {fmt.qdata_dtype} and scale of dtype {fmt.scale_dtype}; "
+            f"{fmt.name} needs qdata of dtype {fmt.qdata_dtype} and scale of dtype {fmt.scale_dtype}; "
             f"got {qdata.dtype} and {scale.dtype}: reinterpret bytes with .view(dtype)"
         )
     per_scale = fmt.block_size // fmt.elems_per_byte
@@ -240,5 +240,5 @@ NO_ACTIVATION = ("", "")
 
 
 def spec_strings(spec: QuantizeSpec | None) -> tuple[str, str]:
-    """A spec as an op schema carries it: format name and scaling mode, both empty for None."""
+    """Return a spec in its op-schema form: format name and scaling mode, both empty for None."""
     return NO_ACTIVATION if spec is None else (spec.format.name, spec.scaling_mode.value)

@@ -1,4 +1,4 @@
-"""What every launcher asks of the device and of its operand's layout."""
+"""Kernel launches, and the questions that every launcher asks about the device and its operands' layout."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ import triton.language as tl
 from torchao_mx.formats import MXFP8_E4M3, BlockFormat
 
 
-# Triton's own are functions for kernels too, and cost the host some microseconds a call.
+# Triton's own versions also serve kernels, and cost the host some microseconds per call.
 def cdiv(a: int, b: int) -> int:
-    """``a / b``, rounded up."""
+    """Return ``a / b``, rounded up."""
     return -(-a // b)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is at least n; 1 for n below."""
+    """Return the smallest power of two that is at least n, and at least 1."""
     return 1 << max(0, n - 1).bit_length()
 
 
 @functools.lru_cache
 def capability(index: int) -> tuple[int, int]:
-    """A GPU's compute capability; refuses one older than Ampere, and AMD's."""
-    if torch.version.hip is not None:  # inline PTX ends the process in Triton's AMD back end
+    """Return a GPU's compute capability; refuse GPUs older than Ampere, and AMD's."""
+    if torch.version.hip is not None:  # inline PTX kills the process in Triton's AMD back end
         raise NotImplementedError(
             f"cuda:{index} is a GPU of a ROCm build of torch ({torch.version.hip}); the Triton kernels need an "
             f"NVIDIA GPU of compute capability 8.0 (Ampere) or newer: move the tensors to the CPU, which has a "
@@ -47,7 +47,7 @@ def capability(index: int) -> tuple[int, int]:
 
 @torch.compiler.assume_constant_result
 def has_fp8_instructions(device: torch.device) -> bool:
-    """Whether conversions to and from fp8 are instructions there (Ada, Hopper and newer).
+    """Whether the device has instructions that convert to and from fp8 (Ada, Hopper and newer).
 
     False on the CPU, where the kernels run in Triton's interpreter.
     """
@@ -56,14 +56,14 @@ def has_fp8_instructions(device: torch.device) -> bool:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """How many programs run at once, at least; 1 on the CPU, in Triton's interpreter."""
+    """Return how many programs run at once, at least; 1 on the CPU, in Triton's interpreter."""
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-# What Triton does not document (``compiled[grid]``, its ``run``, knobs) stands in this file alone. How arguments are
-# passed is known of these releases; every other one gets Triton's own ``kernel[grid]``, and no recordings.
+# Triton's undocumented parts (``compiled[grid]``, its ``run``, knobs) are used in this file only. The argument
+# passing of these releases is known; others get Triton's own ``kernel[grid]``, and no recordings.
 SUPPORTED = ("3.6", "3.7")
 LAUNCHES_COMPILED = ".".join(triton.__version__.split(".")[:2]) in SUPPORTED
 
@@ -71,32 +71,32 @@ Launch = tuple[Any, tuple[int, ...], list[Any]]  # compiled kernel, grid, all ar
 
 
 class _Launches(threading.local):
-    """Where ``launched`` kernels of this thread are recorded, if anywhere; None stands for one that cannot be."""
+    """This thread's recorder of ``launched`` kernels, if any. It takes None for an unrepeatable launch."""
 
-    recording: Any = None  # has append(Launch | None)
+    recording: Any = None  # anything with append(Launch | None)
 
 
 launches = _Launches()
 
 
 class launched:
-    """Over ``triton.jit``: ``kernel[grid](*arguments, **constants_and_options)`` with less Python per launch.
+    """``triton.jit`` with less Python per launch: ``kernel[grid](*arguments, **constants_and_options)``.
 
-    Triton binds and specialises the arguments anew at each launch. Here they are reduced to what Triton
-    specialises on, its compiled kernel is looked up by that, and called. Constexpr parameters have to come last
-    and be given by name, all others by position. An argument may be a tuple of tensors, numbers and None, or of
-    numbers and tuples of numbers; Triton specialises their parts, whatever ``do_not_specialize`` says.
+    Triton binds and specialises the arguments at every launch. Here the arguments are reduced to the key that
+    Triton specialises on, which finds its compiled kernel. Constexpr parameters come last and are given by
+    name, all others by position. An argument may be a tuple of tensors, numbers and None, or of numbers and
+    tuples of numbers; Triton specialises the parts of a tuple in spite of ``do_not_specialize``.
     """
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
         self.compiled: dict[Any, Any] = {}
-        # Triton's interpreter has the function alone.
+        # Triton's interpreter exposes only the function.
         parameters = list(inspect.signature(kernel.fn).parameters.values())
         are_constants = ["constexpr" in str(p.annotation) for p in parameters]
         self.n_arguments = are_constants.index(True) if True in are_constants else len(parameters)
         if not all(are_constants[self.n_arguments :]):
-            raise TypeError(f"{kernel}: its constexpr parameters have to come last")
+            raise TypeError(f"{kernel}: its constexpr parameters must come last")
         self.constants = [p.name for p in parameters[self.n_arguments :]]
         self.is_interpreted = not hasattr(kernel, "params")
         functools.update_wrapper(self, kernel, updated=())
@@ -108,7 +108,7 @@ class launched:
         if len(arguments) != self.n_arguments:
             raise TypeError(
                 f"{self.__name__} takes {self.n_arguments} arguments by position and got "
-                f"{len(arguments)}; constexpr parameters and options are given by name"
+                f"{len(arguments)}; give constexpr parameters and options by name"
             )
         recording = launches.recording
         if self.is_interpreted:
@@ -133,7 +133,7 @@ class launched:
         compiled = self.compiled.get(key)
         values = [constants[name] for name in self.constants]
         if compiled is None:
-            capability(torch.cuda.current_device())  # before Triton sees the kernel
+            capability(torch.cuda.current_device())  # refuse the GPU before Triton sees the kernel
             compiled = self.kernel[grid](*arguments, **constants)
             if LAUNCHES_COMPILED:
                 self.compiled[key] = compiled
@@ -145,10 +145,10 @@ class launched:
 
 
 def runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """``launch(*arguments, stream)`` of a compiled kernel: ``compiled[grid]`` without a record for hooks.
+    """Return ``launch(*arguments, stream)`` of a compiled kernel: ``compiled[grid]`` without hook records.
 
-    Triton makes one at each launch, for profilers that may listen; where none does, it is a third of what a
-    launch costs the host.
+    Triton builds that record at each launch for any profiler that listens. Without a profiler, the record is
+    a third of the launch's cost on the host.
     """
     size = (*grid, 1, 1)[:3]
     run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
@@ -164,7 +164,7 @@ def runner(compiled: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def _specialisation(argument: Any) -> Any:
-    """What Triton compiles a kernel anew for, of one argument."""
+    """Return the part of an argument that makes Triton compile a kernel anew."""
     kind = type(argument)
     if kind is int:
         fits = -0x80000000 <= argument <= 0x7FFFFFFF
@@ -190,12 +190,12 @@ DOT_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.floa
 
 
 def bytes_of(t: torch.Tensor) -> torch.Tensor:
-    """A one-byte dtype viewed as uint8, which every kernel accepts."""
+    """View a one-byte dtype as uint8, which every kernel accepts."""
     return t if t.dtype == torch.uint8 else t.view(torch.uint8)
 
 
 def in_words(t: torch.Tensor, size: int) -> torch.Tensor:
-    """The bytes of ``t``, copied unless each row can be read as words of ``size`` bytes."""
+    """Return the bytes of ``t``, copied unless each row can be read as words of ``size`` bytes."""
     t = bytes_of(t)
     places = (t.data_ptr(), t.storage_offset(), *t.stride()[:-1])
     if t.stride(-1) == 1 and all(place % size == 0 for place in places):
@@ -204,7 +204,7 @@ def in_words(t: torch.Tensor, size: int) -> torch.Tensor:
 
 
 class KernelFormat(NamedTuple):
-    """A format as kernels take it: the constexpr ``FORMAT``.
+    """A format in the form that kernels take: the constexpr ``FORMAT``.
 
     ``scale`` is the format of the block scales' elements, or None for E8M0.
     """
@@ -223,12 +223,12 @@ class KernelFormat(NamedTuple):
 
     @property
     def nan_scale(self) -> int:
-        """The scale byte of a block of NaN."""
+        """The scale byte of a NaN block."""
         return 0xFF if self.scale is None else 0x7F
 
 
 def kernel_format(fmt: BlockFormat, has_fp8_instructions: bool) -> KernelFormat:
-    """``fmt`` for a device with or without instructions that convert to and from fp8."""
+    """Describe ``fmt`` for a device with or without instructions that convert to and from fp8."""
     elements = KernelFormat(
         fmt.exponent_bits,
         fmt.mantissa_bits,
@@ -243,19 +243,19 @@ def kernel_format(fmt: BlockFormat, has_fp8_instructions: bool) -> KernelFormat:
 
 
 def format_on(device: torch.device, fmt: BlockFormat) -> KernelFormat:
-    """``fmt`` as kernels on ``device`` take it."""
+    """Describe ``fmt`` for kernels on ``device``."""
     return kernel_format(fmt, has_fp8_instructions(device))
 
 
 def batched_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x [..., M, K]`` as ``[B, M, K]``; copies only where no strides can express the leading axes."""
+    """Return ``x [..., M, K]`` as ``[B, M, K]``; copies only if no strides can express the leading axes."""
     if x.dim() == 1:
         x = x.unsqueeze(0)
     return x.unsqueeze(0) if x.dim() == 2 else x.flatten(0, -3)
 
 
 def quantized_axis_is_contiguous(x_BMK: torch.Tensor) -> bool:
-    """Whether blocks along the last axis lie in neighbouring addresses (else: along the middle one)."""
+    """Whether blocks along the last axis lie in neighbouring addresses (otherwise: along the middle axis)."""
     return x_BMK.stride(2) == 1 or x_BMK.stride(1) != 1
 
 
@@ -270,7 +270,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(x_BMK: torch.Tensor, block_size: int) -> RowLayout:
-    """Copies the operand unless its rows are evenly spaced runs."""
+    """Describe an operand's rows, copying the operand unless its rows are evenly spaced runs."""
     batch, m, k = x_BMK.shape
     stride_b, stride_m, stride_k = x_BMK.stride()
     if stride_k != 1 or (batch > 1 and stride_b != m * stride_m):
@@ -281,7 +281,7 @@ def row_layout(x_BMK: torch.Tensor, block_size: int) -> RowLayout:
 
 
 def holds_bf16_pairs(x_BMK: torch.Tensor) -> bool:
-    """Whether a kernel can read ``x`` as int32 words of two bf16 values (it runs no interpreter)."""
+    """Whether a kernel can read ``x`` as int32 words of two bf16 values (the interpreter cannot)."""
     return (
         x_BMK.is_cuda
         and x_BMK.dtype == torch.bfloat16
@@ -292,12 +292,12 @@ def holds_bf16_pairs(x_BMK: torch.Tensor) -> bool:
 
 
 def per_tensor_kind(per_tensor_scale: torch.Tensor | None) -> str:
-    """How a kernel finds the per-tensor scale: ``"none"``, one for the ``"tensor"``, or per ``"expert"``."""
+    """Name the kind of per-tensor scale for kernels: ``"none"``, one per ``"tensor"`` or per ``"expert"``."""
     if per_tensor_scale is None:
         return "none"
     return "expert" if per_tensor_scale.dim() else "tensor"
 
 
 def rounds_products(fmt: BlockFormat) -> bool:
-    """Whether a value times its multiplier is rounded, so that no fma may skip the rounding."""
+    """Whether a value times its multiplier is rounded, so that an fma must not skip the rounding."""
     return fmt.scale_dtype != torch.float8_e8m0fnu

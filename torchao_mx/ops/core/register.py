@@ -11,9 +11,9 @@ import torch
 from torchao_mx import torch_internals
 
 NAMESPACE = "torchao_mx"
-_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as it does
-_ALIGNMENT = 16  # bytes: the widest load of a kernel
-implementations: dict[tuple[Any, str], Callable[..., Any]] = {}  # by op and type of device
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")  # registrations live as long as this object
+_ALIGNMENT = 16  # bytes: a kernel's widest load
+implementations: dict[tuple[Any, str], Callable[..., Any]] = {}  # by op and device type
 
 
 def define_op(
@@ -29,14 +29,14 @@ def define_op(
 ) -> Callable[..., Any]:
     """Define ``torchao_mx::<name>`` and return its overload.
 
-    An implementation may rely on its tensors: all are contiguous and start at a multiple of 16 bytes, but for
-    those that ``strided`` names, whose strides and offset it handles itself. Its results are no views to autograd,
-    which adds to gradients in place; they share no storage with each other or with an argument.
+    An implementation receives contiguous tensors that start at a multiple of 16 bytes. The exceptions are the
+    tensors named in ``strided``, whose strides and offset it handles itself. Autograd adds to gradients in
+    place, so results must not be views for autograd, nor share storage with each other or with an argument.
 
-    Plain ``torch.library`` definitions rather than ``custom_op``, and an autograd kernel of our own rather
-    than ``register_autograd``: the checks of the one and the argument handling of the other (it goes through
-    the schema in Python at every call) cost more than a small kernel. ``setup_context`` and ``backward`` are
-    as for ``register_autograd``.
+    Plain ``torch.library`` definitions and our autograd kernel replace ``custom_op`` and
+    ``register_autograd``: the checks of the first and the argument handling of the second (through the schema
+    in Python, per call) cost more than a small kernel. ``setup_context`` and ``backward`` are as for
+    ``register_autograd``.
     """
     qualname = f"{NAMESPACE}::{name}"
     torch.library.define(qualname, schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -55,13 +55,13 @@ def define_op(
 
 
 def _dense_operands(op: Any, schema: str, strided: tuple[str, ...]) -> tuple[int, ...]:
-    """The places of the tensors of ``op`` that its implementations take contiguous and aligned."""
+    """Return the positions of the tensors of ``op`` that its implementations take contiguous and aligned."""
     arguments = [a.split() for a in schema[1 : schema.index(")")].split(",") if a.strip() != "*"]
     tensors = {a[1].split("=")[0]: i for i, a in enumerate(arguments) if a[0].startswith("Tensor")}
     unknown = set(strided) - tensors.keys()
     if unknown:
         raise ValueError(
-            f"{op}: strided names {sorted(unknown)}, which are no tensors of its schema"
+            f"{op}: strided names {sorted(unknown)}, which are not tensors of its schema"
         )
     return tuple(i for name, i in tensors.items() if name not in strided)
 
@@ -69,9 +69,9 @@ def _dense_operands(op: Any, schema: str, strided: tuple[str, ...]) -> tuple[int
 def _entry(
     implementation: Callable[..., Any], device: str, dense: tuple[int, ...]
 ) -> Callable[..., Any]:
-    """``implementation`` as the dispatcher calls it: on operands that it can rely on, below autograd and autocast.
+    """Wrap ``implementation`` for the dispatcher: dense operands, below autograd and autocast.
 
-    Autocast is for an op's arguments; what is computed with them keeps its dtypes.
+    Autocast applies to an op's arguments only; the computation inside keeps their dtypes.
     """
 
     below_autograd = torch_internals.BELOW_AUTOGRAD or torch.no_grad
@@ -94,12 +94,12 @@ def _entry(
 
 
 def _no_view(result: Any) -> Any:
-    """``result``; of a view, the tensor that shares its memory and is none."""
+    """Return ``result``; for a view, return a non-view tensor that shares its memory."""
     return result.data if isinstance(result, torch.Tensor) else result
 
 
 def as_dense(t: torch.Tensor) -> torch.Tensor:
-    """``t``, copied unless it is contiguous and starts where a kernel can load 16 bytes at once."""
+    """Return ``t``, copied unless it is contiguous and starts where a kernel can load 16 bytes at once."""
     if t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0:
         return t
     return t.clone(memory_format=torch.contiguous_format)
@@ -108,7 +108,7 @@ def as_dense(t: torch.Tensor) -> torch.Tensor:
 def _register_autograd(
     qualname: str, setup_context: Callable[..., None] | None, backward: Callable[..., Any]
 ) -> None:
-    """The public way, at some microseconds more per call."""
+    """Register autograd through the public API, at some microseconds more per call."""
 
     def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if setup_context is not None:
@@ -116,7 +116,7 @@ def _register_autograd(
 
     def gradients(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        ctx.needs_input_grad = (*needed, False)  # the keyset's, which our own kernel has last
+        ctx.needs_input_grad = (*needed, False)  # False for the keyset, which our kernel has last
         try:
             return backward(ctx, *grads)
         finally:
@@ -147,8 +147,8 @@ def _autograd_kernel(
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch_internals.differentiates_otherwise():
             raise NotImplementedError(
-                f"torchao_mx::{name} has gradients by backward() and torch.autograd.grad alone, and none in "
-                f"torch.func or forward-mode differentiation: use those, or compute from .dequantize()"
+                f"torchao_mx::{name} supports only backward() and torch.autograd.grad, not torch.func or "
+                f"forward-mode differentiation: use one of the first two, or compute from .dequantize()"
             )
         if torch.is_grad_enabled() and any(
             isinstance(a, torch.Tensor) and a.requires_grad for a in args

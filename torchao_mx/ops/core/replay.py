@@ -1,15 +1,16 @@
 """Repeats a call's work on the device without the Python that planned it.
 
-An op that is a handful of small kernels spends more time in Python (tiles, grids, strides, checks) than the GPU
-spends in the kernels. All of that follows from the arguments' shapes, strides, dtypes and alignment. So a call
-of a kind met before is recorded: the launches of ``launched`` kernels and the calls of torch's ops, in turn,
-each tensor as a place in "input 3", "output 0" or "scratch 1"; an op of ours is the launches that it makes. The
-next ones allocate each scratch when it is first needed, launch, call, and drop it after its last use, as the op
-itself did. Nothing depends on values: those stay on the device, and a call that brings one to the host is not
-recorded. It is no CUDA graph: streams, allocator and capture work as they do for single launches.
+An op of a handful of small kernels spends more time in Python (tiles, grids, strides, checks) than the GPU
+spends in the kernels. That plan depends only on the arguments' shapes, strides, dtypes and alignment. So the
+second call of a kind is recorded: its launches of ``launched`` kernels and its calls of torch's ops, in
+order, each tensor as a place in "input 3", "output 0" or "scratch 1". An op of this library is recorded as
+its launches. Later calls allocate each scratch buffer when it is first needed, launch, call, and drop the
+buffer after its last use, as the op itself did. A recording does not depend on values: those stay on the
+device, and a call that brings one to the host is not recorded. This is not a CUDA graph: streams, allocator
+and capture work as for single launches.
 
-A recording keeps no tensor alive, so that the call that is recorded needs no more memory than any other: an
-address that the allocator gives out again is another buffer from then on.
+A recording keeps no tensor alive, so the recorded call needs no more memory than any other. If the allocator
+hands out an address again, it counts as another buffer from then on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torchao_mx.ops.core.launch import Launch, launches, on_device_of, runner
 from torchao_mx.ops.core.register import implementations
 from torchao_mx.torch_internals import TorchDispatchMode, tree_iter, tree_map
 
-MAX_RECORDINGS = 512  # of an op; the oldest goes first
+MAX_RECORDINGS = 512  # per op; the oldest is dropped first
 _ALLOCATIONS = {
     torch.ops.aten.empty.memory_format,
     torch.ops.aten.empty_strided.default,
@@ -36,7 +37,7 @@ _ALLOCATIONS = {
 
 
 class _Buffer(NamedTuple):
-    """The tensor that a storage was allocated as; ``address`` is its first element's, while recording."""
+    """The tensor that a storage was allocated as; ``address`` is its first element's while recording."""
 
     address: int
     size: torch.Size
@@ -45,7 +46,7 @@ class _Buffer(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """A tensor, ``offset`` bytes behind the start of a buffer; ``whole`` where it is the buffer's own tensor."""
+    """A tensor ``offset`` bytes into a buffer; ``whole`` if it is the buffer's own tensor."""
 
     buffer: int
     offset: int
@@ -67,7 +68,7 @@ class _Place(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call of one of torch's ops: its arguments, those that hold places, and which result is which buffer."""
+    """A call of a torch op: its arguments, which of them hold places, and the buffers of its results."""
 
     func: Any
     args: list[Any]
@@ -86,14 +87,12 @@ class _Call(NamedTuple):
 
 
 class _Launched(NamedTuple):
-    """A launch: its arguments in one list, the addresses that are written into it, and what is a tuple there."""
+    """A launch: its flat argument list, the addresses to write into it, and which runs of it are tuples."""
 
     run: Callable[..., None]
     template: list[Any]
     patches: list[tuple[int, int, int]]  # position, buffer, offset
-    tuples: list[
-        tuple[int, int]
-    ]  # of tensors, by their first position and the end; the last one first
+    tuples: list[tuple[int, int]]  # tuples, by first position and end; the last one first
 
     def __call__(self, first: list[int], stream: int | None) -> None:
         arguments = self.template.copy()
@@ -105,7 +104,7 @@ class _Launched(NamedTuple):
 
 
 class _Step(NamedTuple):
-    """A launch or a call, what is allocated for it, and what is dropped behind it."""
+    """A launch or a call, the buffers allocated before it, and those dropped after it."""
 
     allocate: list[tuple[int, _Buffer]]
     launch: _Launched | None
@@ -114,11 +113,11 @@ class _Step(NamedTuple):
 
 
 class _Unrepeatable(Exception):
-    """The call does what a recording cannot repeat."""
+    """The call does something that a recording cannot repeat."""
 
 
 class _Recording:
-    """Buffers are inputs, then what is allocated or returned on the way, in the order of their first use."""
+    """A repeatable call. Buffers: the inputs, then allocated or returned tensors in order of first use."""
 
     def __init__(
         self,
@@ -131,8 +130,8 @@ class _Recording:
         self.n_inputs = n_inputs
         self.n_buffers = n_buffers
         self.steps = steps
-        self.outputs = outputs  # a _Place, or a _Buffer that nothing was written to
-        self.kind = kind  # tuple, list or, of a single one, Tensor
+        self.outputs = outputs  # each a _Place, or a _Buffer that was never written to
+        self.kind = kind  # tuple, list or, for a single output, Tensor
 
     def replay(self, inputs: list[torch.Tensor]) -> Any:
         device = inputs[0].device
@@ -165,7 +164,7 @@ class _Recording:
 
 
 class _Recorder(TorchDispatchMode or object):
-    """Turns the launches and calls under it into steps, as they happen."""
+    """Turns the launches and calls made under it into steps, as they happen."""
 
     def __init__(self, inputs: list[torch.Tensor]) -> None:
         super().__init__()
@@ -173,9 +172,9 @@ class _Recorder(TorchDispatchMode or object):
         self.n_inputs = len(inputs)
         self.buffers = [_buffer(t) for t in inputs]
         self.known = {_storage(t): i for i, t in enumerate(inputs) if t.numel()}
-        self.allocated: dict[int, _Buffer] = {}  # and not used yet
+        self.allocated: dict[int, _Buffer] = {}  # not used yet
         self.steps: list[_Step] = []
-        self.last: dict[int, int] = {}  # step in which a buffer is used last
+        self.last: dict[int, int] = {}  # the step that uses a buffer last
         self.repeats = True
 
     def __enter__(self) -> _Recorder:
@@ -194,8 +193,8 @@ class _Recorder(TorchDispatchMode or object):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        # Implementations run below autograd, where torch's composites are dispatched whole: ``to``, which may copy,
-        # would pass for a view.
+        # Implementations run below autograd, where torch's composites are dispatched whole: ``to``, which may
+        # copy, would look like a view.
         implementation = implementations.get((func, self.device.type), func.decompose)
         try:
             with self:
@@ -214,11 +213,11 @@ class _Recorder(TorchDispatchMode or object):
         return result
 
     def append(self, launch: Launch | None) -> None:
-        """A launch of a ``launched`` kernel, or None for one that cannot be repeated."""
+        """Add a launch of a ``launched`` kernel, or None for one that cannot be repeated."""
         self._add(self._launch, launch)
 
     def recording(self, outputs: tuple[torch.Tensor, ...], kind: type = tuple) -> _Recording | None:
-        """Of a call that returned ``outputs``, as a ``kind``; None where it cannot be repeated."""
+        """Return the recording of a call that returned ``outputs`` as a ``kind``; None if unrepeatable."""
         if not self.repeats or not all(map(_owns_its_storage, outputs)):
             return None
         results = [
@@ -252,7 +251,7 @@ class _Recorder(TorchDispatchMode or object):
         index = self.known.get(storage)
         if index is None:
             buffer = self.allocated.pop(storage, None)
-            if buffer is None:  # a tensor from outside of the call
+            if buffer is None:  # a tensor from outside the call
                 raise _Unrepeatable
             index = self._new_buffer(storage, buffer)
             allocate.append((index, buffer))
@@ -274,7 +273,7 @@ class _Recorder(TorchDispatchMode or object):
                     patches.append((len(template), place.buffer, place.offset))
                 argument = 0
             elif isinstance(argument, tuple) and next(_tensors(argument), None) is not None:
-                raise _Unrepeatable  # a tuple in a tuple holds numbers
+                raise _Unrepeatable  # a nested tuple may hold only numbers
             template.append(argument)
 
         for argument in arguments:
@@ -342,7 +341,7 @@ def _places(tree: Any) -> Iterator[_Place]:
 
 
 def _filled(tree: Any, buffers: list[torch.Tensor | None]) -> Any:
-    """Places to tensors, in an argument of a call: a place, a plain value, or a tuple or a list of these."""
+    """Replace places by tensors in a call's argument: a place, a plain value, or a tuple or list of these."""
     if isinstance(tree, _Place):
         return tree.of(buffers)
     if isinstance(tree, (tuple, list)):
@@ -351,7 +350,7 @@ def _filled(tree: Any, buffers: list[torch.Tensor | None]) -> Any:
 
 
 def _owns_its_storage(t: torch.Tensor) -> bool:
-    """Whether ``empty_strided`` of the same shape and strides makes a storage like t's."""
+    """Whether ``empty_strided`` with t's shape and strides makes a storage like t's."""
     return t.storage_offset() == 0 and t.untyped_storage().nbytes() == t.numel() * t.itemsize
 
 
@@ -361,16 +360,16 @@ def _distinct(tensors: list[torch.Tensor]) -> bool:
 
 
 def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
-    """``op``, recorded as the head says: from tensors on one GPU, plain values and lists of those to new tensors.
+    """Wrap ``op`` so that repeated calls are replayed, as the module docstring describes.
 
-    One, or a tuple or a list of them. ``forget()`` of the result drops the recordings, for who has changed what the
-    op launches (a sweep of its tiles).
+    ``op`` maps tensors on one GPU, plain values and lists of those to one new tensor, or to a tuple or list
+    of them. Call ``forget()`` on the result after changing what the op launches (for example tile sizes).
     """
     recordings: OrderedDict[Any, _Recording | bool] = OrderedDict()
 
     @functools.wraps(op)
     def call(*args: Any) -> Any:
-        # The second: a part of another op, which records what this one does.
+        # The second case: the op runs inside another op, which records its launches.
         if TorchDispatchMode is None or launches.recording is not None:
             return op(*args)
         inputs = [a for a in args if isinstance(a, torch.Tensor)]
@@ -388,7 +387,7 @@ def replayed(op: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(recording, _Recording):
             return recording.replay(inputs)
         if recording is None:
-            # The first of its kind compiles its kernels; the second one is recorded.
+            # The first call of a kind compiles its kernels; the second is recorded.
             recordings[key] = True
             if len(recordings) > MAX_RECORDINGS:
                 recordings.popitem(last=False)

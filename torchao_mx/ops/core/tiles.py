@@ -1,8 +1,8 @@
-"""The tiles of every kernel, each with the measurement that chose it, or the word that there is none.
+"""The tiles of every kernel, each with the measurement that chose it, or a note that there is none.
 
-A tile is a NamedTuple, which its kernel takes as the constexpr ``TILE`` or its launcher takes apart. Where it depends
-on sizes, dtypes or the GPU it is a function of those alone: the same call always has the same tile, and results that
-depend on the order of their sums repeat. Nothing is searched at run time.
+A tile is a NamedTuple that its kernel takes as the constexpr ``TILE``, or that its launcher unpacks. A tile
+that depends on sizes, dtypes or the GPU is a pure function of them: the same call always has the same tile,
+so results that depend on summation order are reproducible. Nothing is searched at run time.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torchao_mx.ops.core.launch import next_power_of_2
 
 
 class Run(NamedTuple):
-    """A tile along one axis, in the unit that its row says."""
+    """A tile along one axis; its comment gives the unit."""
 
     size: int
     warps: int
 
 
 class Plane(NamedTuple):
-    """A tile of rows (or of blocks of rows) and columns."""
+    """A tile of rows (or blocks of rows) and columns."""
 
     m: int
     k: int
@@ -35,18 +35,18 @@ class Plane(NamedTuple):
 
 # Fastest on an H200 for 8192 x 8192 bf16 (benchmarks/kernels/quantize.py).
 QUANTIZE_ROWS = Run(2048, warps=2)  # elements
-QUANTIZE_COLUMNS = Plane(2, 32, warps=1)  # blocks by columns; of bf16 pairs, by pairs of columns
+QUANTIZE_COLUMNS = Plane(2, 32, warps=1)  # blocks by columns; for bf16 pairs, by pairs of columns
 DEQUANTIZE_ROWS = Run(256, warps=4)  # words of eight elements
 DEQUANTIZE_COLUMNS = Plane(64, 64, warps=4)
 FAKE_QUANTIZE_ROWS = Run(64, warps=4)  # blocks
 FAKE_QUANTIZE_COLUMNS = Plane(1, 128, warps=2)  # blocks by columns
-# Not measured against others.
+# Not measured against alternatives.
 AMAX = Run(8192, warps=8)  # elements
 AMAX_PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 class BothTile(NamedTuple):
-    """A tile that is quantized both ways; ``stack`` as ``both_tile.rows_in_order`` has it."""
+    """A tile that is quantized both ways; ``stack`` is that of ``both_tile.rows_in_order``."""
 
     m: int
     k: int
@@ -56,7 +56,7 @@ class BothTile(NamedTuple):
 
 
 def quantize_both_tile(forms: Sequence[str], row_elem_bits: int, is_random: bool) -> BothTile:
-    """The fastest on an H200 (benchmarks/kernels/quantize_both.py --sweep); of multiples of every block size."""
+    """The fastest on an H200 (benchmarks/kernels/quantize_both.py --sweep); multiples of every block size."""
     if is_random:
         return BothTile(32, 64, warps=2, stack=1, max_registers=80)
     if "columns" not in forms:
@@ -64,20 +64,20 @@ def quantize_both_tile(forms: Sequence[str], row_elem_bits: int, is_random: bool
         return BothTile(32, 128, warps=2 if both_ways else 4, stack=2)
     if "rows" not in forms:
         return BothTile(128, 64, warps=4, stack=2)
-    if row_elem_bits == 8:  # a thread then has 16 columns
+    if row_elem_bits == 8:  # so a thread has 16 columns
         return BothTile(128, 64, warps=4, stack=1)
     return BothTile(128, 64, warps=4, stack=2, max_registers=96)
 
 
 # --- moe ------------------------------------------------------------------------------------------
 
-# A thread has 16 bytes of each row in flight; to be measured.
-SUM_ROWS = Run(1024, warps=4)  # columns; also of combine's backward
-INVERSE = Run(1024, warps=4)  # rows; to be measured
+# A thread has 16 bytes of each row in flight. Not measured.
+SUM_ROWS = Run(1024, warps=4)  # columns; also for combine's backward
+INVERSE = Run(1024, warps=4)  # rows; not measured
 
 
 class SwigluTile(NamedTuple):
-    """A step of a program, and how many such steps of rows it has."""
+    """The rows and columns of one step of a program, and its number of steps along the rows."""
 
     rows: int
     columns: int
@@ -85,14 +85,14 @@ class SwigluTile(NamedTuple):
     steps: int
 
 
-# A program finds its expert and loads the bias once for rows * steps rows. Of 65,536 rows of 2 x 2,880 columns,
-# gpt-oss's form with biases reaches 93 / 95 % of the copy bandwidth so (interleaved 83 / 94 %), with one step of 8 rows
-# of 256 columns 73 / 84 % (68 / 83 %).
+# A program finds its expert and loads the bias once per rows * steps rows. For 65,536 rows of 2 x 2,880
+# columns, gpt-oss's form with biases thus reaches 93 / 95 % of the copy bandwidth (interleaved 83 / 94 %);
+# one step of 8 rows of 256 columns reaches 73 / 84 % (68 / 83 %).
 SWIGLU = SwigluTile(4, 128, warps=2, steps=4)
 
 
 class NarrowTile(NamedTuple):
-    """Rows, columns of the wide operand, ranks, and how many such tiles are in flight."""
+    """Rows, columns of the wide operand, ranks, and the number of such tiles in flight."""
 
     rows: int
     columns: int
@@ -101,13 +101,13 @@ class NarrowTile(NamedTuple):
     warps: int
 
 
-# Chosen to have 50 KB and more in flight on each multiprocessor of an H200; to be measured.
-SHARED_BYTES = 96 * 1024  # of a program's pipeline: what every GPU since Ampere has
+# Chosen to keep at least 50 KB in flight on each multiprocessor of an H200. Not measured.
+SHARED_BYTES = 96 * 1024  # for a program's pipeline: available on every GPU since Ampere
 MAX_STAGES = 4
-MAX_RANKS = 128  # a tile's; higher ranks take several programs, which share the wide operand in L2
+MAX_RANKS = 128  # per tile; higher ranks take several programs, which share the wide operand in L2
 LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS = 128, 256
-# Up to so many rows an average group: rows, columns, stages. Small groups want many programs at once more than
-# deep pipelines: their output is as many bytes as their rows.
+# Keyed by the largest average group in rows: rows, columns, stages. Small groups need many programs at once
+# more than deep pipelines: their output has as many bytes as their rows.
 GRAM_TILES = ((32, 32, 256, 2), (256, 64, 128, 2), (2**31, 64, 128, 4))
 GROUP_SUM = Plane(32, 128, warps=4)
 ADD_SPLITS = Run(1024, warps=4)  # elements
@@ -116,8 +116,8 @@ ADD_SPLITS = Run(1024, warps=4)  # elements
 def low_rank_tile(
     n_rows: int, n_groups: int, r: int, x_bytes: int, down_bytes: int, multiprocessors: int
 ) -> NarrowTile:
-    """Tall, as each tile of rows reads all of its expert's adapter, but no taller than two average groups, nor so
-    tall that multiprocessors go without.
+    """Choose a tall tile, since each tile of rows reads its expert's whole adapter, but no taller than two
+    average groups, nor so tall that multiprocessors stay idle.
     """
     ranks, rows, columns = rank_tile(r), LOW_RANK_MAX_ROWS, LOW_RANK_COLUMNS
     while rows > 16 and (
@@ -132,7 +132,7 @@ def low_rank_tile(
 
 
 def gram_tile(n_rows: int, n_groups: int, r: int, m_bytes: int) -> NarrowTile:
-    """Of GRAM_TILES; fewer columns or stages where accumulators or shared memory would not fit."""
+    """Choose from GRAM_TILES; fewer columns or stages where accumulators or shared memory would not fit."""
     ranks = rank_tile(r)
     rows, columns, stages = next(tile for most, *tile in GRAM_TILES if n_rows <= most * n_groups)
     columns = min(columns, 256 if ranks < 64 else 128) // (m_bytes // 2)
@@ -141,7 +141,7 @@ def gram_tile(n_rows: int, n_groups: int, r: int, m_bytes: int) -> NarrowTile:
 
 
 def rank_tile(r: int, most: int = MAX_RANKS) -> int:
-    """Ranks of a tile: r up to the next power of two that a tensor core multiplies, at most ``most``."""
+    """Return the ranks per tile: r rounded up to a power of two that tensor cores take, at most ``most``."""
     return min(most, max(16, next_power_of_2(r)))
 
 
@@ -149,10 +149,10 @@ def rank_tile(r: int, most: int = MAX_RANKS) -> int:
 
 
 class PortableTile(NamedTuple):
-    """Rows of x, columns of y, the step along the reduced axis, and how the kernel is pipelined.
+    """Rows of x, columns of y, the step along the reduced axis, and the pipelining of the kernel.
 
-    ``run`` is how many neighbours a thread gives to one instruction; on Blackwell (10) decoded tiles go through
-    tensor memory and nothing is dealt out.
+    ``run`` is how many neighbours a thread gives to one instruction. On Blackwell (10) decoded tiles go
+    through tensor memory, and ``run`` does not apply.
     """
 
     rows: int
@@ -163,8 +163,8 @@ class PortableTile(NamedTuple):
     num_stages: int
 
 
-# By the GPU's major compute capability, and the average rows of a group up to which a tile is taken. Chosen from
-# machine code (registers, instructions), to be measured.
+# By the GPU's major compute capability and the largest average group, in rows, that a tile serves. Chosen
+# from machine code (registers, instructions). Not measured.
 _MMA = (
     (8, PortableTile(16, 128, 64, 4, num_warps=4, num_stages=4)),
     (20, PortableTile(32, 128, 64, 4, num_warps=4, num_stages=4)),
@@ -179,25 +179,25 @@ _WGMMA = (
 )
 _TCGEN05 = tuple((average, tile._replace(run=0)) for average, tile in _WGMMA)
 PORTABLE_TILES = {8: _MMA, 9: _WGMMA, 10: _TCGEN05}
-# Plain fp32 instructions. Tiles of 64 columns Triton (3.6, 3.7) multiplies in tf32 on compute capability 10,
-# in spite of the input_precision asked for.
+# Plain fp32 instructions. On compute capability 10, Triton (3.6, 3.7) multiplies tiles of 64 columns in tf32
+# in spite of the requested input_precision.
 PORTABLE_FP32_TILE = PortableTile(64, 32, 32, 0, num_warps=4, num_stages=2)
 PORTABLE_MAX_RANKS = 64
-# Row tiles that run side by side: an expert's share the weights that they read in L2.
+# Row tiles that run side by side: tiles of one expert share its weights in L2.
 PORTABLE_BAND = 8
 
 
 def portable_tile(
     n_rows: int, n_groups: int, dtype: torch.dtype, packed: bool, transpose_weight: bool, major: int
 ) -> PortableTile:
-    """By the average rows of a group: most groups are one tile then, whose weights are decoded once."""
+    """Choose by average rows per group: most groups then are one tile, whose weights are decoded once."""
     if dtype == torch.float32 and major > 0:
         return PORTABLE_FP32_TILE
     average = n_rows / max(1, n_groups)
     has_wide_mma = major in (9, 10)
     table = PORTABLE_TILES[major if has_wide_mma else 8]
     tile = next(tile for most, tile in table if average <= most)
-    # What follows keeps a thread's values in its registers.
+    # The rest keeps a thread's values in its registers.
     if not packed:
         rows = min(tile.rows, 64 if has_wide_mma else 32)
         return tile._replace(rows=rows, reduced=64, num_warps=4)
@@ -207,7 +207,7 @@ def portable_tile(
 
 
 class AddTile(NamedTuple):
-    """A tile, how many of them along the columns a program has, and ranks at most."""
+    """A tile, the number of tiles per program along the columns, and the maximum rank."""
 
     rows: int
     columns: int
@@ -215,9 +215,9 @@ class AddTile(NamedTuple):
     ranks: int
 
 
-# 3.0 TB/s of an H200's 4.2; tiles of twice the rows 2.8, of twice the columns too 1.3.
+# 3.0 TB/s of an H200's 4.2; tiles of twice the rows reach 2.8, with twice the columns too 1.3.
 ADD = AddTile(32, 128, steps=8, ranks=32)
-# Not measured against others.
+# Not measured against alternatives.
 ZERO_ROWS = Plane(16, 1024)
 WIDE_ROWS = Plane(4, 1024)
 
@@ -226,7 +226,7 @@ WIDE_ROWS = Plane(4, 1024)
 
 
 class FlaggedTile(NamedTuple):
-    """Rows, columns and reduced elements of a tile, pairs of an expert and columns a program, and ranks at most."""
+    """Rows, columns and reduced elements of a tile, (expert, columns) pairs per program, and maximum rank."""
 
     m: int
     n: int
@@ -235,7 +235,7 @@ class FlaggedTile(NamedTuple):
     rank: int = 0
 
 
-# Not measured against others.
+# Not measured against alternatives.
 FP8_QUANTIZE_ELEMENTS = 4096
 FP8_GATHER = Plane(8, 256)  # rows by words
 FP8_ROWS_WORDS = 1024
@@ -251,7 +251,7 @@ FLAGGED_TILES = FlaggedTile(128, 128, 64)
 
 
 class ForwardTile(NamedTuple):
-    """Rows of a tile, rows of W, stages, whether W is two operands, and registers of a thread."""
+    """Rows of a tile, rows of W, stages, whether W is two operands, and registers per thread."""
 
     rows: int
     columns: int
@@ -261,7 +261,7 @@ class ForwardTile(NamedTuple):
 
 
 class BackwardTile(NamedTuple):
-    """Rows of a tile, stages, whether W is two times two operands, and registers of a thread."""
+    """Rows of a tile, stages, whether W is two times two operands, and registers per thread."""
 
     rows: int
     stages: int
@@ -270,7 +270,7 @@ class BackwardTile(NamedTuple):
 
 
 class Fp8Tile(NamedTuple):
-    """Rows of a tile, columns (backward has 32 a warp), stages, operands, warps, and registers of a thread."""
+    """Rows of a tile, columns (backward: 32 per warp), stages, operands, warps, and registers per thread."""
 
     rows: int
     columns: int
@@ -281,9 +281,9 @@ class Fp8Tile(NamedTuple):
 
 
 def hopper_forward_tile(n_rows: int, n_groups: int) -> ForwardTile:
-    """Measured on an H200 for experts of 1024 x 2048 and 5760 x 2880; ``n_groups=0`` for a dense product.
+    """Choose as measured on an H200 (experts of 1024 x 2048, 5760 x 2880); ``n_groups=0``: a dense product.
 
-    Groups differ in size: narrow tiles waste less of them than they decode anew.
+    Groups differ in size: narrow tiles waste fewer rows, which outweighs decoding the weights more often.
     """
     rows = n_rows / max(1, n_groups)
     if rows <= (12 if n_groups else 16):

@@ -1,11 +1,11 @@
-"""combine: the rows that experts computed, weighted and summed to their tokens.
+"""combine: the experts' output rows, weighted and summed per token.
 
-With k rows a token and ``order [T k]`` the permutation that grouped them::
+With k rows per token and ``order [T k]`` the permutation that grouped them::
 
     out[t] = sum over j of weights[t, j] * y[i],  order[i] = t k + j
     dy[i]  = weights[t, j] * dout[t]              dweights[t, j] = dout[t] . y[i]
 
-in fp32, each token's rows in the order of j: deterministic.
+in fp32, each token's rows in the order of j, so results are deterministic.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def _combine_backward_fake(
 
 def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
     raise NotImplementedError(
-        "combine has no second derivative: sum the rows with torch's own operations"
+        "combine has no second derivative: sum the rows with torch's own operations instead"
     )
 
 
@@ -102,23 +102,23 @@ def combine(
     *,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``out[t] = sum over j of weights[t, j] * y[i]`` with ``order[i] = t * k + j``: ``[T, C]``.
+    """Sum each token's rows, weighted: ``out[t] = sum over j of weights[t, j] * y[i]``, ``order[i] = t k + j``.
 
-    Gradients go to y and to weights.
+    Differentiable in y and weights.
 
     Args:
         y: ``[T * k, C]`` in the order of the groups; bfloat16, float16 or float32.
-        weights: ``[T, k]``, floating; they may have another dtype than y.
+        weights: ``[T, k]``, floating; the dtype may differ from y's.
         order: ``[T * k]`` int32 (or int64, converted), as in :func:`torchao_mx.ops.grouped_mm`.
-        offs: int32 ``[E]``, the groups' end offsets: rows after the last one are unassigned, and whatever they and
-            their weights hold, they add nothing and have zero gradients.
+        offs: int32 ``[E]``, the groups' end offsets. Rows after the last one are unassigned: they add nothing and
+            have zero gradients, whatever they and their weights hold.
 
     Returns:
         ``[T, C]`` in y's dtype.
 
     Raises:
-        TypeError: dtypes.
-        ValueError: shapes or devices that do not belong together; on the CPU, an ``order`` that is no permutation.
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices that do not match; on the CPU, an ``order`` that is not a permutation.
 
     Example:
         >>> import torch
@@ -132,7 +132,7 @@ def combine(
     check_tensors(y=y, weights=weights, order=order, optional={"offs": offs})
     if y.dtype not in HIGH_PRECISION_DTYPES or weights.dtype not in HIGH_PRECISION_DTYPES:
         raise TypeError(
-            f"y has dtype {y.dtype} and weights {weights.dtype}; both are bfloat16, float16 or float32: "
+            f"y has dtype {y.dtype} and weights {weights.dtype}; both must be bfloat16, float16 or float32: "
             f"convert them"
         )
     if (
@@ -142,14 +142,14 @@ def combine(
         or 0 in weights.shape[1:]
     ):
         raise ValueError(
-            f"y has shape {tuple(y.shape)} and weights {tuple(weights.shape)}; they are [T * k, C] and "
+            f"y has shape {tuple(y.shape)} and weights {tuple(weights.shape)}; they must be [T * k, C] and "
             f"[T, k], k at least 1"
         )
     check_on_device_of(y, weights, "weights")
     order = check_order(order, weights.shape[0], y)
     if order.shape[0] != y.shape[0]:
         raise ValueError(
-            f"order has shape {tuple(order.shape)} and y {tuple(y.shape)}; there is one number a row"
+            f"order has shape {tuple(order.shape)} and y {tuple(y.shape)}; order needs one number per row"
         )
     if offs is not None:
         check_offs(offs, y)

@@ -1,8 +1,8 @@
 """From grouped rows back to tokens: the weighted sum of each token's rows, and its backward.
 
-``order [R]`` takes grouped row i to slot ``order[i]`` of ``[T, top_k]``, its inverse a slot to its row. With the
-inverse a program owns a token: sums are in the order of the slots, without atomics, and the backward reads
-a token's gradient once for all of its rows.
+``order [R]`` maps grouped row i to slot ``order[i]`` of ``[T, top_k]``; its inverse maps a slot to its row.
+With the inverse, one program owns a token: it sums in the order of the slots, without atomics, and backward
+reads a token's gradient once for all of its rows.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torchao_mx.ops.core.tiles import INVERSE, SUM_ROWS
 def _inverse_kernel(order_ptr, inverse_ptr, n_rows, TILE: tl.constexpr):
     row = tl.program_id(0) * TILE + tl.arange(0, TILE)
     slot = tl.load(order_ptr + row, mask=row < n_rows, other=-1)
-    # Each slot has one row, so plain stores are deterministic. A slot out of range is left out.
+    # Each slot has one row, so plain stores are deterministic. Slots out of range are skipped.
     tl.store(inverse_ptr + slot, row, mask=(slot >= 0) & (slot < n_rows))
 
 
 def inverse(order: torch.Tensor) -> torch.Tensor:
-    """``inverse[order[i]] = i``, int32 ``[R]``, of a permutation."""
+    """Invert a permutation: ``inverse[order[i]] = i``, int32 ``[R]``."""
     out = torch.empty_like(order, dtype=torch.int32, memory_format=torch.contiguous_format)
     n_rows = order.shape[0]
     if n_rows:
@@ -38,12 +38,12 @@ def inverse(order: torch.Tensor) -> torch.Tensor:
 
 
 def tokens_of(order: torch.Tensor, n_tokens: int) -> torch.Tensor:
-    """The token of each grouped row, ``order // top_k``.
+    """Return the token of each grouped row, ``order // top_k``.
 
-    On a GPU, whose values are not looked at, clamped: indexing out of range would end the process's CUDA context.
+    On a GPU the values are clamped unread: an index out of range would end the process's CUDA context.
 
     Raises:
-        ValueError: on the CPU, an ``order`` that is no permutation.
+        ValueError: on the CPU, an ``order`` that is not a permutation.
     """
     if order.device.type == "cpu" and type(order) is torch.Tensor and not is_compiling():
         reference.check_order(order)
@@ -53,14 +53,14 @@ def tokens_of(order: torch.Tensor, n_tokens: int) -> torch.Tensor:
 
 @triton.jit
 def _rows_of(inverse_ptr, slot, inside, n_rows):
-    """Rows, int64, of slots; clamped, so that a bad order stays within its tensors."""
+    """Return the rows (int64) of slots, clamped so that a bad order stays within its tensors."""
     row = tl.load(inverse_ptr + slot, mask=inside, other=0)
     return tl.minimum(tl.maximum(row, 0), n_rows - 1).to(tl.int64)
 
 
 @triton.jit
 def _n_owned(offs_ptr, n_groups, n_rows, GROUPED: tl.constexpr):
-    """How many rows, the first ones, belong to a group; all without GROUPED."""
+    """Return how many rows, counted from the first, belong to a group; all rows without GROUPED."""
     if GROUPED:
         n_owned = tl.minimum(tl.load(offs_ptr + n_groups - 1), n_rows)
     else:
@@ -86,7 +86,7 @@ def _sum_rows_kernel(
     TOP_K: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A tile of columns of one token."""
+    """Sum a tile of columns of one token."""
     n_owned = _n_owned(offs_ptr, n_groups, n_rows, GROUPED)
     column_tiles = tl.cdiv(C, COLUMNS)
     token = (tl.program_id(0) // column_tiles).to(tl.int64)
@@ -112,14 +112,14 @@ def sum_rows(
     inv: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``[T, C]`` in y's dtype: the sum of each token's ``top_k`` rows of ``y [R, C]``, weighted.
+    """Return ``[T, C]`` in y's dtype: the weighted sum of each token's ``top_k`` rows of ``y [R, C]``.
 
     Args:
-        order: int32 ``[R]``, a permutation; row i is the one of slot ``order[i]`` of ``[T, top_k]``.
+        order: int32 ``[R]``, a permutation; row i fills slot ``order[i]`` of ``[T, top_k]``.
         weights: ``[T, top_k]`` of any float dtype, or None for ones.
         offs: int32 ``[E]`` end offsets: rows after the last group, and their weights, count as zero.
-        inv: ``inverse(order)``, where the caller has it.
-        out: where to write it, of unit stride along C.
+        inv: ``inverse(order)``, if the caller has it.
+        out: the tensor to write to, of unit stride along C.
     """
     n_rows, columns = y.shape
     out = y.new_empty((n_rows // top_k, columns)) if out is None else out
@@ -166,7 +166,7 @@ def _combine_backward_kernel(
     K_SPAN: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """One token: its rows of dy and its dweights."""
+    """Write one token's rows of dy and its dweights."""
     n_owned = _n_owned(offs_ptr, n_groups, n_rows, GROUPED)
     token = tl.program_id(0).to(tl.int64)
     j = tl.arange(0, K_SPAN)
@@ -199,10 +199,10 @@ def combine_backward(
     offs: torch.Tensor | None = None,
     inv: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(dy [R, C], dweights [T, top_k])`` of :func:`sum_rows`, in y's and the weights' dtypes.
+    """Backward of :func:`sum_rows`: ``(dy [R, C], dweights [T, top_k])`` in y's and the weights' dtypes.
 
-    ``dy[i] = w_i * dout[token of i]``, ``dweights`` the scalar products of ``dout [T, C]``'s rows with y's; both
-    zero for rows after the last group of ``offs``.
+    ``dy[i] = w_i * dout[token of i]``; ``dweights`` are the dot products of ``dout [T, C]``'s rows with y's.
+    Both are zero for rows after the last group of ``offs``.
     """
     (n_tokens, top_k), (n_rows, columns) = weights.shape, y.shape
     dy = y.new_empty((n_rows, columns))
@@ -234,5 +234,5 @@ def combine_backward(
 
 
 def with_unit_rows(x: torch.Tensor) -> torch.Tensor:
-    """``x [R, C]`` with neighbouring elements in a row; a copy only where they are apart."""
+    """Return ``x [R, C]`` with unit stride along rows, copied only if its stride differs."""
     return x if x.stride(1) == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""group_sum and group_outer: sums over each expert's rows, the gradients of its bias and of its weight."""
+"""group_sum and group_outer: sums over each expert's rows, the gradients of its bias and its weight."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _group_sum_fake(dy: torch.Tensor, offs: torch.Tensor, dtype: torch.dtype) ->
     return dy.new_empty((offs.shape[0], dy.shape[1]), dtype=dtype)
 
 
-# ``[E, C]`` in ``dtype`` of ``dy [R, C]``, summed in fp32 in an order that depends on shapes alone.
+# Sums ``dy [R, N]`` to ``[E, N]`` in ``dtype``, in fp32, in an order that depends on shapes alone.
 group_sum_op = define_op(
     "group_sum",
     "(Tensor dy, Tensor offs, ScalarType dtype) -> Tensor",
@@ -34,8 +34,8 @@ def _group_outer(
 ) -> torch.Tensor:
     if len(dy) == 0:
         return dy.new_zeros((len(offs), dy.shape[1], x.shape[1]), dtype=dtype)
-    # Along its groups, whose ends may be anywhere, neither operand is contiguous: a tensor core's loads want
-    # groups of 16 bytes there.
+    # Neither operand is contiguous along its groups: group ends are arbitrary, but a tensor core's loads
+    # along a contiguous axis need groups of 16 bytes.
     return torch_internals.grouped_mm(aligned_rows(dy).mT, aligned_rows(x), offs=offs).to(dtype)
 
 
@@ -45,8 +45,8 @@ def _group_outer_fake(
     return dy.new_empty((offs.shape[0], dy.shape[1], x.shape[1]), dtype=dtype)
 
 
-# ``dW_e = dY_e^T X_e``, ``[E, N, K]`` in ``dtype``, of ``dy [R, N]`` and ``x [R, K]``; rows behind the last group
-# count for nothing. An op, as inductor would lay out what torch._grouped_mm is given as it likes.
+# ``dW_e = dY_e^T X_e``, ``[E, N, K]`` in ``dtype``, of ``dy [R, N]`` and ``x [R, K]``; rows after the last
+# group are ignored. An op, because inductor would change the layouts of torch._grouped_mm's operands.
 group_outer_op = define_op(
     "group_outer",
     "(Tensor dy, Tensor x, Tensor offs, ScalarType dtype) -> Tensor",

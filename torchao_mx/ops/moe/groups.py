@@ -1,8 +1,8 @@
-"""Rows of grouped operands: which expert owns a tile, where an expert's rows lie, which token a row is.
+"""Rows of grouped operands: a tile's expert, an expert's rows, and a row's token.
 
-Expert e owns the rows ``offs[e - 1] : offs[e]`` (from 0), and a group E behind the experts, "nobody", the rows
-from ``offs[-1]`` on, which kernels fill with zeros. The offsets are read on the device. They are clamped to
-``[0, n_rows]`` and made non-decreasing there: with bad ones the groups still partition the rows, so that no
+Expert e owns the rows ``offs[e - 1] : offs[e]`` (from 0). A group E after the experts, the unassigned rows,
+holds the rows from ``offs[-1]`` on, which kernels fill with zeros. The offsets are read on the device and
+there clamped to ``[0, n_rows]`` and made non-decreasing: even bad offsets then partition the rows, so no
 kernel leaves its tensors and every row is written once.
 """
 
@@ -17,25 +17,25 @@ from torchao_mx.ops.core.launch import cdiv, next_power_of_2
 
 
 def max_tiles(n_rows: int, n_groups: int, tile: int) -> int:
-    """How many tiles :func:`tile_rows` finds at most, so a grid; ``n_groups=0`` for ungrouped rows.
+    """Return the largest number of tiles in :func:`tile_rows`, as a grid; ``n_groups=0`` for ungrouped rows.
 
-    Each group, "nobody" included, may end in a tile of a single row.
+    Each group, the unassigned rows included, may end in a tile of a single row.
     """
     return min(n_rows, (n_rows + (n_groups + 1) * (tile - 1)) // tile)
 
 
 def span_of(offs: torch.Tensor | None) -> int:
-    """E_SPAN, the power of two that covers the groups."""
+    """Return E_SPAN, the power of two that covers the groups."""
     return 1 if offs is None else next_power_of_2(offs.shape[0])
 
 
 def completed_groups(
     offs: torch.Tensor, n_rows: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows in groups of whole blocks: ``(index [P], ends [E])``, both int32.
+    """Align groups of rows to whole blocks: ``(index [P], ends [E])``, both int32.
 
-    ``index[i]`` is the row that comes i-th, or -1 in the places that complete a group's last block and behind
-    the last group; ``ends`` are the groups' end offsets in ``index``. P depends on the shapes alone.
+    ``index[i]`` is the row in place i, or -1 where a place pads a group's last block or lies after the last
+    group; ``ends`` are the groups' end offsets in ``index``. P depends on the shapes alone.
 
     Args:
         offs: int32 ``[E]`` end offsets of the groups among ``n_rows`` rows.
@@ -59,7 +59,7 @@ def _larger(a, b):
 
 @triton.jit
 def _load_ends(offs_ptr, index, n_rows, E):
-    """Clamped ends of the groups ``index``; 0 in front of the first one, n_rows behind the last."""
+    """Load the clamped ends of the groups ``index``: 0 before the first group, n_rows after the last."""
     ends = tl.load(offs_ptr + index, mask=(index >= 0) & (index < E), other=0)
     ends = tl.where(index >= E, n_rows, ends)
     return tl.minimum(tl.maximum(ends, 0), n_rows)
@@ -69,10 +69,10 @@ def _load_ends(offs_ptr, index, n_rows, E):
 def tile_rows(
     offs_ptr, n_rows, tile, E, E_SPAN: tl.constexpr, TILE: tl.constexpr, GROUPED: tl.constexpr
 ):
-    """(group, first row, end of the group's rows) of the ``tile``-th tile of at most TILE rows.
+    """Return (group, first row, end of the group's rows) of tile number ``tile``, of at most TILE rows.
 
-    Tiles are numbered group by group and cross none. The group is E for nobody's rows; behind the last tile
-    ``first >= end``. Without GROUPED all rows are group 0, and nothing is loaded.
+    Tiles are numbered group by group and never cross groups. The group is E for unassigned rows; after the
+    last tile ``first >= end``. Without GROUPED all rows are group 0, and nothing is loaded.
     """
     if GROUPED:
         index = tl.arange(0, E_SPAN)
@@ -92,7 +92,7 @@ def tile_rows(
 
 
 def max_slots(n_rows: int, n_groups: int, tile: int) -> int:
-    """How many slots :func:`slot_rows` tells apart, so a grid; ``n_groups=0`` for ungrouped rows."""
+    """Return the number of slots of :func:`slot_rows`, as a grid; ``n_groups=0`` for ungrouped rows."""
     return cdiv(n_rows, tile) if n_groups == 0 else n_groups + n_rows // tile + 1
 
 
@@ -100,11 +100,11 @@ def max_slots(n_rows: int, n_groups: int, tile: int) -> int:
 def slot_rows(
     offs_ptr, n_rows, slot, E, E_SPAN: tl.constexpr, TILE: tl.constexpr, GROUPED: tl.constexpr
 ):
-    """As :func:`tile_rows` of ascending offsets, with one reduction in place of its scans.
+    """:func:`tile_rows` for ascending offsets, with one reduction instead of its scans.
 
-    The tiles of the group e have the slots ``e + start // TILE`` and on: enough, in order, and some empty, where
-    ``first >= end``. E_SPAN covers the groups and "nobody". Offsets that do not ascend leave rows out or repeat
-    them, but name none outside ``[0, n_rows)``.
+    The tiles of group e have the slots from ``e + start // TILE`` on. The slots suffice and are in order; in
+    empty slots ``first >= end``. E_SPAN covers the groups and the unassigned rows. Offsets that do not ascend
+    omit or repeat rows, but never name one outside ``[0, n_rows)``.
     """
     if GROUPED:
         index = tl.arange(0, E_SPAN)
@@ -126,7 +126,7 @@ def slot_rows(
 
 @triton.jit
 def group_rows(offs_ptr, n_rows, group, E, E_SPAN: tl.constexpr, GROUPED: tl.constexpr):
-    """(first row, end) of an expert's rows; all rows without GROUPED."""
+    """Return (first row, end) of an expert's rows; all rows without GROUPED."""
     if GROUPED:
         index = tl.arange(0, E_SPAN)
         ends = tl.where(index <= group, _load_ends(offs_ptr, index, n_rows, E), 0)
@@ -140,16 +140,16 @@ def group_rows(offs_ptr, n_rows, group, E, E_SPAN: tl.constexpr, GROUPED: tl.con
 
 @triton.jit
 def has_rows(offs_ptr, group, inside):
-    """Whether a group, or each of a tensor of groups, owns rows: what it does not own need not be decoded."""
+    """Whether a group (or each of a tensor of groups) owns rows; empty groups need no decoding."""
     start = tl.load(offs_ptr + group - 1, mask=inside & (group > 0), other=0)
     return tl.load(offs_ptr + group, mask=inside, other=0) > start
 
 
 @triton.jit
 def token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED: tl.constexpr):
-    """The rows of x, int64, that grouped rows read: ``order[row] // top_k``, or the rows themselves.
+    """Return the rows of x (int64) that grouped rows read: ``order[row] // top_k``, or the rows themselves.
 
-    Clamped to x's, so that a bad order reads no other memory.
+    They are clamped to x's rows, so that a bad order reads no foreign memory.
     """
     if GATHERED:
         token = tl.load(order_ptr + row, mask=inside, other=0) // top_k

@@ -6,9 +6,9 @@
     gram        out_e = s * sum over i of l[i]^T m[token of i]  [E, r, C]   reads m once
     group_sum   out_e = sum over i of dy[i]                     [E, N]      reads dy once
 
-with i running over the rows of expert e (``groups``), or over all rows where ``offs`` is None. All three are
-bound by the bytes of their wide operand, sum in fp32 in an order that depends on shapes alone, and take one
-launch; two where there would be few programs with long sums, which are cut into parts.
+where i runs over the rows of expert e (``groups``), or over all rows if ``offs`` is None. All three are bound
+by the bytes of their wide operand, sum in fp32 in an order that depends on shapes alone, and take one launch.
+Where few programs would have long sums, the sums are cut into parts, and a second launch adds them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ __all__ = [
 ]
 
 
-# Sums are cut into parts, up to so many, while there are fewer programs than this a multiprocessor: sums over
-# rows while the fp32 partial sums, written and read, are 3 % of the bytes (rank 16), sums over columns, which few
-# rows leave to few programs, down to what a pipeline has in flight.
+# Sums are cut into at most so many parts while there are fewer programs than this per multiprocessor. Sums
+# over rows are cut while the fp32 partial sums, written and read, are 3 % of the bytes (rank 16). Sums over
+# columns, which few rows leave to few programs, are cut down to what a pipeline has in flight.
 MAX_SPLITS, PROGRAMS_PER_SM, MIN_ROWS_PER_SPLIT, MIN_COLUMNS_PER_SPLIT = 32, 8, 2048, 512
 
 
@@ -70,7 +70,7 @@ def _low_rank_kernel(
     DOT_DTYPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """``h [splits, n_rows, r]``: one tile of a group's rows by one of ranks, a part of the columns.
+    """``h [splits, n_rows, r]``: one tile of a group's rows by one of ranks, for one part of the columns.
 
     Unassigned rows sum over no columns.
     """
@@ -117,11 +117,11 @@ def low_rank(
     *,
     scale_by: float = 1.0,
 ) -> torch.Tensor:
-    """``h [n_rows, r]`` in x's dtype; rows behind ``offs[-1]`` are zero.
+    """Return ``h [n_rows, r]`` in x's dtype; rows after ``offs[-1]`` are zero.
 
     Args:
         x: ``[n_rows, C]``, or ``[T, C]`` with an ``order``.
-        down: ``[E, r, C]`` (``[r, C]`` without ``offs``) of any strides and float dtype, cast to x's.
+        down: ``[E, r, C]`` (``[r, C]`` without ``offs``), any strides and float dtype; cast to x's dtype.
         offs: int32 ``[E]`` end offsets, or None.
         order: int32 permutation; grouped row i is row ``order[i] // top_k`` of x. None: x is grouped.
         scale_by: multiplies h before it is rounded.
@@ -168,7 +168,7 @@ def low_rank(
 
 @triton.jit
 def _part_of(start, end, part, n_parts, TILE: tl.constexpr):
-    """(first, end) of one of ``n_parts`` parts of rows or columns, in whole tiles; the last may be empty."""
+    """Return (first, end) of one of ``n_parts`` parts, in whole tiles; the last part may be empty."""
     size = tl.cdiv(tl.cdiv(end - start, n_parts), TILE) * TILE
     return start + part * size, tl.minimum(start + (part + 1) * size, end)
 
@@ -199,8 +199,8 @@ def _gram_kernel(
 ):
     """``out [splits, E, r, C]`` (or ``[.., C, r]``, by strides): one tile of one expert's part of rows.
 
-    Programs that are neighbours read neighbouring columns of the same rows. The columns are the product's
-    tall axis, so that Hopper's tensor cores read both operands from shared memory.
+    Neighbouring programs read neighbouring columns of the same rows. The columns are the product's tall axis,
+    so Hopper's tensor cores read both operands from shared memory.
     """
     stride_l, stride_m = row_strides
     stride_r, stride_c = out_strides
@@ -242,13 +242,13 @@ def gram(
     dtype: torch.dtype,
     transposed: bool,
 ) -> torch.Tensor:
-    """``[E, r, C]`` in ``dtype``, or ``[E, C, r]`` if ``transposed``; without E where ``offs`` is None.
+    """Return ``[E, r, C]`` in ``dtype``, or ``[E, C, r]`` if ``transposed``; without E if ``offs`` is None.
 
     Args:
         l: ``[R, r]``.
         m: ``[R, C]``, or ``[T, C]`` with an ``order``; l's dtype.
-        offs, order, top_k: as in :func:`low_rank`; rows behind ``offs[-1]`` and experts without rows give
-            zeros.
+        offs, order, top_k: as in :func:`low_rank`; rows after ``offs[-1]`` add nothing, experts without rows
+            give zeros.
     """
     (n_rows, r), columns = l.shape, m.shape[1]
     n_groups = 1 if offs is None else offs.shape[0]
@@ -322,7 +322,7 @@ def _group_sum_kernel(
 
 
 def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
-    """``[E, N]`` in ``dtype``: the sum of each expert's rows of ``dy [R, N]``; ``[N]`` without ``offs``."""
+    """Sum each expert's rows of ``dy [R, N]``: ``[E, N]`` in ``dtype``; ``[N]`` without ``offs``."""
     n_rows, n = dy.shape
     n_groups = 1 if offs is None else offs.shape[0]
     out = dy.new_empty((n_groups, n), dtype=dtype)
@@ -354,7 +354,7 @@ def group_sum(dy: torch.Tensor, offs: torch.Tensor | None, dtype: torch.dtype) -
 @launched
 @triton.jit
 def _add_splits_kernel(sums_ptr, out_ptr, n, SPLITS: tl.constexpr, TILE: tl.constexpr):
-    """``sums [SPLITS, n]`` to ``out [n]``, first to last."""
+    """Add ``sums [SPLITS, n]`` to ``out [n]``, first to last."""
     index = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     total = tl.zeros((TILE,), tl.float32)
     for split in tl.static_range(SPLITS):
@@ -367,18 +367,18 @@ def _row_splits(n_rows: int, n_groups: int, programs: int, device: torch.device)
 
 
 def _splits(most: int, programs: int, device: torch.device) -> int:
-    """How many parts, a power of two up to ``most``: from shapes and the device alone, as results follow from it."""
+    """Return the number of parts, a power of two up to ``most``. Results depend on it, so shapes and device fix it."""
     wanted = PROGRAMS_PER_SM * multiprocessors(device) // programs
     return 1 << (max(1, min(wanted, most, MAX_SPLITS)).bit_length() - 1)
 
 
 def partial_sums(out: torch.Tensor, splits: int) -> torch.Tensor:
-    """Where a kernel writes the sums of ``splits`` parts, fp32 ``[splits, *out.shape]``; out itself for one."""
+    """Allocate fp32 sums of ``splits`` parts, ``[splits, *out.shape]``; return out itself for one part."""
     return out if splits == 1 else out.new_empty((splits, *out.shape), dtype=torch.float32)
 
 
 def add_splits(sums: torch.Tensor, out: torch.Tensor, splits: int) -> None:
-    """Add what :func:`partial_sums` gave room for to ``out``, in out's dtype; first to last."""
+    """Add the parts in ``sums`` (:func:`partial_sums`), first to last, into ``out`` in its dtype."""
     if splits > 1:
         grid = (cdiv(out.numel(), ADD_SPLITS.size),)
         _add_splits_kernel[grid](sums, out, out.numel(), SPLITS=splits, TILE=ADD_SPLITS.size)

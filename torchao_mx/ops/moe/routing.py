@@ -1,4 +1,4 @@
-"""route: which rows go to which expert, from the router's choice, on the device."""
+"""route: assign rows to experts on the device, from the router's choice."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import torch
 
 from torchao_mx.errors import check_tensors
 
-_NARROW = torch.iinfo(torch.int16).max  # a radix sort's time is its keys' bits
+_NARROW = torch.iinfo(torch.int16).max  # a radix sort takes time in proportion to its keys' bits
 
 
 class Routing(NamedTuple):
-    """What the grouped products take: the rows ``offs[e - 1] : offs[e]`` are expert e's.
+    """The routing that grouped products take: expert e owns the rows ``offs[e - 1] : offs[e]``.
 
     Attributes:
-        order: int32 ``[T * k]``; row i of the groups is slot ``order[i]`` of ``[T, k]``, so token ``order[i] // k``.
+        order: int32 ``[T * k]``; grouped row i is slot ``order[i]`` of ``[T, k]``, so token ``order[i] // k``.
         offs: int32 ``[E]`` end offsets.
     """
 
@@ -24,18 +24,18 @@ class Routing(NamedTuple):
 
 
 def route(top_k_index: torch.Tensor, n_experts: int) -> Routing:
-    """Sort the slots ``[T, k]`` by expert; each expert's slots stay in their order.
+    """Sort the slots ``[T, k]`` by expert; the slots of each expert stay in order.
 
-    Ids outside ``0 .. n_experts - 1``, such as those of experts on other ranks, belong to nobody: their rows
-    come last, behind ``offs[-1]``, where grouped products leave zeros. Nothing waits for the GPU.
+    Slots with ids outside ``0 .. n_experts - 1``, such as experts on other ranks, are unassigned: their rows
+    come last, after ``offs[-1]``, and grouped products fill them with zeros. Nothing waits for the GPU.
 
     Args:
         top_k_index: ``[T, k]`` of any integer dtype.
         n_experts: E, at least 1.
 
     Raises:
-        TypeError: ids that are no integers.
-        ValueError: other than two axes; no experts.
+        TypeError: ids that are not integers.
+        ValueError: a number of axes other than two; no experts.
 
     Example:
         >>> import torch
@@ -47,15 +47,15 @@ def route(top_k_index: torch.Tensor, n_experts: int) -> Routing:
     no_integers = top_k_index.is_floating_point() or top_k_index.is_complex()
     if no_integers or top_k_index.dtype == torch.bool:
         raise TypeError(
-            f"top_k_index has dtype {top_k_index.dtype}; expert ids are integers, as topk(..).indices are"
+            f"top_k_index has dtype {top_k_index.dtype}; expert ids must be integers, as topk(..).indices are"
         )
     if top_k_index.dim() != 2 or n_experts < 1:
         raise ValueError(
-            f"top_k_index has shape {tuple(top_k_index.shape)} and there are {n_experts} experts; it takes "
-            f"[T, k] and at least 1 expert"
+            f"top_k_index has shape {tuple(top_k_index.shape)} for {n_experts} experts; it must be [T, k], "
+            f"with at least 1 expert"
         )
     ids = top_k_index.flatten()
-    if ids.dtype not in (torch.int32, torch.int64):  # n_experts may not fit in theirs
+    if ids.dtype not in (torch.int32, torch.int64):  # n_experts may not fit in a narrower dtype
         ids = ids.long()
     ids = ids.where((ids >= 0) & (ids < n_experts), n_experts)
     keys = ids.to(torch.int16 if n_experts <= _NARROW else torch.int32)

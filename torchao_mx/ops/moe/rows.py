@@ -11,5 +11,5 @@ from torchao_mx.ops.moe import narrow
 
 
 def rows_functions(x: torch.Tensor) -> Any:
-    """Where ``low_rank``, ``gram``, ``sum_rows``, ``combine_backward`` and ``group_sum`` are for x's device."""
+    """Return the module with the functions that x's device needs: ``narrow`` on a GPU, else ``reference``."""
     return narrow if x.is_cuda else reference

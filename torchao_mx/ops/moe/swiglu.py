@@ -1,7 +1,7 @@
 """swiglu: an MLP's activation, between its up and its down product, in one pass.
 
-With ``x [R, 2 C]`` what the up product leaves, e the expert of a row (one expert where ``offs`` is None), and
-a clamp only where there is a limit::
+With ``x [R, 2 C]`` the output of the up product, e a row's expert (one expert for all if ``offs`` is None),
+and a clamp only if there is a limit::
 
     g', u' = halves of x + bias_e
     g, u   = min(g', limit), min(max(u', -limit), limit)
@@ -11,8 +11,8 @@ a clamp only where there is a limit::
     du'    = dy * g * s                                              where |u'| <= limit, else 0
     dbias  = sum of the rows of dx
 
-in fp32, rounded once. Forward reads x and writes y, backward reads x and dy and writes dx: nothing else is kept.
-Alpha 1 without limit and offset is SwiGLU; gpt-oss has alpha 1.702, limit 7, offset 1, interleaved.
+in fp32, rounded once. Forward reads x and writes y; backward reads x and dy and writes dx. Nothing else is
+kept. Alpha 1 without limit and offset is SwiGLU; gpt-oss has alpha 1.702, limit 7, offset 1, interleaved.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torchao_mx.ops.moe.gather import with_unit_rows
 def _tile_of_program(
     offs_ptr, n_rows, C, E, GROUPED: tl.constexpr, E_SPAN: tl.constexpr, TILE: tl.constexpr
 ):
-    """(expert, first row, end of the expert's rows, first column of y)."""
+    """Return (expert, first row, end of the expert's rows, first column of y) of a program."""
     column_tiles = tl.cdiv(C, TILE.columns)
     slot, tile = tl.program_id(0) // column_tiles, tl.program_id(0) % column_tiles
     expert, first, end = groups.slot_rows(
@@ -50,7 +50,7 @@ def _tile_of_program(
 
 @triton.jit
 def _load_halves(row_ptrs, inside, first, C, TILE: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """(gate, up), fp32, of the rows ``[2 C]`` that begin at ``row_ptrs``."""
+    """Load (gate, up), in fp32, of the rows ``[2 C]`` that begin at ``row_ptrs``."""
     COLUMNS: tl.constexpr = TILE.columns
     if INTERLEAVED:
         column = 2 * first + tl.arange(0, 2 * COLUMNS)[None, :]
@@ -66,9 +66,9 @@ def _load_halves(row_ptrs, inside, first, C, TILE: tl.constexpr, INTERLEAVED: tl
 
 @triton.jit
 def _load_bias(bias_ptr, expert, owned, first, C, TILE: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """The expert's, as :func:`_load_halves` has x; zeros without a bias."""
+    """Load the expert's bias as :func:`_load_halves` loads x; zeros without a bias."""
     if bias_ptr is not None:
-        # By every row, from L1: one row's would go to the others' threads through shared memory and ten barriers.
+        # Every row loads it from L1: sharing one row's load would take shared memory and ten barriers.
         bias_ptrs = tl.broadcast_to(bias_ptr + expert * (2 * C), (TILE.rows, 1))
         gate, up = _load_halves(bias_ptrs, owned, first, C, TILE, INTERLEAVED)
     else:
@@ -79,7 +79,7 @@ def _load_bias(bias_ptr, expert, owned, first, C, TILE: tl.constexpr, INTERLEAVE
 
 @triton.jit
 def _clamped(gate, up, limit, LIMITED: tl.constexpr):
-    """Comparisons, unlike a minimum, leave NaN as it is."""
+    """Clamp by comparisons, which keep NaN, unlike a minimum."""
     if LIMITED:
         gate = tl.where(gate > limit, limit, gate)
         up = tl.where(up > limit, limit, tl.where(up < -limit, -limit, up))
@@ -159,7 +159,7 @@ def _swiglu_backward_kernel(
         dy = tl.load(dy_ptr + row * stride_dy + column, mask=owned & (column < C), other=0.0)
         dy = dy.to(tl.float32)
         sigmoid = tl.sigmoid(alpha * gate)
-        # In this order a gate whose product with alpha overflows has a finite slope.
+        # In this order, a gate whose product with alpha overflows still has a finite slope.
         dgate = dy * (up + up_offset) * (sigmoid + alpha * (gate * (sigmoid * (1 - sigmoid))))
         dup = dy * (gate * sigmoid)
         if LIMITED:
@@ -199,7 +199,7 @@ def _grid_and_constants(
 def _experts(
     bias: torch.Tensor | None, offs: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    """(bias, offs, E) as kernels take them; without biases all experts are one."""
+    """Return (bias, offs, E) in kernel form; without biases all experts count as one."""
     if bias is None:
         return None, None if offs is None else offs[-1:], 1
     return bias, offs, 1 if offs is None else offs.shape[0]
@@ -324,7 +324,7 @@ def _swiglu_backward_fake(
 
 def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
     raise NotImplementedError(
-        "swiglu has no second derivative: write the activation with torch's own operations"
+        "swiglu has no second derivative: write the activation with torch's own operations instead"
     )
 
 
@@ -351,33 +351,33 @@ def swiglu(
     bias: torch.Tensor | None = None,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``(up + up_offset) * gate * sigmoid(alpha * gate)`` of the halves of ``x + bias``; see the file's head.
+    """Return ``(up + up_offset) * gate * sigmoid(alpha * gate)`` of the halves of ``x + bias``; see the file's head.
 
     The defaults are SwiGLU (Shazeer 2020, "GLU Variants Improve Transformer", arXiv:2002.05202). gpt-oss's
     activation has ``interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0``.
 
-    Computes in fp32 and rounds to x's dtype (autocast's, under autocast). Gradients go to x and to the bias,
-    whose own is summed in fp32; a clamp passes them within its bounds, these included. NaN stays NaN. Kept for
-    backward are x, the bias and ``offs``.
+    Computes in fp32 and rounds to x's dtype (autocast's, under autocast). Differentiable in x and the bias,
+    whose gradient is summed in fp32; a clamp passes gradients within its bounds, bounds included. NaN stays
+    NaN. Kept for backward are x, the bias and ``offs``.
 
     Args:
-        x: ``[..., 2 C]``, rank 1 and up, or ``[R, 2 C]`` with ``offs``; bfloat16, float16 or float32.
-        interleaved: gates are the even columns of x, ups the odd ones; otherwise its first and last C.
-        alpha: of the sigmoid; a finite number.
+        x: ``[..., 2 C]``, rank 1 or more, or ``[R, 2 C]`` with ``offs``; bfloat16, float16 or float32.
+        interleaved: True: gates are the even columns of x, ups the odd ones; False: its first and its last C.
+        alpha: the factor inside the sigmoid; a finite number.
         limit: bounds gates above, and ups on both sides; positive, or None for no clamp.
-        up_offset: added to ups behind the clamp; a finite number.
+        up_offset: added to ups after the clamp; a finite number.
         bias: ``[2 C]`` (``[E, 2 C]`` with ``offs``), added to x; bfloat16, float16 or float32, whatever x's
             dtype.
-        offs: ``[E]`` int32 end offsets on x's device, ascending: rows ``offs[e - 1] : offs[e]`` are expert
-            e's. Those behind ``offs[-1]`` are nobody's: y and gradients are zero there, whatever x holds. The
-            values are checked on the CPU only.
+        offs: ``[E]`` int32 end offsets on x's device, ascending; expert e owns rows ``offs[e - 1] : offs[e]``.
+            Rows after ``offs[-1]`` are unassigned: y and gradients are zero there, whatever x holds. The values
+            are checked on the CPU only.
 
     Returns:
         ``[..., C]`` in x's dtype.
 
     Raises:
-        TypeError: dtypes; an ``alpha``, ``limit`` or ``up_offset`` that is no number.
-        ValueError: shapes or devices that do not belong together; numbers out of their range.
+        TypeError: a wrong dtype; an ``alpha``, ``limit`` or ``up_offset`` that is not a number.
+        ValueError: shapes or devices that do not match; numbers out of range.
         NotImplementedError: a second derivative.
 
     Example:
@@ -392,7 +392,7 @@ def swiglu(
     x, _ = operands(x, None)
     if x.dim() == 0 or x.shape[-1] == 0 or x.shape[-1] % 2:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; its last axis holds as many gates as ups, so an even number "
+            f"x has shape {tuple(x.shape)}; its last axis must hold as many gates as ups: an even number "
             f"of columns, at least 2"
         )
     _check_numbers(alpha, limit, up_offset)
@@ -409,7 +409,7 @@ def _check_numbers(alpha: float, limit: float | None, up_offset: float) -> None:
     for name, value in (("alpha", alpha), ("up_offset", up_offset), ("limit", limit)):
         if not isinstance(value, (int, float)) and (value is not None or name != "limit"):
             raise TypeError(
-                f"{name} is a {type(value).__name__}; it is a Python number: of a tensor take .item() "
+                f"{name} is a {type(value).__name__}; it must be a Python number: call .item() on a tensor "
                 f"once, outside the training loop"
             )
         if name != "limit" and not abs(value) < math.inf:
@@ -422,7 +422,7 @@ def _check_rows(x: torch.Tensor, offs: torch.Tensor) -> None:
     check_tensors(offs=offs)
     if x.dim() != 2:
         raise ValueError(
-            f"x has shape {tuple(x.shape)} and offs {tuple(offs.shape)}; with experts they are [R, 2 C] and "
+            f"x has shape {tuple(x.shape)} and offs {tuple(offs.shape)}; with experts they must be [R, 2 C] and "
             f"[E], E at least 1: flatten x's leading axes, or leave offs out"
         )
     check_offs(offs, x)
@@ -432,7 +432,7 @@ def _check_bias(x: torch.Tensor, bias: torch.Tensor, offs: torch.Tensor | None) 
     check_tensors(bias=bias)
     if bias.dtype not in HIGH_PRECISION_DTYPES:
         raise TypeError(
-            f"bias has dtype {bias.dtype}; it is bfloat16, float16 or float32: convert it with "
+            f"bias has dtype {bias.dtype}; it must be bfloat16, float16 or float32: convert it with "
             f".to(torch.bfloat16)"
         )
     check_on_device_of(x, bias, "bias")
@@ -440,5 +440,5 @@ def _check_bias(x: torch.Tensor, bias: torch.Tensor, offs: torch.Tensor | None) 
     if list(bias.shape) != shape:
         raise ValueError(
             f"bias has shape {tuple(bias.shape)} and x {tuple(x.shape)}, "
-            f"{'without' if offs is None else 'with'} offs; the bias that is added is {shape}"
+            f"{'without' if offs is None else 'with'} offs; the bias must be {shape}"
         )

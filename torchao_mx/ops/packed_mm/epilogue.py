@@ -1,11 +1,11 @@
-"""What a vendor's GEMM leaves to be added to its result: the low-rank term and the bias, in one pass.
+"""The terms that a vendor's GEMM leaves out, the low-rank term and the bias, added to its result in one pass.
 
 ::
 
-    y[i] = part[i] + s * h[i] up_e^T + bias_e        for the rows i of expert e, zeros behind the last group
+    y[i] = part[i] + s * h[i] up_e^T + bias_e        for the rows i of expert e, zeros after the last group
 
-A tile of rows belongs to one expert, and its program goes through several tiles of columns, so that the pass is
-bound by the bytes of ``part`` and y.
+A tile of rows belongs to one expert. Its program covers several tiles of columns, so the pass is bound by the
+bytes of ``part`` and y.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torchao_mx.ops.moe import groups
 
 
 class _Strides(NamedTuple):
-    """Of experts, rows, columns and ranks."""
+    """The strides of experts, rows, columns and ranks."""
 
     part_row: int
     y_row: int
@@ -55,7 +55,7 @@ def _add_kernel(
     TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """A tile of one expert's rows by ``TILE.steps`` tiles of columns."""
+    """Add to a tile of one expert's rows, over ``TILE.steps`` tiles of columns."""
     h_ptr, up_ptr, bias_ptr = added
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
@@ -70,7 +70,7 @@ def _add_kernel(
     somebody = expert < E
     owned = row < tl.where(somebody, end, 0)
     row_64 = row.to(tl.int64)[:, None]
-    expert = tl.cast(expert, tl.int64)  # an int without groups
+    expert = tl.cast(expert, tl.int64)  # a Python int without groups
     for step in tl.static_range(STEPS):
         column = (part * STEPS + step) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < C
@@ -123,14 +123,14 @@ def finish(
     added: Added,
     dot_dtype: tl.dtype | None = None,
 ) -> None:
-    """``y = part + s * h up^T + bias`` on ``[R, C]``, zeros behind the last group.
+    """Write ``y = part + s * h up^T + bias`` on ``[R, C]``, zeros after the last group.
 
     Args:
-        part: ``[R, C]``, of unit stride along C; it may be y itself, where only what is added is computed.
-        y: likewise, of part's dtype.
+        part: ``[R, C]``, of unit stride along C. It may be y itself; then only the added terms are computed.
+        y: like ``part``, of the same dtype.
         offs: int32 ``[E]`` end offsets, or None for one expert.
         added: h ``[R, r]``, up ``[E, C, r]``, cast to y's dtype, and bias ``[E, C]``, of unit stride along C.
-        dot_dtype: of the product; y's unless a test says otherwise.
+        dot_dtype: the dtype of the product; y's by default (tests use others).
     """
     h, up, scaling, bias = added
     in_place = part.data_ptr() == y.data_ptr()
@@ -177,9 +177,9 @@ def finish(
 
 
 def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
-    """Zero the rows of ``y [R, C]`` behind the last group, without asking where it ends.
+    """Zero the rows of ``y [R, C]`` after the last group, without asking the device where it ends.
 
-    On the GPU, programs in front of it return at once; a ``masked_fill_`` would rewrite all of y.
+    On the GPU, programs before that row return at once; a ``masked_fill_`` would rewrite all of y.
     """
     if y.is_cuda:
         _zero_behind_triton(y, offs)

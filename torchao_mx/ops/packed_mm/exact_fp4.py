@@ -1,13 +1,13 @@
 """mxfp4_product: MXFP4 times MXFP4 on the 8-bit tensor cores, exactly.
 
-A row of MXFP4 is, with rare exceptions, an e4m3 row times one power of two, without loss
-(``packed_mm/fp8/weight.py`` says when), and the product is a row-wise scaled GEMM at twice the bf16 rate. Three
-launches:
+An MXFP4 row, with rare exceptions, equals an e4m3 row times one power of two, without loss
+(``packed_mm/fp8/weight.py`` gives the condition). So the product is a row-wise scaled GEMM at twice the bf16
+rate. There are three launches:
 
-1. each operand: e4m3 rows, their scales, and a flag for the rows that do not fit;
+1. per operand: e4m3 rows, their scales, and a flag for the rows that do not fit;
 2. ``torch._scaled_mm`` with ``use_fast_accum=False`` (fast accumulation keeps too few bits);
-3. a Triton GEMM in bf16 that overwrites the flagged rows and columns, and returns at once where there are
-   none: deciding on the device keeps the host out of it.
+3. a Triton GEMM in bf16 that overwrites the flagged rows and columns, and returns at once if there are none:
+   the decision is made on the device, without the host.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torchao_mx.ops.core.replay import replayed
 from torchao_mx.ops.core.tiles import FLAGGED_TILES
 from torchao_mx.ops.packed_mm.fp8.weight import fp8_rows, load_values
 
-# At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph and the extra launches cost
+# At 1,024 rows of a 4096 x 4096 layer the faster GEMM gains 4 % in a CUDA graph, and the extra launches cost
 # more than that in eager mode.
 MIN_ROWS = 2048
 
@@ -55,7 +55,7 @@ def _flagged_tiles_kernel(
     TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Overwrites the flagged rows and columns of ``y``; a program that finds no flag at all returns."""
+    """Overwrite the flagged rows and columns of ``y``; a program that finds no flag at all returns."""
     TILE_M: tl.constexpr = TILE.m
     TILE_N: tl.constexpr = TILE.n
     TILE_WORDS: tl.constexpr = TILE.k // 8
@@ -104,7 +104,7 @@ def _flagged_tiles_kernel(
 
 @triton.jit
 def _any(flag_ptr, n):
-    """The largest of ``n`` int8 flags."""
+    """Return the largest of ``n`` int8 flags."""
     largest = tl.zeros((2048,), tl.int32)
     for first in range(0, n, 2048):
         index = first + tl.arange(0, 2048)
@@ -193,7 +193,7 @@ mxfp4_product_op = define_op(
 def takes_mxfp4_product(
     x: torch.Tensor, n: int, weight_format: str, activation_format: str
 ) -> bool:
-    """Whether ``x [M, K]`` times a weight of ``n`` rows goes this way: QAT and PTQ must agree, and do."""
+    """Whether ``x [M, K]`` times a weight of ``n`` rows is computed here. QAT and PTQ must agree, and do."""
     return (
         x.is_cuda
         and weight_format == activation_format == MXFP4.name

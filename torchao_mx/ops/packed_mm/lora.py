@@ -1,11 +1,11 @@
-"""lora_matmul and lora_grouped_mm: the verbs of ``packed_mm/op.py`` for a frozen packed weight with LoRA adapters.
+"""lora_matmul and lora_grouped_mm: the verbs of ``packed_mm/op.py`` for a packed weight with LoRA adapters.
 
 A ``[r, K]`` and B ``[N, r]`` adapt ``W [N, K]`` to ``W + s B A``, whichever way it is multiplied::
 
     transpose_weight       y = x (W + s B A)^T = x W^T + s (x A^T) B^T       x [M, K]
     not transpose_weight   y = x (W + s B A)   = x W   + s (x B) A           x [M, N]
 
-so the op's ``down`` and ``up`` are A and B, or views of B^T and A^T.
+so the op's ``down`` and ``up`` are A and B, or views of B^T and A^T respectively.
 """
 
 from __future__ import annotations
@@ -44,28 +44,28 @@ def lora_matmul(
     strategy: str = "auto",
     max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """``x (W + scaling * B A)^T + bias`` with the packed ``W [N, K]``; see the file's head.
+    """Return ``x (W + scaling * B A)^T + bias`` with the packed ``W [N, K]``; see the file's head.
 
-    Computes in x's dtype (autocast's, under autocast). Gradients go to x, ``lora_a``, ``lora_b`` and ``bias``,
-    each in its own dtype, summed in fp32; nothing is computed for one that requires none. Kept for
-    backward are the packed weight, by reference, x where ``lora_a`` (``lora_b`` without
-    ``transpose_weight``) is trained, and ``x A^T``.
+    Computes in x's dtype (autocast's, under autocast). Gradients go to x, ``lora_a``, ``lora_b`` and
+    ``bias``, each in its own dtype, summed in fp32; a gradient that is not required costs nothing. Kept for
+    backward are the packed weight, by reference, x if ``lora_a`` (``lora_b`` without ``transpose_weight``) is
+    trained, and ``x A^T``.
 
     Args:
-        x: ``[..., K]`` (``[..., N]`` without ``transpose_weight``), rank 1 and up; bfloat16, float16 or
+        x: ``[..., K]`` (``[..., N]`` without ``transpose_weight``), rank 1 or more; bfloat16, float16 or
             float32.
         qdata, scale, fmt, per_tensor_scale: ``W``, as in :func:`torchao_mx.ops.matmul`.
-        lora_a: ``A [r, K]``, 1 <= r <= min(N, K); bfloat16, float16 or float32, whatever x's dtype.
+        lora_a: ``A [r, K]``, 1 <= r <= min(N, K); bfloat16, float16 or float32, independent of x's dtype.
         lora_b: ``B [N, r]``, likewise.
-        scaling: what the adapters' product is multiplied by; a Python number.
+        scaling: the factor of the adapters' product; a Python number.
         bias: ``[N]`` (``[K]``), or one number.
         transpose_weight: reduce over K, the packed axis; otherwise over N.
         compute_dtype: None for x's, or ``torch.float8_e4m3fn``: x is rounded by rows, an MXFP4 weight is
-            taken exactly, and the product (the adapters' aside) runs on 8-bit tensor cores.
-        grad_compute_dtype: None for x's (``torch.bfloat16`` says so for a bfloat16 x), or, with a
+            exact, and the product (except for the adapters) runs on 8-bit tensor cores.
+        grad_compute_dtype: None for x's (for a bfloat16 x, ``torch.bfloat16`` means the same), or, with a
             ``compute_dtype``, ``torch.float8_e5m2`` or ``torch.float8_e4m3fn``: the incoming gradient is
-            rounded likewise for the product that gives x's gradient.
-        strategy: ``"auto"``, ``"fused"``, ``"unpack"``, or ``"unpack8"`` or ``"fused8"`` with a ``compute_dtype``; see
+            rounded likewise in the product that gives x's gradient.
+        strategy: ``"auto"``, ``"fused"``, ``"unpack"``; with a ``compute_dtype`` ``"unpack8"``, ``"fused8"``; see
             :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`.
         max_scratch_bytes: as in :func:`torchao_mx.ops.matmul`.
 
@@ -73,9 +73,9 @@ def lora_matmul(
         ``[..., N]`` (``[..., K]``) in x's dtype.
 
     Raises:
-        TypeError: dtypes; a ``scaling`` that is no number.
-        ValueError: shapes or devices that do not belong together; a rank of 0 or above min(N, K); a
-            ``strategy`` or compute dtype that there is not, or not for this weight.
+        TypeError: a wrong dtype; a ``scaling`` that is not a number.
+        ValueError: shapes or devices that do not match; a rank of 0 or above min(N, K); a ``strategy`` or
+            compute dtype that is unknown, or does not support this weight.
         NotImplementedError: a second derivative, unless the adapters are frozen; a ``compute_dtype`` on a GPU
             without 8-bit tensor cores.
 
@@ -138,10 +138,10 @@ def lora_grouped_mm(
     strategy: str = "auto",
     max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """Rows ``offs[e - 1] : offs[e]`` times expert e of ``W + scaling * B A``, ``W [E, N, K]`` packed.
+    """Multiply rows ``offs[e - 1] : offs[e]`` by expert e of ``W + scaling * B A``, ``W [E, N, K]`` packed.
 
-    The adapters are as in :func:`lora_matmul`, with experts in front; groups, ``order`` and what happens to
-    rows of no expert as in :func:`torchao_mx.ops.grouped_mm`. Experts without rows have zero gradients.
+    The adapters are as in :func:`lora_matmul`, with a leading axis of experts. Groups, ``order`` and
+    unassigned rows are as in :func:`torchao_mx.ops.grouped_mm`. Experts without rows have zero gradients.
 
     Args:
         x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``), or ``[T, K]`` with an ``order``.
@@ -149,12 +149,12 @@ def lora_grouped_mm(
         offs: ``[E]`` int32 end offsets on x's device, ascending; their values are checked on the CPU only.
         lora_a: ``A [E, r, K]``, 1 <= r <= min(N, K); bfloat16, float16 or float32.
         lora_b: ``B [E, N, r]``, likewise.
-        scaling: what the adapters' product is multiplied by; a Python number.
+        scaling: the factor of the adapters' product; a Python number.
         order: ``[R]`` int32 (or int64, converted): the argsort of the flattened expert ids.
         bias: ``[E, N]`` (``[E, K]``).
         transpose_weight, compute_dtype, grad_compute_dtype, strategy, max_scratch_bytes: as in
-            :func:`lora_matmul`; ``"unpack"`` of an x on a GPU needs bfloat16, and experts' gradients are
-            not computed in ``torch.float8_e5m2``.
+            :func:`lora_matmul`; on a GPU, ``"unpack"`` needs a bfloat16 x. Gradients of experts are not
+            computed in ``torch.float8_e5m2``.
 
     Returns:
         ``[R, N]`` (``[R, K]``) in x's dtype, in the order of the groups.

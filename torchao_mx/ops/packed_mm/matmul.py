@@ -1,10 +1,10 @@
 """matmul and grouped_mm with a packed weight.
 
-A product with an unquantized x is ``packed_mm/op.py``'s. Here are the products with an ``activation``, which decode
-the weight and call the vendor's GEMM, and those of batches of matrices; MXFP4 times MXFP4 takes 8-bit tensor
-cores where the GPU has them (``packed_mm/exact_fp4.py``).
+Products with an unquantized x are computed in ``packed_mm/op.py``. This file computes products with an
+``activation``, which decode the weight and call the vendor's GEMM, and products of batches of matrices. MXFP4
+times MXFP4 uses 8-bit tensor cores if the GPU has them (``packed_mm/exact_fp4.py``).
 
-For a weight ``W [N, K]`` packed along K, and x quantized on the way in where an ``activation`` says so::
+For a weight ``W [N, K]`` packed along K, and x quantized first if an ``activation`` is given::
 
     transpose_weight       Y = Q(X) Wq^T   (X [M, K])     dX = dY Wq      a forward pass
     not transpose_weight   Y = X Wq        (X [M, N])     dX = dY Wq^T    a backward pass
@@ -49,9 +49,9 @@ from torchao_mx.ops.quantization.quantize import quantize_op
 def fake_quantize_activation(
     x: torch.Tensor, fmt: str, scaling_mode: str, offs: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """``x`` as its quantized values; unchanged where ``fmt`` is empty or there are no rows.
+    """Return ``x`` rounded to its quantized values; unchanged if ``fmt`` is empty or there are no rows.
 
-    With ``offs``, end offsets of groups of x's rows, a per-tensor scale is that of the rows in groups.
+    With ``offs``, end offsets of groups of x's rows, the per-tensor scale covers only the rows in groups.
     """
     if not fmt or x.numel() == 0:
         return x
@@ -61,9 +61,9 @@ def fake_quantize_activation(
 
 
 def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x w^T + bias`` for 2-D ``x [M, K]`` and ``w [N, K]``, or 3-D with a batch in front.
+    """Return ``x w^T + bias`` for 2-D ``x [M, K]`` and ``w [N, K]``, or 3-D with a leading batch axis.
 
-    QAT and the converted model both come here with equal operands, hence with equal results.
+    QAT and the converted model both call this with equal operands, so their results are equal.
     """
     if w.dim() == 2:
         return F.linear(x, w, bias)
@@ -72,7 +72,7 @@ def product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torc
 
 
 class Arguments(NamedTuple):
-    """Those of ``matmul`` in its schema's order, and of ``grouped_mm``, which has ``offs`` in bias's place."""
+    """The arguments of ``matmul`` in its schema's order; ``grouped_mm`` has ``offs`` in place of bias."""
 
     x: torch.Tensor
     qdata: torch.Tensor
@@ -85,7 +85,7 @@ class Arguments(NamedTuple):
     activation_mode: str
 
     def values(self, dtype: torch.dtype) -> torch.Tensor:
-        """The decoded weight, ``[.., columns, reduced]``."""
+        """Return the decoded weight, ``[.., columns, reduced]``."""
         w = dequantize_op(self.qdata, self.scale, self.fmt, dtype, -1, self.per_tensor_scale)
         return w if self.transpose_weight else w.mT
 
@@ -156,7 +156,7 @@ def _grouped_mm(*args: Any) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
     out = torch_internals.grouped_mm(aligned_rows(x), w, offs=offs).contiguous()
-    zero_behind(out, offs)  # they belong to no expert; torch leaves them as it found them
+    zero_behind(out, offs)  # torch leaves unassigned rows unwritten
     return out
 
 
@@ -201,28 +201,28 @@ def matmul(
     strategy: str = "auto",
     max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """``x @ W^T + bias`` (or ``x @ W``) with the packed ``W [N, K]`` or ``[B, N, K]``; see the file's head.
+    """``x @ W^T + bias`` (or ``x @ W``) with a packed ``W [N, K]`` or ``[B, N, K]``; see the file's head.
 
-    Computes in x's dtype (autocast's, under autocast), whatever the weight was quantized from.
+    Computes in x's dtype (autocast's, under autocast), independent of the dtype that the weight had.
 
     Args:
-        x: ``[..., K]`` (``[..., N]`` without ``transpose_weight``) for a 2-D weight, rank 1 and up;
+        x: ``[..., K]`` (``[..., N]`` without ``transpose_weight``) for a 2-D weight, rank 1 or more;
             ``[B, M, K]`` for a 3-D one. bfloat16, float16 or float32.
         qdata: ``W``'s elements, as :func:`torchao_mx.ops.quantize` packs them along K.
         scale: ``W``'s block scales.
         fmt: the weight's format.
-        per_tensor_scale: ``W``'s, where the format has one.
+        per_tensor_scale: ``W``'s per-tensor scale, if the format has one.
         bias: ``[N]`` (``[K]`` without ``transpose_weight``), or one number, added to the product's rows.
         transpose_weight: reduce over K, the packed axis; otherwise over N.
         activation: how to quantize x first, in blocks along the reduced axis.
-        strategy: how to compute on a GPU: ``"fused"``, ``"unpack"`` or ``"auto"``, as
-            :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy` has them; for 2-D weights without an ``activation``.
-        max_scratch_bytes: how much decoded weight ``"unpack"`` may hold at a time; at least one slice of 8
-            rows or one block of columns. None: 256 MiB, or as much as the rows of x and of the result take
-            where that is more.
+        strategy: how to compute on a GPU: ``"fused"``, ``"unpack"`` or ``"auto"`` (see
+            :func:`torchao_mx.ops.packed_mm.strategy.choose_strategy`); for 2-D weights without an ``activation``.
+        max_scratch_bytes: the decoded weight that ``"unpack"`` may hold at a time; at least one slice of 8
+            rows or one block of columns. None: 256 MiB, or the size of the rows of x and of the result if
+            that is more.
 
     Raises:
-        TypeError: x's dtype.
+        TypeError: a wrong dtype of x.
         ValueError: shapes that do not multiply; a device other than the weight's; an ``activation`` whose
             blocks do not divide x's last axis; an unknown ``strategy``.
 
@@ -261,7 +261,7 @@ def matmul(
     if strategy != "auto":
         raise ValueError(
             f"strategy={strategy!r} with {'a batch of weights' if activation is None else 'an activation'}"
-            f"; these products are computed in one way only: leave strategy out"
+            f"; these products have only one strategy: leave strategy out"
         )
     bias = None if bias is None else bias.to(x.dtype)
     args = (qdata, scale, per_tensor_scale, bias, fmt.name, transpose_weight)
@@ -291,32 +291,31 @@ def grouped_mm(
     strategy: str = "auto",
     max_scratch_bytes: int | None = None,
 ) -> torch.Tensor:
-    """Rows ``offs[e - 1] : offs[e]`` times expert e of the packed ``W [E, N, K]``, plus its bias.
+    """Multiply rows ``offs[e - 1] : offs[e]`` by expert e of the packed ``W [E, N, K]``, and add its bias.
 
-    Rows after ``offs[-1]`` are unassigned: they are zero, in y and in x's gradient, and influence nothing, the
-    per-tensor scale of an NVFP4 ``activation`` included. Nothing waits for the GPU, whose ``offs`` and
-    ``order`` are therefore not looked at: where they are not as said here, results are undefined. Row numbers
-    that are out of range read no other memory; offsets beyond the rows may, as in ``torch._grouped_mm``.
+    Rows after ``offs[-1]`` are unassigned: they are zero in y and in x's gradient, and affect nothing else,
+    not even the per-tensor scale of an NVFP4 ``activation``. Nothing waits for the GPU, so ``offs`` and
+    ``order`` are not checked there: results are undefined if they break the rules below. Row numbers out of
+    range never read foreign memory; offsets beyond the rows may, as in ``torch._grouped_mm``.
 
     Args:
-        x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in the order of the groups; with an
-            ``order`` ``[T, K]``, ungrouped. bfloat16, float16 or float32.
+        x: ``[R, K]`` (``[R, N]`` without ``transpose_weight``) in group order; ungrouped ``[T, K]``
+            with an ``order``. bfloat16, float16 or float32.
         qdata, scale, fmt, per_tensor_scale: ``W``, as in :func:`matmul`.
         offs: ``[E]`` int32 end offsets on x's device, ascending, as in ``torch._grouped_mm``.
-        order: ``[R]`` int32 (or int64, converted), a permutation of the rows (checked on the CPU only): row i is
-            of token ``order[i] // (R // T)``. The argsort of the flattened ``[T, k]`` expert ids.
+        order: ``[R]`` int32 (or int64, converted), a permutation of the rows (checked on the CPU only): row i
+            belongs to token ``order[i] // (R // T)``. The argsort of the flattened ``[T, k]`` expert ids.
         bias: ``[E, N]`` (``[E, K]``).
-        transpose_weight, activation, strategy, max_scratch_bytes: as in :func:`matmul`; ``"unpack"`` of
-            an x on a GPU needs bfloat16.
+        transpose_weight, activation, strategy, max_scratch_bytes: as in :func:`matmul`; on a GPU,
+            ``"unpack"`` needs a bfloat16 x.
 
     Returns:
         ``[R, N]`` (``[R, K]``) in x's dtype.
 
     Raises:
-        TypeError: dtypes.
-        ValueError: shapes or devices that do not belong together; on the CPU, ``offs`` that do not ascend or an
-            ``order`` that is no permutation;
-            an ``activation`` with axes that are not multiples of 16 bytes.
+        TypeError: a wrong dtype.
+        ValueError: shapes or devices that do not match; on the CPU, ``offs`` that do not ascend or an ``order``
+            that is not a permutation; an ``activation`` with axes that are not multiples of 16 bytes.
 
     Example:
         >>> import torch
@@ -354,14 +353,14 @@ def grouped_mm(
         return y
     if strategy != "auto":
         raise ValueError(
-            f"strategy={strategy!r} with an activation; this product is computed in one way only: leave "
+            f"strategy={strategy!r} with an activation; this product has only one strategy: leave "
             f"strategy out"
         )
     for size in (reduced, columns):
         if size * x.itemsize % 16:
             raise ValueError(
                 f"the weight has an axis of {size}, in {x.dtype} not a multiple of 16 bytes, which "
-                f"torch._grouped_mm wants of rows forward and backward: pad the weight"
+                f"torch._grouped_mm needs for rows in forward and backward: pad the weight"
             )
     if order is not None:
         x = x[tokens_of(order, len(x))]

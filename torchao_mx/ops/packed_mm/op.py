@@ -1,18 +1,18 @@
 """mm: a frozen packed weight and a low-rank update, dense or by groups of rows, as one op.
 
-For every expert e and its rows of x (one group of all rows where ``offs`` is None)::
+For every expert e and its rows of x (one group of all rows if ``offs`` is None)::
 
     h = x down^T                  y  = x W^T + s h up^T + bias         (x W without transpose_weight)
     g = s dy up                   dx = dy W + g down                   (dy W^T)
     d_down = g^T x                d_up = s dy^T h                      dbias = sum of the rows of dy
 
 where ``transpose_weight`` reduces over K, the packed axis of ``W [E, N, K]``: x ``[R, K]``, y ``[R, N]``,
-down ``[E, r, K]``, up ``[E, N, r]``; otherwise over N: x ``[R, N]``, y ``[R, K]``, down ``[E, r, N]``,
-up ``[E, K, r]``. With an ``order`` x is ``[T, ..]``, gathered on the way in, and dx its sum on the way out.
+down ``[E, r, K]``, up ``[E, N, r]``. Otherwise it reduces over N: x ``[R, N]``, y ``[R, K]``,
+down ``[E, r, N]``, up ``[E, K, r]``. With an ``order``, x ``[T, ..]`` is gathered first, and dx summed last.
 
-The adapters keep their dtype: cast to x's inside the products; their gradients are summed in fp32 and leave in
-their dtype. Backward keeps the packed bytes by reference and decodes them again, x only where down is
-trained, and h ``[R, r]``. The product itself is done by one of the strategies of :func:`choose_strategy`.
+The adapters keep their dtype. Products cast them to x's dtype; their gradients are summed in fp32 and
+returned in the adapters' dtype. Backward refers to the packed bytes and decodes them again; it keeps x only
+if down is trained, and h ``[R, r]``. :func:`choose_strategy` chooses how the product is computed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from torchao_mx.ops.packed_mm.fp8.product import fp8_product
 from torchao_mx.ops.packed_mm.hopper.product import hopper_product, takes_hopper, takes_hopper_fp8
 from torchao_mx.ops.packed_mm.strategy import DEFAULT_SCRATCH, choose_strategy
 
-# Rows of a dense product up to which an adapter's part is ours: a launch costs the host less than a torch.mm.
+# Dense products up to this many rows use our adapter kernels: a launch costs the host less than a torch.mm.
 SKINNY_UP_TO = 512
 
 
@@ -43,7 +43,7 @@ def _packed(a: Arguments | BackwardArguments) -> Packed:
 
 
 class _DecodedOnDemand:
-    """``W [E, N, K]`` for the reference, an expert decoded when it is asked for."""
+    """``W [E, N, K]`` for the reference, decoding one expert at a time on access."""
 
     def __init__(self, w: Packed, dtype: torch.dtype) -> None:
         self.w, self.dtype = w, dtype
@@ -66,9 +66,9 @@ def _product(
     max_scratch_bytes: int,
     token_sum: unpack.TokenSum | None = None,
 ) -> torch.Tensor:
-    """``y = x W^T + scaling * h up^T + bias`` (``x W``), forward and, the other way, backward.
+    """Compute ``y = x W^T + scaling * h up^T + bias`` (``x W``), in forward and, transposed, in backward.
 
-    With ``token_sum`` y's rows are summed to those of tokens.
+    With ``token_sum`` the rows of y are summed per token.
     """
     n_rows, columns = rows.n_rows, w.n if transpose_weight else w.k
     if n_rows == 0 or columns == 0:
@@ -78,7 +78,7 @@ def _product(
     groups = None if rows.offs is None else rows.offs.shape[0]
     if max_scratch_bytes == 0:
         rows_bytes = n_rows * (w.n + w.k) * x.itemsize
-        # Slices that are summed at once cost no copy of y.
+        # Slices that are summed at once need no copy of y.
         allowed = rows_bytes if token_sum is None else rows_bytes * 2 // 3
         max_scratch_bytes = max(DEFAULT_SCRATCH, allowed)
     hopper = takes_hopper_fp8(x) if compute else takes_hopper(x, w.qdata, w.fmt)
@@ -116,7 +116,7 @@ def _product(
 
 
 def _takes_torch_mm(x: torch.Tensor, r: int, offs: torch.Tensor | None) -> bool:
-    """Whether the vendor's GEMM does an adapter's product with the rows of ``x``, or its gradient."""
+    """Whether the vendor's GEMM multiplies an adapter by the rows of ``x``, or computes its gradient."""
     many = x.shape[0] > SKINNY_UP_TO or r > MAX_RANKS
     return x.is_cuda and offs is None and many
 
@@ -150,7 +150,7 @@ def _gram(
 
 
 class Arguments(NamedTuple):
-    """Those of ``mm``, in its schema's order; ``bias`` is ``[E, C]`` or ``[C]``, dtypes are named, "" for x's."""
+    """``mm``'s arguments, in schema order; ``bias`` is ``[E, C]`` or ``[C]``, dtypes are names, "" for x's."""
 
     x: torch.Tensor
     qdata: torch.Tensor
@@ -202,7 +202,7 @@ def _mm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...
     a, h = Arguments(*inputs), output[1]
     ctx.mark_non_differentiable(h)
     ctx.set_materialize_grads(False)
-    needed = Arguments(*ctx.needs_input_grad[:-1])  # without the dispatcher's keys
+    needed = Arguments(*ctx.needs_input_grad[:-1])  # without the dispatcher's key set
     ctx.save_for_backward(
         a.x if needed.down else None,
         h if needed.up else None,
@@ -268,7 +268,7 @@ mm_op = define_op(
 
 
 class BackwardArguments(NamedTuple):
-    """Those of ``mm_backward``: x where down is trained, h where up is, ``bias_dtype`` where bias is."""
+    """The arguments of ``mm_backward``: x if down is trained, h if up is, ``bias_dtype`` if bias is."""
 
     dy: torch.Tensor
     x: torch.Tensor | None
@@ -317,7 +317,7 @@ def _mm_backward(*args: Any) -> Gradients:
             a.max_scratch_bytes,
             token_sum,
         )
-    # Laid out as the adapters are: `down` and `up` are transposed views where the weight is not transposed.
+    # The adapters' own layout: `down` and `up` are transposed views unless the weight is transposed.
     if a.x is not None:
         x = with_unit_rows(a.x)
         d_down = _gram(g, x, a.offs, a.order, top_k, 1.0, a.down.dtype, not a.transpose_weight)
@@ -363,7 +363,7 @@ def _mm_backward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _mm_backward_autograd(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-    """dx and dbias are linear in dy: their gradient to dy is the forward product again."""
+    """dx and dbias are linear in dy: their gradient with respect to dy is the forward product again."""
     ddx, ddbias, _dd_down, _dd_up = grads
     if ctx.trains_adapters:
         raise NotImplementedError(
@@ -393,7 +393,7 @@ def _mm_backward_autograd(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.
             "",
             ctx.max_scratch_bytes,
         )
-    return (ddy, *[None] * 18)  # dy, and nothing else
+    return (ddy, *[None] * 18)  # dy only
 
 
 mm_backward_op = define_op(

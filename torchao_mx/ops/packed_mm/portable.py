@@ -1,24 +1,23 @@
-"""The product with a packed weight in one kernel: it decodes in registers, inside the loop of the GEMM.
+"""The product with a packed weight in one kernel, which decodes in registers inside the GEMM's loop.
 
 ::
 
     y[i] = x[token of i] W_e^T (or W_e) + scaling * h[i] up_e^T + bias_e      rows i of expert e, see moe/groups.py
 
-A tile of y is computed transposed, W on the left: the left operand of a tensor core's product may come from
-registers, where the decoded values are, and few rows of x fill its right side (16 do). Hence the layout of
-everything here. Registers hold *pairs* of values, neighbours along the reduced axis; a thread decodes the
-pairs of a word that it has loaded, and the words are dealt out so that those are the pairs that its tensor
-core wants from it:
+A tile of y is computed transposed, W on the left: a tensor core's left operand may come from registers, where
+the decoded values are, and few rows of x (16) fill its right side. The layout of everything here follows from
+that. Registers hold *pairs* of values, neighbours along the reduced axis. A thread decodes the pairs of a
+word that it has loaded, and the words are dealt out so that its tensor core needs just those pairs from it:
 
 - ``x W^T`` reduces along the packed rows. A word of eight codes is four pairs. A thread takes a quarter of
-  the tile's columns, four to a row, where the tensor core would deal out RUN neighbours at a time; a product
-  does not mind its sum reordered, so both operands are permuted.
+  the tile's columns, four per row, where the tensor core would deal out RUN neighbours at a time. A sum may
+  be reordered, so both operands are permuted.
 - ``x W`` reduces over rows. Words of four codes, in two neighbouring rows, are four pairs of four columns of
-  y. The tile's columns are permuted, and put in order again when the sums are stored.
+  y. The tile's columns are permuted, and put back in order when the sums are stored.
 
-None of the permutations changes a result, whatever layout Triton chooses; they only decide what it costs.
-In MXFP4 and bf16 a pair takes six instructions, of which two multiply, and the whole loop 4.6 (x W^T) or
-5.6 (x W) an element in Hopper's machine code.
+None of the permutations changes a result, whatever layout Triton chooses; they only affect the cost. In MXFP4
+and bf16 a pair takes six instructions, two of them multiplications, and the whole loop takes 4.6 (x W^T) or
+5.6 (x W) per element in Hopper's machine code.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ BAND = tl.constexpr(PORTABLE_BAND)
 
 
 class _Strides(NamedTuple):
-    """Of experts, rows, columns and ranks; q's count WORD_UNIT words."""
+    """The strides of experts, rows, columns and ranks; q's count WORD_UNIT words."""
 
     x_row: int
     q_expert: int
@@ -67,9 +66,9 @@ class _Strides(NamedTuple):
 
 @triton.jit
 def _bf16_pairs(codes, scales):
-    """Pairs of e2m1 values times pairs of bf16 scales; codes in the top four bits of both halves.
+    """Multiply pairs of e2m1 values by pairs of bf16 scales; codes in the top four bits of both halves.
 
-    Sign, exponent and mantissa bits in bf16's places are the value times 2**-126, subnormals included.
+    Sign, exponent and mantissa bits in bf16's positions are the value times 2**-126, subnormals included.
     """
     bits = (codes & -0x7FFF8000) | ((codes >> 6) & 0x01C001C0)
     pairs = tl.inline_asm_elementwise(
@@ -95,7 +94,7 @@ def _bf16_pairs(codes, scales):
 
 @triton.jit
 def _codes_of_byte(word, SELECTOR: tl.constexpr):
-    """Both codes of one byte of ``word``, at the top of the two halves, anything below them."""
+    """Move both codes of one byte of ``word`` to the top of the two halves; lower bits are undefined."""
     asm: tl.constexpr = "prmt.b32 $0, $1, $2, " + SELECTOR + ";"
     return tl.inline_asm_elementwise(
         asm, "=r,r,r", [word << 4, word], dtype=tl.int32, is_pure=True, pack=1
@@ -104,9 +103,9 @@ def _codes_of_byte(word, SELECTOR: tl.constexpr):
 
 @triton.jit
 def _bf16_scales(low, high):
-    """Pairs of E8M0 bytes (int32) as pairs of bf16 scales in a word."""
+    """Convert pairs of E8M0 bytes (int32) to pairs of bf16 scales in a word."""
     bytes = low | (high << 16)
-    # 0 is 2**-127, a subnormal, and 255 is NaN: these two have the mantissa's upper bit set.
+    # 0 is 2**-127, a subnormal, and 255 is NaN: both have the mantissa's upper bit set.
     special = 0x01000100 - ((bytes + 0x00010001) & 0x00FE00FE)
     return (bytes << 7) + ((special >> 2) & 0x00400040)
 
@@ -123,7 +122,7 @@ def _pairs(
     DOT_DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """(first, second) values of pair PAIR of each word; arguments as :func:`_decode` prepares them."""
+    """Return the (first, second) values of pair PAIR of each word; :func:`_decode` prepares the arguments."""
     BITS: tl.constexpr = FORMAT.elem_bits
     MASK: tl.constexpr = (1 << BITS) - 1
     SHIFT: tl.constexpr = PAIR * BITS * (2 if ALONG_ROWS else 1)
@@ -144,13 +143,13 @@ def _pairs(
 
 @triton.jit
 def _of_row_pairs(t):
-    """``t [A, C]`` as its even and its odd rows."""
+    """Split ``t [A, C]`` into its even and its odd rows."""
     return tl.split(t.reshape(t.shape[0] // 2, 2, t.shape[1]).permute(0, 2, 1))
 
 
 @triton.jit
 def _spread(t, COLUMNS: tl.constexpr):
-    """Each column of ``t [A, B]`` repeated to COLUMNS in all."""
+    """Repeat each column of ``t [A, B]``, to COLUMNS columns in all."""
     A: tl.constexpr = t.shape[0]
     B: tl.constexpr = t.shape[1]
     return t[:, :, None].broadcast_to((A, B, COLUMNS // B)).reshape(A, COLUMNS)
@@ -166,10 +165,10 @@ def _decode(
     DOT_DTYPE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Values of ``word [A, C]`` under the scale bytes ``[A, blocks]``, in pairs along the reduced axis.
+    """Decode ``word [A, C]`` under the scale bytes ``[A, blocks]``, in pairs along the reduced axis.
 
     ALONG_ROWS: ``[A, C, 4, 2]``, words of eight codes, pair i of a word being its codes 2i and 2i + 1.
-    Otherwise: ``[A / 2, C, 4, 2]``, words of four, pair i being code i of a row and of the next one.
+    Otherwise: ``[A / 2, C, 4, 2]``, words of four, pair i being code i of a row and of the next row.
     """
     C: tl.constexpr = word.shape[1]
     byte = byte.to(tl.int32)
@@ -198,7 +197,7 @@ def _decode(
 
 @triton.jit
 def _deal_reduced(t, RUN: tl.constexpr):
-    """``t [A, B]`` with B = 4 quarters permuted: runs of the four quarters in turn."""
+    """Permute the four quarters of ``t [A, B]`` along B: runs of the four quarters in turn."""
     if RUN > 0:
         A: tl.constexpr = t.shape[0]
         B: tl.constexpr = t.shape[1]
@@ -208,9 +207,9 @@ def _deal_reduced(t, RUN: tl.constexpr):
 
 @triton.jit
 def _deal_columns(t, RUN: tl.constexpr):
-    """``t [A, B]``, rows 32 w + 4 g + 2 r + h, with rows 16 (w + A / 32 * r) + 8 h + g, where RUN > 0.
+    """Move rows 32 w + 4 g + 2 r + h of ``t [A, B]`` to 16 (w + A / 32 * r) + 8 h + g, if RUN > 0.
 
-    Warp w's tensor core has rows 8 h + g of 16, and a thread one g of them: the four columns of a word.
+    Warp w's tensor core has rows 8 h + g of 16, and a thread has one g of them: the four columns of a word.
     """
     if RUN > 0:
         A: tl.constexpr = t.shape[0]
@@ -221,7 +220,7 @@ def _deal_columns(t, RUN: tl.constexpr):
 
 @triton.jit
 def _collect_columns(t, RUN: tl.constexpr):
-    """The inverse of :func:`_deal_columns`."""
+    """Invert :func:`_deal_columns`."""
     if RUN > 0:
         A: tl.constexpr = t.shape[0]
         B: tl.constexpr = t.shape[1]
@@ -231,7 +230,7 @@ def _collect_columns(t, RUN: tl.constexpr):
 
 @triton.jit
 def _tile_of_program(row_tiles, column_tiles):
-    """(row tile, column tile): BAND row tiles, one column of tiles after another."""
+    """Return (row tile, column tile): BAND row tiles per column of tiles, one column after another."""
     band = tl.program_id(0) // (BAND * column_tiles)
     index = tl.program_id(0) - band * (BAND * column_tiles)
     height = tl.minimum(row_tiles - band * BAND, BAND)
@@ -249,7 +248,7 @@ def _load_scales(
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Scale bytes ``[n, block]``, with ``left`` elements to go along the reduced axis; else zeros."""
+    """Load scale bytes ``[n, block]`` with ``left`` elements left along the reduced axis; zeros beyond."""
     if WHOLE:
         mask = left > 0
     elif ALONG_ROWS:
@@ -287,7 +286,7 @@ def _fused_kernel(
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """A :class:`PortableTile` of y; zeros where the rows are unassigned.
+    """Compute a :class:`PortableTile` of y; zeros in unassigned rows.
 
     ``strides`` are :class:`_Strides`. WHOLE: the tiles divide the weight. TILE_RANK 0: no adapters.
     """
@@ -305,7 +304,7 @@ def _fused_kernel(
     row_blocks = K // BLOCK
     if TRANSPOSE_WEIGHT:
         n_columns = N
-        n_reduced = row_blocks * BLOCK  # K, but known to be whole blocks
+        n_reduced = row_blocks * BLOCK  # K, in a form known to be whole blocks
     else:
         n_columns = K
         n_reduced = N
@@ -345,7 +344,7 @@ def _fused_kernel(
     PER_WORD: tl.constexpr = 8 if TRANSPOSE_WEIGHT else 4
     step = tl.arange(0, REDUCED)
     if TRANSPOSE_WEIGHT:
-        n = tl.minimum(column, N - 1)  # of columns that are not stored, any row
+        n = tl.minimum(column, N - 1)  # any row will do for columns that are not stored
         word = tl.arange(0, REDUCED // PER_WORD)
         block = tl.arange(0, REDUCED // BLOCK)
     else:
@@ -353,7 +352,7 @@ def _fused_kernel(
         word = column0 // PER_WORD + tl.arange(0, COLUMNS // PER_WORD)
         block = column0 // BLOCK + tl.arange(0, COLUMNS // BLOCK)
     token = groups.token_of(order_ptr, row, inside, top_k, n_tokens, GATHERED)
-    token = tl.minimum(token, n_tokens - 1)  # likewise
+    token = tl.minimum(token, n_tokens - 1)  # the same for rows
     x_ptrs = x_ptr + token[:, None] * strides.x_row + step[None, :]
     q_ptrs = q_ptr + expert * (strides.q_expert * WORD_UNIT)
     q_ptrs += n.to(tl.int64)[:, None] * (strides.q_row * WORD_UNIT) + word[None, :]
@@ -380,7 +379,7 @@ def _fused_kernel(
         else:
             q_ptrs += tl.cast(strides.q_row, tl.int64) * (WORD_UNIT * REDUCED)
             s_ptrs += tl.cast(strides.s_row, tl.int64) * REDUCED
-        # A byte is too narrow for the asynchronous copies that bring x and the words: one step ahead.
+        # A byte is too narrow for the asynchronous copies that load x and the words: load one step ahead.
         next_byte = _load_scales(
             s_ptrs, n, block, left - REDUCED, row_blocks, TRANSPOSE_WEIGHT, WHOLE, BLOCK
         )
@@ -407,18 +406,18 @@ def _fused_kernel(
 def fused_product(
     x: torch.Tensor, w: Packed, rows: Rows, transpose_weight: bool, added: Added
 ) -> torch.Tensor:
-    """``y [n_rows, N]`` (``[n_rows, K]`` without ``transpose_weight``) in x's dtype; see the file's head.
+    """Return ``y [n_rows, N]`` (``[n_rows, K]`` without ``transpose_weight``), in x's dtype; see the head.
 
-    A weight is element * scale, rounded once to x's dtype, as :func:`torchao_mx.ops.dequantize` has it; sums
-    are in fp32. Rows behind ``offs[-1]`` are zero.
+    A weight is element * scale, rounded once to x's dtype, as in :func:`torchao_mx.ops.dequantize`. Sums are
+    in fp32. Rows after ``offs[-1]`` are zero.
 
     Args:
-        x: ``[n_rows, K]`` (``[n_rows, N]``), or with an ``order`` ``[n_rows / top_k, ..]``; bfloat16, float16
+        x: ``[n_rows, K]`` (``[n_rows, N]``), or ``[n_rows / top_k, ..]`` with an ``order``; bfloat16, float16
             or float32.
         w: ``[E, N, K]``, or without E for a dense product; a per-tensor scale is 0-d or ``[E, 1, 1]``.
         rows: on x's device, ``offs`` and ``order`` int32.
         transpose_weight: reduce over K, the packed axis; otherwise over N.
-        added: without E for a dense product; ``[columns of y]`` will do for a bias in any case.
+        added: without E for a dense product; a bias may always be ``[columns of y]``.
     """
     qdata, scale, per_tensor_scale, fmt = w
     offs, order, top_k, n_rows = rows
@@ -435,7 +434,7 @@ def fused_product(
     tile = portable_tile(n_rows, n_groups, x.dtype, packed, transpose_weight, major)
     row_tiles = groups.max_tiles(n_rows, n_groups, tile.rows)
     rank = 0 if h is None else h.shape[1]
-    # Wider loads than 8 bytes would keep Triton from decoding in the layout of the product, 3.6 and 3.7.
+    # Loads wider than 8 bytes would keep Triton (3.6, 3.7) from decoding in the layout of the product.
     words, word_unit = _words(
         qdata, fmt.elem_bits * (8 if transpose_weight else 4) // 8, 8 if transpose_weight else 16
     )
@@ -453,7 +452,7 @@ def fused_product(
         _expert_stride(bias, 2),
         *_last_strides(bias, 1),
     )
-    dot_dtype = DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the interpreter's only one
+    dot_dtype = DOT_DTYPES[x.dtype] if x.is_cuda else tl.float32  # the only one in the interpreter
     with on_device_of(x):
         _fused_kernel[(row_tiles * cdiv(columns, tile.columns),)](
             x,
@@ -487,10 +486,10 @@ def fused_product(
 
 
 def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor, int]:
-    """``qdata`` as integers of ``itemsize`` bytes, and how many of those a load may take together.
+    """Return ``qdata`` as integers of ``itemsize`` bytes, and how many of them one load may take.
 
-    That many are ``most`` bytes where all rows begin at multiples of that. A copy where a view along K begins
-    within a word, or its rows are no whole words apart.
+    One load takes ``most`` bytes if all rows begin at multiples of that. ``qdata`` is copied if a view along
+    K begins inside a word, or if its rows are not whole words apart.
     """
     q = in_words(qdata, itemsize)
     starts = (q.data_ptr(), *q.stride()[:-1])
@@ -499,7 +498,7 @@ def _words(qdata: torch.Tensor, itemsize: int, most: int) -> tuple[torch.Tensor,
 
 
 def _expert_stride(t: torch.Tensor | None, dims: int) -> int:
-    """The stride of the leading axis that ``t`` has for experts if it has ``dims``."""
+    """Return the stride of the leading expert axis of ``t``, which it has if it has ``dims`` axes."""
     return t.stride(0) if t is not None and t.dim() == dims else 0
 
 

@@ -1,4 +1,4 @@
-"""Which strategy computes a product with a packed weight: what may be asked for, and what ``"auto"`` takes."""
+"""The choice of strategy for products with a packed weight: valid requests, and the rule of ``"auto"``."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torchao_mx.formats import MXFP4, BlockFormat
 
 STRATEGIES = ("auto", "fused", "unpack", "fused8", "unpack8")
 STRATEGIES_OF_8_BITS = ("fused8", "unpack8")
-DEFAULT_SCRATCH = 256 * 2**20  # bytes; or as many as the rows of x and y take, where that is more
+DEFAULT_SCRATCH = 256 * 2**20  # bytes; or the size of the rows of x and y, if that is more
 
 
 class Crossover(NamedTuple):
-    """``"auto"`` fuses below so many rows, of an expert or of a dense product, and unpacks from there on."""
+    """``"auto"`` fuses below this many rows, per expert or in a dense product, and unpacks from there on."""
 
-    over_k: int  # an expert's, reduced over K
+    over_k: int  # per expert, reduced over K
     over_n: int
     dense: int
 
@@ -26,8 +26,8 @@ class Crossover(NamedTuple):
         return n_rows < (self.over_k if transpose_weight else self.over_n) * n_groups
 
 
-# Measured on an H200 (benchmarks/layers/lora_grouped.py, lora_linear.py). Where experts do not fit in the
-# scratch, slices cost a copy of y; a dense weight's decode is soon repaid.
+# Measured on an H200 (benchmarks/layers/lora_grouped.py, lora_linear.py). If experts do not fit in the
+# scratch buffer, slices cost a copy of y. A dense weight's decode soon pays off.
 HOPPER_CROSSOVER = Crossover(1536, 1024, 512)
 HOPPER_FP8_CROSSOVER = Crossover(4096, 1536, 512)
 PORTABLE_CROSSOVER = Crossover(512, 512, 256)
@@ -43,16 +43,16 @@ def choose_strategy(
     hopper: bool = False,
     transpose_weight: bool = True,
 ) -> str:
-    """What computes a product of ``n_rows`` rows in ``n_groups`` groups (None: dense), with a Hopper kernel or not.
+    """Choose the strategy for ``n_rows`` rows in ``n_groups`` groups (None: dense), with a Hopper kernel or not.
 
-    - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows.
-    - ``"unpack"``: decode into a scratch, then the vendor's GEMM; for many rows.
-    - ``"fused8"``, ``"unpack8"``: these in 8 bits, where ``compute`` names an 8-bit dtype; the first for e4m3, on
-      Hopper.
-    - ``"reference"``: on the CPU, unless ``"unpack"`` is asked for.
+    - ``"fused"``: decode in the registers of one Triton GEMM; reads the fewest bytes, for few rows. -
+    ``"unpack"``: decode into a scratch buffer, then call the vendor's GEMM; for many rows. - ``"fused8"``,
+    ``"unpack8"``: the same in 8 bits, if ``compute`` names an 8-bit dtype; ``"fused8"`` is for
+      e4m3 on Hopper.
+    - ``"reference"``: on the CPU, unless ``"unpack"`` is requested.
 
     Raises:
-        ValueError: ``"unpack"`` of groups on a GPU in a dtype other than bfloat16.
+        ValueError: ``"unpack"`` for groups on a GPU in a dtype other than bfloat16.
     """
     if compute:
         if strategy in STRATEGIES_OF_8_BITS:
@@ -64,7 +64,7 @@ def choose_strategy(
     if n_groups is not None and dtype != torch.bfloat16:
         if strategy == "unpack":
             raise ValueError(
-                f"x has dtype {dtype}; torch._grouped_mm, which strategy='unpack' uses, takes bfloat16 "
+                f"x has dtype {dtype}; torch._grouped_mm, which strategy='unpack' uses, takes only bfloat16 "
                 f"on a GPU: convert x, or use strategy='fused'"
             )
         return "fused"
@@ -91,26 +91,26 @@ def compute_names(
     grouped: bool,
     dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[str, str]:
-    """The two dtypes as the op's schema carries them, empty for x's own.
+    """Return the two dtypes as the op's schema carries them, empty for x's own.
 
     Args:
         compute_dtype: of the forward product with a weight in ``fmt``: None, or ``torch.float8_e4m3fn``.
-        grad_compute_dtype: of the product that gives x's gradient: None or ``torch.bfloat16`` for x's, or one
-            of 8 bits.
-        fmt: the weight's.
-        grouped: whether the weight is of experts.
-        dtype: x's, once there is an x.
+        grad_compute_dtype: of the product that gives x's gradient: None or ``torch.bfloat16`` for x's, or
+            one of 8 bits.
+        fmt: the weight's format.
+        grouped: whether the weight holds experts.
+        dtype: x's dtype, once there is an x.
 
     Raises:
-        ValueError: what no product computes in.
+        ValueError: a dtype that no product computes in.
     """
     if compute_dtype not in _COMPUTE:
         raise ValueError(
-            f"compute_dtype={compute_dtype}; it is None (x's dtype) or torch.float8_e4m3fn"
+            f"compute_dtype={compute_dtype}; it must be None (x's dtype) or torch.float8_e4m3fn"
         )
     if grad_compute_dtype not in _GRAD_COMPUTE:
         raise ValueError(
-            f"grad_compute_dtype={grad_compute_dtype}; it is None or torch.bfloat16 (x's dtype), "
+            f"grad_compute_dtype={grad_compute_dtype}; it must be None or torch.bfloat16 (x's dtype), "
             f"torch.float8_e4m3fn or torch.float8_e5m2"
         )
     if grad_compute_dtype == torch.bfloat16 != dtype:
@@ -125,25 +125,25 @@ def compute_names(
         )
     if grouped and grad_compute_dtype == torch.float8_e5m2:
         raise ValueError(
-            "grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes e4m3 alone: "
+            "grad_compute_dtype=torch.float8_e5m2 with experts; torch._scaled_grouped_mm takes only e4m3: "
             "use torch.float8_e4m3fn, or leave grad_compute_dtype out"
         )
     if compute_dtype is not None and fmt != MXFP4:
         raise ValueError(
-            f"compute_dtype={compute_dtype} with a weight in {fmt.name}; it takes MXFP4 weights, the only ones "
-            f"that are e4m3 without loss: leave compute_dtype out, or use MXFP4"
+            f"compute_dtype={compute_dtype} with a weight in {fmt.name}; only MXFP4 weights convert to e4m3 "
+            f"without loss: leave compute_dtype out, or use MXFP4"
         )
     return _COMPUTE[compute_dtype], _GRAD_COMPUTE[grad_compute_dtype]
 
 
 def check_strategy(strategy: str, max_scratch_bytes: int | None, compute: str = "") -> None:
-    """Refuse a strategy that there is not, or not for this compute dtype."""
+    """Refuse an unknown strategy, or one that does not fit the compute dtype."""
     if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} is none of {', '.join(STRATEGIES)}")
+        raise ValueError(f"strategy={strategy!r}; it must be one of {', '.join(STRATEGIES)}")
     if strategy != "auto" and (strategy in STRATEGIES_OF_8_BITS) != bool(compute):
         raise ValueError(
             f"strategy={strategy!r} with compute_dtype={'torch.' + compute if compute else None}; "
-            f"{' and '.join(STRATEGIES_OF_8_BITS)} are what computes in torch.float8_e4m3fn: leave strategy "
+            f"only {' and '.join(STRATEGIES_OF_8_BITS)} compute in torch.float8_e4m3fn: leave strategy "
             f"out, or give both"
         )
     if max_scratch_bytes is not None and max_scratch_bytes <= 0:

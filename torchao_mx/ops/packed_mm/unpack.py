@@ -1,16 +1,16 @@
-"""The unpack strategy: decode the weight into a bounded scratch, then the vendor's GEMM.
+"""The unpack strategy: decode the weight into a bounded scratch buffer, then call the vendor's GEMM.
 
-Many rows an expert amortise the decode, and nothing beats the vendor's GEMM then. A decoded weight larger than
-the scratch is worked through in slices of the output columns, which for a packed ``W [E, N, K]`` are slices of
-N (``x W^T``) or of whole blocks along K (``x W``): a slice holds all experts, so no row count is needed on the
-host.
+With many rows per expert the decode pays off, and nothing beats the vendor's GEMM. A decoded weight larger
+than the scratch buffer is processed in slices of the output columns. For a packed ``W [E, N, K]`` those are
+slices of N (``x W^T``) or of whole blocks along K (``x W``). A slice holds all experts, so no row
+counts reach the host.
 
-Where rows of x are gathered anyway, the grouped product takes its low-rank update and its bias along in the GEMM::
+If rows of x are gathered anyway, the grouped product includes its low-rank update and its bias in the GEMM::
 
     X' = [x | h | 1 | 0]      W' = [W | s up | bias | 0]      y = X' W'^T
 
-and the zeros make the rows multiples of 16 bytes, as the GEMM wants them. Otherwise X' would be a copy of x; where
-that is larger than y, the terms are added to y by the pass of ``epilogue.py``.
+and the zeros pad the rows to multiples of 16 bytes, as the GEMM requires. Otherwise X' would be a copy of x;
+if that is larger than y, the pass of ``epilogue.py`` adds the terms to y.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ from torchao_mx.ops.moe.gather import inverse, sum_rows, with_unit_rows
 from torchao_mx.ops.packed_mm.epilogue import finish
 from torchao_mx.ops.quantization import tile
 
-ROW_MULTIPLE = 8  # elements: 16 bytes of bf16 for the GEMM, and what one word decodes to
-SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM where the scratch allows
+ROW_MULTIPLE = 8  # elements: 16 bytes of bf16, for the GEMM, and the elements of one word
+SLICE_STEP = 128  # columns: slices are whole tiles of the GEMM if the scratch buffer allows
 
 
 @launched
@@ -61,10 +61,10 @@ def _decode_into_kernel(
     LONG_ROWS: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``n_words`` of each expert, ``words_per_row`` a row, a word being eight elements.
+    """Decode ``n_words`` per expert, ``words_per_row`` per row, each word being eight elements.
 
-    Strides are of experts and rows. Those of q and of the output count words: the compiler then knows that a
-    thread's eight results are 16 bytes aligned. SELECTIVE leaves experts without rows out.
+    Strides are of experts and rows. Those of q and of the output count words, so the compiler knows that a
+    thread's eight results are aligned to 16 bytes. SELECTIVE skips experts without rows.
     """
     q_ptr, s_ptr, pts_ptr = weight
     q_expert, q_row = q_strides
@@ -79,7 +79,7 @@ def _decode_into_kernel(
     inside = index < n_words - first
     first_row = (first // words_per_row).to(tl.int64)
     column = first % words_per_row + index
-    if LONG_ROWS:  # words_per_row >= TILE: a tile meets one end of a row at most
+    if LONG_ROWS:  # words_per_row >= TILE: a tile meets at most one end of a row
         row = (column >= words_per_row).to(tl.int32)
     else:
         row = column // words_per_row
@@ -138,11 +138,11 @@ def _wide_rows_kernel(
 
 
 def decode_into(out: torch.Tensor, w: Packed, offs: torch.Tensor | None = None) -> None:
-    """Write the values of ``w [E, N, K]`` to ``out``, whose strides are free but for a last one of 1.
+    """Write the values of ``w [E, N, K]`` to ``out``, whose last stride is 1 and whose others are free.
 
-    With ``offs``, those of experts that own rows; on the GPU the others' memory stays as it was.
+    With ``offs``, only experts that own rows are decoded; on the GPU, the memory of the others is untouched.
 
-    On the GPU, rows and experts of ``out`` and of the packed bytes lie at multiples of eight elements.
+    On the GPU, rows and experts of ``out`` and of the packed bytes start at multiples of eight elements.
     """
     if not out.is_cuda:
         out.copy_(reference.dequantize(w.qdata, w.scale, w.fmt, out.dtype, -1, w.per_tensor_scale))
@@ -179,7 +179,7 @@ def _decode_into_triton(out: torch.Tensor, w: Packed, offs: torch.Tensor | None 
 def slices(
     columns: int, bytes_per_column: int, unit: int, max_bytes: int
 ) -> Iterator[tuple[int, int]]:
-    """Even slices of the output columns, multiples of ``unit``, within ``max_bytes`` (``unit`` at least)."""
+    """Cut the output columns into even slices, multiples of ``unit``, within ``max_bytes`` (or one ``unit``)."""
     width = columns
     if columns * bytes_per_column > max_bytes:
         most = max_bytes // bytes_per_column
@@ -197,12 +197,12 @@ def round_up(size: int, multiple: int) -> int:
 def dense_product(
     x: torch.Tensor, w: Packed, transpose_weight: bool, added: Added, max_scratch_bytes: int
 ) -> torch.Tensor:
-    """``y = x W^T + scaling * h up^T + bias`` (``x W``) of a dense ``w [N, K]``; bias in x's dtype."""
+    """Return ``y = x W^T + scaling * h up^T + bias`` (``x W``) of a dense ``w [N, K]``; bias in x's dtype."""
     h, up, scaling, bias = added
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     unit = ROW_MULTIPLE if transpose_weight else w.fmt.block_size
     parts = list(slices(columns, reduced * x.itemsize, unit, max_scratch_bytes))
-    whole = w._replace(qdata=w.qdata[None], scale=w.scale[None])  # decoded as if of one expert
+    whole = w._replace(qdata=w.qdata[None], scale=w.scale[None])  # decoded as if it had one expert
     if len(parts) == 1:
         values = x.new_empty((w.n, w.k))
         decode_into(values[None], whole)
@@ -228,7 +228,7 @@ def dense_product(
 
 
 class TokenSum(NamedTuple):
-    """What becomes of a result's rows: row i is added to the token ``order[i] // top_k``."""
+    """How a result's rows are summed: row i is added to the token ``order[i] // top_k``."""
 
     order: torch.Tensor
     top_k: int
@@ -243,9 +243,9 @@ def grouped_product(
     max_scratch_bytes: int,
     token_sum: TokenSum | None = None,
 ) -> torch.Tensor:
-    """``y [R, D]`` of ``reference.product``, by one ``torch._grouped_mm`` a slice of its columns.
+    """Return ``y [R, D]`` of ``reference.product``, by one ``torch._grouped_mm`` per slice of its columns.
 
-    With ``token_sum`` its sums ``[T, D]``: no more than a slice of y is there at a time.
+    With ``token_sum``, return its sums ``[T, D]``; then no more than one slice of y exists at a time.
     """
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     wide = rows.order is not None or reduced <= columns
@@ -275,7 +275,7 @@ def _products(
     added: Added,
     max_scratch_bytes: int,
 ) -> Iterator[tuple[int, int, torch.Tensor]]:
-    """``(first, end, y[:, first:end])``, with ``added`` along in the GEMM; what follows the columns is to be dropped."""
+    """Yield ``(first, end, y[:, first:end])``, ``added`` included by the GEMM; drop columns after those."""
     h, up, scaling, bias = added
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     rank = 0 if h is None else h.shape[1]
@@ -320,7 +320,7 @@ def _sum_into(
 
 
 def scaled_adapter(adapter: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
-    """``scaling * adapter`` for a product in ``dtype``, which it need not have: rounded to once at most."""
+    """Return ``scaling * adapter`` for a product in ``dtype`` (not cast to it): rounded at most once."""
     if scaling == 1:
         return adapter
     return adapter.to(torch.promote_types(adapter.dtype, dtype)) * scaling
@@ -334,7 +334,7 @@ def _wide_rows(
     one: bool,
     depth: int,
 ) -> torch.Tensor:
-    """``[x | h | 1 | 0] [R, depth]`` with x in the order of the groups; x itself where that is all."""
+    """Return ``[x | h | 1 | 0] [R, depth]`` with x in group order; x itself if it is the only part."""
     if order is None and depth == x.shape[1]:
         return aligned_rows(x)
     n_rows = x.shape[0] if order is None else order.shape[0]

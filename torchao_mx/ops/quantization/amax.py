@@ -1,7 +1,7 @@
-"""NVFP4's per-tensor scale: the largest magnitude of a matrix, or of each expert, in one read.
+"""NVFP4's per-tensor scale: the largest magnitude of a matrix, or per expert, in one read.
 
-Programs leave their largest magnitude in a scratch, of which a second launch takes the largest: no atomics, and
-nothing comes to the host.
+Programs write their largest magnitude to a scratch buffer, and a second launch takes the maximum of those.
+There are no atomics, and nothing is copied to the host.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _MIN_SCALE = tl.constexpr(MIN_PER_TENSOR_SCALE)
 def _amax_kernel(
     x_ptr, amax_ptr, offs_ptr, n, columns, n_groups, GROUPED: tl.constexpr, TILE: tl.constexpr
 ):
-    """``x [E, n]`` to the largest magnitudes ``[E, P]`` that P programs found: bits of fp32, NaN above all.
+    """Reduce ``x [E, n]`` to the largest magnitude per program, ``[E, P]``: bits of fp32, NaN above all.
 
-    GROUPED: of the rows, of ``columns`` elements, in front of the last of the end offsets.
+    GROUPED: only over the rows (of ``columns`` elements) before the last end offset.
     """
     expert, step = tl.program_id(1).to(tl.int64), tl.num_programs(0).to(tl.int64) * TILE
     x_ptr += expert * n
@@ -51,7 +51,7 @@ def _amax_kernel(
 @launched
 @triton.jit
 def _scale_kernel(amax_ptr, scale_ptr, n_found, reciprocal, SPAN: tl.constexpr):
-    """The largest of ``amax [E, n_found]`` times ``reciprocal``, at least the smallest scale; NaN stays."""
+    """Scale the largest of ``amax [E, n_found]`` by ``reciprocal``, to at least the smallest scale; NaN stays."""
     expert, i = tl.program_id(0), tl.arange(0, SPAN)
     found = tl.load(amax_ptr + expert * n_found + i, mask=i < n_found, other=0)
     scale = tile.float_of(tl.max(found, axis=0)) * reciprocal
@@ -64,9 +64,9 @@ def amax_scale(
     per_expert: bool = False,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``reference.per_tensor_scale`` on a GPU, of ``x`` that has elements.
+    """``reference.per_tensor_scale`` on a GPU, for a non-empty ``x``.
 
-    A GPU divides by a number by multiplying by its fp32 reciprocal, torchao's quantizer there included.
+    A GPU divides by a number by multiplying by its fp32 reciprocal; torchao's quantizer does so there too.
     """
     any_order = offs is None and x.dim() > 1 and x.mT.is_contiguous()
     x = x.mT if any_order else x.contiguous()

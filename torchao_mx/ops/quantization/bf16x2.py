@@ -1,9 +1,9 @@
-"""Quantize bf16 as int32 words that hold two values: two elements an instruction.
+"""Quantize bf16 as int32 words that hold two values: two elements per instruction.
 
 Device functions, then the two kernels that ``quantization/quantize.py`` launches for bf16 operands.
-Quantizing in fp32 costs some 27 instructions an element, and an H200 runs out of integer issue slots at two
-thirds of its memory bandwidth; these take 8. They need a GPU (inline PTX; bf16x2 arithmetic from sm_80 on,
-fp8 conversions from sm_89 on) and agree bit for bit with ``tile.py``, which the GPU tests check.
+Quantizing in fp32 costs some 27 instructions per element, and an H200 runs out of integer issue slots at two
+thirds of its memory bandwidth; these functions take 8. They need a GPU (inline PTX; bf16x2 arithmetic from
+sm_80, fp8 conversions from sm_89) and agree bit for bit with ``tile.py``, as the GPU tests check.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def magnitudes(x):
 
 @triton.jit
 def max_of_pairs(magnitude, axis: tl.constexpr):
-    """The largest of ``magnitudes`` along ``axis``, halves together, in fp32; NaN wins.
+    """The largest of ``magnitudes`` along ``axis``, over both halves, in fp32; NaN wins.
 
     The low halves are noise below the high ones' last bit.
     """
@@ -75,7 +75,7 @@ def max_of_halves(magnitude, axis: tl.constexpr):
 
 @triton.jit
 def as_pair(low, high):
-    """Two fp32 values that are exact in bf16, one in each half."""
+    """Pack two fp32 values that are exact in bf16, one in each half."""
     return (tile.bits_of(high) & (-65536)) | ((tile.bits_of(low) >> 16) & 0xFFFF)
 
 
@@ -83,9 +83,9 @@ def as_pair(low, high):
 def encode_e2m1(magnitude, double, one, half):
     """Unsigned codes of ``magnitude * one``, one in the low byte of each half (0x43 in the high byte).
 
-    ``_tile.encode``'s three straight pieces: the product with a power of two is exact inside the fma, which
-    rounds once, onto 128 .. 135 where bf16 holds the integers. ``double``, ``one`` and ``half`` are twice the
-    multiplier, the multiplier and half of it, as pairs. A NaN multiplier gives undefined codes.
+    The three linear pieces of ``_tile.encode``: the product with a power of two is exact inside the fma,
+    which rounds once, onto 128 .. 135, where bf16 holds the integers. ``double``, ``one`` and ``half`` are
+    twice the multiplier, the multiplier and half of it, as pairs. A NaN multiplier gives undefined codes.
     """
     return tl.inline_asm_elementwise(
         """
@@ -113,7 +113,7 @@ def encode_e2m1(magnitude, double, one, half):
 
 @triton.jit
 def pack_four(code, next_code, x, next_x):
-    """Four signed codes from two words: those of ``code`` in byte 0, those of ``next_code`` in byte 2.
+    """Pack four signed codes from two words: those of ``code`` in byte 0, those of ``next_code`` in byte 2.
 
     ``code`` as :func:`encode_e2m1` returns it, the signs from ``x``; bytes 1 and 3 are undefined.
     """
@@ -140,7 +140,7 @@ def pack_four(code, next_code, x, next_x):
 
 @triton.jit
 def pack_eight(four, next_four):
-    """A word of eight codes from two results of :func:`pack_four`."""
+    """Pack eight codes into a word from two results of :func:`pack_four`."""
     return tl.inline_asm_elementwise(
         "prmt.b32 $0, $1, $2, 0x6420;",
         "=r,r,r",
@@ -155,7 +155,7 @@ def pack_eight(four, next_four):
 def decode_e2m1(code, x, scale):
     """bf16 pairs ``+-code * scale``: codes of :func:`encode_e2m1`, signs of ``x``, ``scale`` a pair.
 
-    The code goes to the top of a bf16's mantissa and exponent; 2**126 is the difference of the biases.
+    The code goes to the top of a bf16's mantissa and exponent; 2**126 corrects the difference of the biases.
     """
     return tl.inline_asm_elementwise(
         """
@@ -213,7 +213,7 @@ def quantize_rows_kernel(
     MODE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """The same for bf16 and the MX formats: ``x`` and the values as int32 words of two (``py``).
+    """The rows kernel for bf16 and the MX formats: ``x`` and the values as int32 words of two.
 
     ``q_ptr`` takes int32 words of e2m1 codes, or int16 words of two fp8.
     """
@@ -279,9 +279,9 @@ def quantize_columns_kernel(
     MODE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``quantization/quantize.py``'s columns for MXFP4: ``x`` as int32 words of two columns, TILE_K of them; ``q`` in int16.
+    """The columns kernel for MXFP4: ``x`` as TILE_K int32 words of two columns each; ``q`` in int16.
 
-    A word keeps its two columns in its two halves all the way: four rows of codes fill each.
+    A word keeps its two columns in its two halves throughout: four rows of codes fill each half.
     """
     BLOCK: tl.constexpr = FORMAT.block_size
     batch_stride, row_stride = x_strides
@@ -318,7 +318,7 @@ def quantize_columns_kernel(
     tl.store(s_ptrs, byte.to(tl.uint8), mask=(block < blocks_m)[:, None] & (k < K)[None, :])
     index = block0 * PER_BLOCK + tl.arange(0, WORDS)
     row_words = blocks_m * PER_BLOCK
-    # [TILE_K, WORDS] of two columns each to [2 TILE_K, WORDS]
+    # [TILE_K, WORDS] of two columns each becomes [2 TILE_K, WORDS]
     word = tl.trans(word)
     word = tl.permute(tl.join(word, word >> 16), (0, 2, 1)).reshape(2 * TILE_K, WORDS).to(tl.int16)
     q_ptrs = q_ptr + batch * K * row_words + k[:, None].to(tl.int64) * row_words + index[None, :]

@@ -1,4 +1,4 @@
-"""Device functions on a tile that is quantized along its rows or along its columns: ``quantization/quantize_both.py``'s.
+"""Device functions of ``quantization/quantize_both.py``: quantize a tile along its rows or its columns.
 
 They restate ``reference/recipes.py``, and use ``tile.py`` for blocks and elements.
 """
@@ -18,9 +18,9 @@ PHILOX_ROUNDS = tl.constexpr(recipes.PHILOX_ROUNDS)
 
 
 class Form(NamedTuple):
-    """What a kernel stores of one direction: the constexpr ``FORM``.
+    """The stored outputs of one direction: the constexpr ``FORM``.
 
-    Its ``outputs`` are pointers to packed elements, scales and values, and the per-tensor scale's.
+    ``outputs`` are pointers to packed elements, scales and values, and to the per-tensor scale.
     """
 
     format: KernelFormat
@@ -32,18 +32,18 @@ class Form(NamedTuple):
 
 @triton.jit
 def random_words(seed, row, k0, TILE_K: tl.constexpr):
-    """``[rows, TILE_K]`` words of ``reference.random_words``, from the columns ``k0`` on."""
+    """``[rows, TILE_K]`` words of ``reference.random_words``, starting at the columns ``k0``."""
     four = (k0 // 4 + tl.arange(0, TILE_K // 4))[None, :]
     none = row[:, None] * 0 + four * 0
     counter = none + four, none + row[:, None], none, none
     a, b, c, d = tl.philox(seed, *counter, n_rounds=PHILOX_ROUNDS)
-    words = tl.join(tl.join(a, c), tl.join(b, d))  # flattened, a b c d
+    words = tl.join(tl.join(a, c), tl.join(b, d))  # a b c d when flattened
     return words.to(tl.int32, bitcast=True).reshape(row.shape[0], TILE_K)
 
 
 @triton.jit
 def round_stochastically(y, random, FORMAT: tl.constexpr):
-    """``reference.round_stochastically``: y on the grid of the elements. A NaN, of a block of them, is lost."""
+    """Round y to the element grid as ``reference.round_stochastically``; a NaN block loses its NaNs."""
     SMALLEST: tl.constexpr = 2.0 ** (2 - (1 << (FORMAT.exponent_bits - 1)))
     DROPPED: tl.constexpr = 23 - FORMAT.mantissa_bits
     magnitude = tl.minimum(tl.abs(y), FORMAT.elem_max)
@@ -56,7 +56,7 @@ def round_stochastically(y, random, FORMAT: tl.constexpr):
 
 @triton.jit
 def values(y, scale, RANDOM: tl.constexpr, FORMAT: tl.constexpr):
-    """What the codes of ``y`` stand for, by the fewest instructions; RANDOM has rounded y already."""
+    """The values of the codes of ``y``, by the fewest instructions; with RANDOM, y is already rounded."""
     if RANDOM:
         pass
     elif FORMAT.exponent_bits > 2 and FORMAT.has_fp8_instructions:
@@ -69,10 +69,10 @@ def values(y, scale, RANDOM: tl.constexpr, FORMAT: tl.constexpr):
 
 @triton.jit
 def rows_in_order(TILE_M: tl.constexpr, BLOCK: tl.constexpr, STACK: tl.constexpr):
-    """The order in which a tile holds its rows: ``[4, STACK, blocks, BLOCK / 4 / STACK]`` of rows 4 apart.
+    """Return the order of a tile's rows: ``[4, STACK, blocks, BLOCK / 4 / STACK]`` of rows 4 apart.
 
-    Triton gives the last axes to threads and warps and the first ones to a thread's registers. So a thread holds
-    four neighbours of a column, which it packs, and STACK of those of a block, for which it computes a scale once.
+    Triton gives the last axes to threads and warps, and the first axes to a thread's registers. So a thread
+    holds four neighbours of a column, which it packs, and STACK such fours per block, which share one scale.
     """
     QUADS: tl.constexpr = BLOCK // 4 // STACK
     BLOCKS: tl.constexpr = TILE_M // BLOCK
@@ -84,7 +84,7 @@ def rows_in_order(TILE_M: tl.constexpr, BLOCK: tl.constexpr, STACK: tl.constexpr
 
 @triton.jit
 def encode_fours(y, FORMAT: tl.constexpr):
-    """``[4, R, C]`` to ``[R, C]`` words (int32) of four codes, the first in the lowest bits."""
+    """Pack ``[4, R, C]`` into ``[R, C]`` words (int32) of four codes, the first in the lowest bits."""
     first, second = tl.split(y.reshape(2, 2, y.shape[1], y.shape[2]).permute(0, 2, 3, 1))
     two = tile.encode_two(first, second, FORMAT)
     return tl.sum(two << (tl.arange(0, 2) * 2 * FORMAT.elem_bits)[:, None, None], axis=0)
@@ -106,7 +106,7 @@ def store_row_words(
     GATHERED: tl.constexpr,
     SHORT_MANTISSA: tl.constexpr,
 ):
-    """The tile's rows in e2m1: loaded so that a thread holds whole blocks, and computes each scale once."""
+    """Store the tile's rows in e2m1: a thread loads whole blocks and computes each scale once."""
     FORMAT: tl.constexpr = FORM.format
     BLOCK: tl.constexpr = FORMAT.block_size
     BLOCKS: tl.constexpr = TILE.k // BLOCK
@@ -132,7 +132,7 @@ def store_row_words(
     amax = tile.max_magnitude(x, 2, FORMAT.has_fp8_instructions)
     amax = tile.max_magnitude(amax, 1, FORMAT.has_fp8_instructions)
     byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
-    # Behind the words these stores would keep registers: a tenth slower on an H200.
+    # After the words, these stores would keep registers alive: a tenth slower on an H200.
     tl.store(s_ptr + row * (K // BLOCK) + block, byte.to(tl.uint8), mask=inside)
     packed = tile.encode_words(x * multiplier[:, None, None])
     is_nan = (byte == FORMAT.nan_scale)[:, None]
@@ -158,9 +158,9 @@ def store_rows(
     SHORT_MANTISSA: tl.constexpr,
     RANDOM: tl.constexpr,
 ):
-    """A tile ``x [TILE_M, TILE_K]`` in blocks along K, to the rows ``row [TILE_M]`` (int64).
+    """Store a tile ``x [TILE_M, TILE_K]`` in blocks along K, to the rows ``row [TILE_M]`` (int64).
 
-    Packed rows are fp8 here; :func:`store_row_words` stores those of e2m1.
+    Packed rows are fp8 here; :func:`store_row_words` stores e2m1 rows.
     """
     FORMAT: tl.constexpr = FORM.format
     BLOCK: tl.constexpr = FORMAT.block_size
@@ -212,7 +212,7 @@ def store_columns(
     SHORT_MANTISSA: tl.constexpr,
     RANDOM: tl.constexpr,
 ):
-    """A tile ``x [TILE_M, TILE_K]``, its rows :func:`rows_in_order`, in blocks along M; packed, transposed."""
+    """Store ``x [TILE_M, TILE_K]``, its rows :func:`rows_in_order`, in blocks along M; packed, transposed."""
     FORMAT: tl.constexpr = FORM.format
     BLOCK: tl.constexpr = FORMAT.block_size
     TILE_M: tl.constexpr = TILE.m

@@ -1,7 +1,7 @@
-"""dequantize: packed elements and block scales to values, in one pass at copy bandwidth.
+"""dequantize: turn packed elements and block scales into values, in one pass at copy bandwidth.
 
-The kernels mirror ``quantization/quantize.py``: *rows* writes the quantized axis contiguously, *columns* transposes
-on the way out, so that ``dequantize(*quantize(x, axis=-2), axis=-2)`` has x's shape and layout.
+The kernels mirror ``quantization/quantize.py``: *rows* writes the quantized axis contiguously, *columns*
+transposes on the way out, so that ``dequantize(*quantize(x, axis=-2), axis=-2)`` has x's shape and layout.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _dequantize_rows_kernel(
     TILE: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``q_ptr`` holds words that decode to eight elements: int32 of e2m1, or int64 of fp8.
+    """``q_ptr`` holds words that decode to eight elements: int32 for e2m1, int64 for fp8.
 
     A thread loads one word and stores its 16 bytes of bf16: nothing crosses threads.
     """
@@ -75,7 +75,7 @@ def _dequantize_columns_kernel(
     TILE_K: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``q [B, K, M / elems_per_byte]`` to ``out [B, M, K]``."""
+    """Decode ``q [B, K, M / elems_per_byte]`` to ``out [B, M, K]``."""
     BLOCK: tl.constexpr = FORMAT.block_size
     BYTES: tl.constexpr = TILE_M * FORMAT.elem_bits // 8
     BLOCKS: tl.constexpr = TILE_M // BLOCK
@@ -92,7 +92,7 @@ def _dequantize_columns_kernel(
     byte = tl.load(s_ptrs, mask=s_mask, other=0).to(tl.int32)
     pts = tile.load_per_tensor_scale(pts_ptr, batch, PER_TENSOR)
     scale = tile.scale_value(byte, pts, FORMAT)
-    # Transposed as bytes, before they grow to values.
+    # Transpose the bytes, before they grow to values.
     packed = tl.trans(packed)
     if FORMAT.exponent_bits == 2:
         byte32 = packed.to(tl.int32)
@@ -210,7 +210,7 @@ def dequantize(
     axis: int = -1,
     per_tensor_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The values of :func:`torchao_mx.ops.quantize`'s results; nothing to differentiate.
+    """Decode the results of :func:`torchao_mx.ops.quantize`; not differentiable.
 
     Each value is element * scale (* per-tensor scale), exact in fp32 for the MX formats, rounded once to
     ``dtype``. Scale byte 255 (E8M0) or 0x7F (E4M3) makes its whole block NaN.
@@ -227,7 +227,7 @@ def dequantize(
         ``[..., R, C]`` for ``axis=-1``, ``[..., C, R]`` for ``axis=-2``, contiguous.
 
     Raises:
-        TypeError: dtypes.
+        TypeError: a wrong dtype.
         ValueError: shapes that do not belong together.
 
     Example:

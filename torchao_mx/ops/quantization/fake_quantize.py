@@ -1,7 +1,7 @@
 """fake_quantize: ``dequantize(quantize(x))`` in one pass, with a straight-through gradient.
 
-Reads and writes each element once; nothing packed is written. Rounding to the element grid needs no
-codes: adding and subtracting a power of two drops the mantissa bits that the element lacks.
+It reads and writes each element once and stores nothing packed. Rounding to the element grid needs no codes:
+adding and subtracting a power of two drops the mantissa bits that the element lacks.
 """
 
 from __future__ import annotations
@@ -126,9 +126,9 @@ def _fake_quantize_cpu(
 
 
 def _empty_result(x: torch.Tensor, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``x`` as a kernel takes it, ``[B, M, K]`` with the blocks along K, and an empty result laid out like it.
+    """Return ``x`` in kernel form, ``[B, M, K]`` with blocks along K, and an empty result laid out like it.
 
-    The result is contiguous along the axis that x is, so that neither kernel transposes.
+    The result is contiguous along the same axis as x, so neither kernel transposes.
     """
     x_BMK = batched_rows(x if axis == -1 else x.mT)
     if quantized_axis_is_contiguous(x_BMK):
@@ -230,8 +230,8 @@ def fake_quantize(
 ) -> torch.Tensor:
     """``dequantize(quantize(x))`` in x's shape and dtype; its gradient is the identity.
 
-    Arguments and errors are those of :func:`torchao_mx.ops.quantize`. The straight-through estimator
-    (Bengio et al. 2013, arXiv:1308.3432) passes the gradient of saturated values too.
+    Takes the arguments and raises the errors of :func:`torchao_mx.ops.quantize`. The straight-through
+    estimator (Bengio et al. 2013, arXiv:1308.3432) also passes the gradient of saturated values.
 
     Example:
         >>> import torch

@@ -1,9 +1,9 @@
-"""quantize: high precision to packed elements and block scales, in one pass.
+"""quantize: turn high precision into packed elements and block scales, in one pass.
 
 Two kernels. *Rows*: the blocks lie along the contiguous axis, so a tile is ``[blocks, block_size]`` of
 a flat array and every load and store is a full line. *Columns*: the blocks run across rows (the operand
-of a backward GEMM, or a transposed view), so a tile is ``[TILE_M, TILE_K]``, reduced along M, and is
-transposed on the way out: the quantized axis is the contiguous one of the results in both cases.
+of a backward GEMM, or a transposed view), so a tile is ``[TILE_M, TILE_K]``, reduced along M and transposed
+on the way out. In both cases the quantized axis is the contiguous axis of the results.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _quantize_rows_kernel(
     SHORT_MANTISSA: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``q_ptr`` takes int32 words of e2m1 codes, or bytes of fp8. VALUES: also write the dequantized x."""
+    """``q_ptr`` takes int32 words of e2m1 codes, or fp8 bytes. VALUES: also write the dequantized x."""
     BITS: tl.constexpr = FORMAT.elem_bits
     BLOCK: tl.constexpr = FORMAT.block_size
     first = tl.program_id(0).to(tl.int64) * TILE
@@ -79,7 +79,7 @@ def _quantize_rows_kernel(
         start = row * row_stride + (first + block - row * blocks_per_row) * BLOCK
     expert = (first + tl.minimum(block, n_blocks - first - 1)) // blocks_per_expert
     pts = _tile.load_per_tensor_scale(pts_ptr, expert, PER_TENSOR)
-    if BITS == 4 and not VALUES:  # a thread takes whole blocks, and computes each scale once
+    if BITS == 4 and not VALUES:  # a thread takes whole blocks and computes each scale once
         WORDS: tl.constexpr = BLOCK // 8
         word = tl.arange(0, WORDS)
         elem = (word * 8)[None, :, None] + tl.arange(0, 8)[None, None, :]
@@ -135,9 +135,9 @@ def _quantize_columns_kernel(
     SHORT_MANTISSA: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """``x [B, M, K]`` to ``q [B, K, M]`` in int32 words.
+    """Quantize ``x [B, M, K]`` to ``q [B, K, M]`` in int32 words.
 
-    A thread's rows are packed into words before the transposition, so little data crosses threads.
+    Each thread packs its rows into words before the transposition, so little data moves between threads.
     """
     BITS: tl.constexpr = FORMAT.elem_bits
     BLOCK: tl.constexpr = FORMAT.block_size
@@ -172,7 +172,7 @@ def _quantize_columns_kernel(
 
 
 def _results(x: torch.Tensor, fmt: BlockFormat, axis: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Empty qdata and scale for ``x``."""
+    """Allocate qdata and scale for ``x``."""
     *lead, m, k = x.shape if x.dim() > 1 else (1, *x.shape)
     rows, reduced = (m, k) if axis == -1 else (k, m)
     lead = [] if x.dim() == 1 else [*lead, rows]
@@ -274,7 +274,7 @@ def _launch_columns(
     qdata: torch.Tensor,
     scale: torch.Tensor,
 ) -> None:
-    """Blocks along M; K is contiguous."""
+    """Quantize blocks along M; K is contiguous."""
     batch, m, k = x_BMK.shape
     tiles_m = cdiv(m, QUANTIZE_COLUMNS.m * fmt.block_size)
     scale_bytes = bytes_of(scale)
@@ -396,13 +396,13 @@ def quantize(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantize ``x`` into packed elements and block scales; not differentiable.
 
-    The bytes are those of torchao's ``to_mx`` and ``nvfp4_quantize`` (0.18) for every input, Inf included;
-    a block that holds a NaN gets the NaN scale (and ``fmt.nan_code`` throughout).
+    The bytes equal those of torchao's ``to_mx`` and ``nvfp4_quantize`` (0.18) for every input, Inf included.
+    A block that holds a NaN gets the NaN scale (and ``fmt.nan_code`` throughout).
 
     Args:
         x: ``[..., M, K]`` (or ``[K]``), bfloat16, float16 or float32, any strides.
         fmt: the block format.
-        scaling_mode: how a block's E8M0 scale follows from its largest magnitude.
+        scaling_mode: the rule that derives a block's E8M0 scale from its largest magnitude.
         axis: -1, blocks along K; -2, blocks along M (32 x 1).
         per_tensor_scale: for NVFP4, fp32, 0-d or ``[E, 1, 1]`` for ``x [E, M, K]``; see
             :func:`per_tensor_scale`. None uses the block scales alone.
@@ -413,8 +413,8 @@ def quantize(
         ``[..., K, M / block_size]``.
 
     Raises:
-        TypeError: dtype, format or scaling mode.
-        ValueError: axis; a size that is zero or not a multiple of the block size.
+        TypeError: a wrong dtype, format or scaling mode.
+        ValueError: a wrong axis; a size that is zero or not a multiple of the block size.
 
     Example:
         >>> import torch
@@ -435,9 +435,9 @@ def quantize_with_values(
     dtype: torch.dtype | None = None,
     per_tensor_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """:func:`quantize` along the last axis and its dequantized values, in one pass; not differentiable.
+    """Quantize along the last axis like :func:`quantize`, and also return the values; not differentiable.
 
-    What a training step wants of an operand: the values for this product, the packed form for backward.
+    A training step needs both: the dequantized values for this product, the packed form for backward.
 
     Returns:
         ``(qdata, scale, values)``, ``values`` in x's shape and in ``dtype`` (x's by default). Arguments and
@@ -494,10 +494,10 @@ def per_tensor_scale(
     *,
     offs: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """NVFP4's fp32 scale of ``x``, ``amax / (448 * 6)``: 0-d, or ``[E, 1, 1]`` with ``per_expert``.
+    """Return NVFP4's fp32 scale of ``x``, ``amax / (448 * 6)``: 0-d, or ``[E, 1, 1]`` with ``per_expert``.
 
-    See :func:`torchao_mx.reference.per_tensor_scale`. Stays on the device; a GPU multiplies by the fp32
-    reciprocal of 2688, as torchao's quantizer does there.
+    See :func:`torchao_mx.reference.per_tensor_scale`. The result stays on the device. A GPU multiplies by the
+    fp32 reciprocal of 2688, as torchao's quantizer does there.
 
     Args:
         x: bfloat16, float16 or float32; with ``per_expert`` ``[E, N, K]``.
@@ -506,8 +506,8 @@ def per_tensor_scale(
         offs: int32 end offsets of groups of rows of ``x [R, K]``: only rows that belong to a group count.
 
     Raises:
-        TypeError: dtypes.
-        ValueError: a format without a per-tensor scale; shapes.
+        TypeError: a wrong dtype.
+        ValueError: a format without a per-tensor scale; a wrong shape.
 
     Example:
         >>> import torch
@@ -523,15 +523,15 @@ def per_tensor_scale(
         raise ValueError(f"{fmt.name} has no per-tensor scale; leave per_tensor_scale out")
     if per_expert and x.dim() != 3:
         raise ValueError(
-            f"x has shape {tuple(x.shape)}; with per_expert it is [E, N, K]: leave per_expert out"
+            f"x has shape {tuple(x.shape)}; with per_expert it must be [E, N, K]: leave per_expert out"
         )
     if offs is not None:
         check_offs(offs, x)
         if per_expert or x.dim() != 2:
             raise ValueError(
-                f"x has shape {tuple(x.shape)}, per_expert={per_expert}; offs are of rows of x [R, K] and of one "
+                f"x has shape {tuple(x.shape)}, per_expert={per_expert}; offs takes rows of x [R, K] and one "
                 f"scale for all of them: leave offs out"
             )
-    if x.numel() == 0:  # a reduction without values, which torch refuses
+    if x.numel() == 0:  # torch refuses to reduce an empty tensor
         return reference.per_tensor_scale(x.detach(), fmt, per_expert, offs)
     return per_tensor_scale_op(x.detach(), fmt.name, per_expert, offs)

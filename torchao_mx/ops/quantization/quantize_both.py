@@ -1,16 +1,16 @@
 """quantize_both: one pass over a matrix, quantized along its rows, along its columns, or both.
 
-A training step multiplies an operand twice, reducing a different axis each time: X ``[M, K]`` along K in forward
-and along M in backward, dY along both in backward. A program reads a tile once and writes every form of it
-that is asked for, packed or as values. NVFP4's per-tensor scale depends on all of x: ``per_tensor_scale`` finds
-it before, in a read of its own.
+A training step multiplies an operand twice, reducing a different axis each time: X ``[M, K]`` along K in
+forward and along M in backward, dY along both in backward. A program reads a tile once and writes every
+requested form of it, packed or as values. NVFP4's per-tensor scale depends on all of x: ``per_tensor_scale``
+finds it first, in a read of its own.
 
-The number of rows need not be whole blocks: rows behind the last one load as zeros, which is the definition
-(``reference/recipes.py``), and a packed column form ends in them.
+The number of rows need not be whole blocks: rows after the last one load as zeros, which is the definition
+(``reference/recipes.py``), and a packed column form includes them at its end.
 
-Stochastic rounding takes its bits from Philox, a function of the seed and an element's position alone: what
-tiles there are changes nothing, and the CPU computes the same. The seed is read on the device, so that
-drawing one neither waits for the GPU nor repeats itself in the replays of a CUDA graph.
+Stochastic rounding takes its bits from Philox, a function of the seed and an element's position alone: the
+tiles do not affect it, and the CPU computes the same. The seed is read on the device, so drawing one neither
+waits for the GPU nor repeats itself when a CUDA graph is replayed.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from torchao_mx.ops.core.tiles import quantize_both_tile
 from torchao_mx.ops.quantization import both_tile
 from torchao_mx.reference import BothDirections
 
-GRID_M = 32768  # tiles of rows on the grid's second axis, which holds 65,535
+GRID_M = 32768  # tiles of rows on the grid's second axis, whose limit is 65,535
 FORMS = BothDirections._fields
 
 
@@ -69,10 +69,10 @@ def _quantize_both_kernel(
     RANDOM: tl.constexpr,
     SHORT_MANTISSA: tl.constexpr,
 ):
-    """A tile of ``x [M, K]``, of the rows ``x[index]`` where GATHERED; EVEN: all tiles are whole.
+    """Quantize a tile of ``x [M, K]``, or of the rows ``x[index]`` if GATHERED; EVEN: all tiles are whole.
 
-    ROW and COLUMN say as :class:`both_tile.Form` what is stored. Rows of e2m1 are stored in words of eight, rows of
-    fp8 in bytes, columns in units of four codes.
+    ROW and COLUMN, each a :class:`both_tile.Form`, say what is stored. e2m1 rows are stored in words of
+    eight, fp8 rows in bytes, columns in units of four codes.
     """
     TILE_K: tl.constexpr = TILE.k
     ROWS_OF_WORDS: tl.constexpr = ROW.packed and ROW.format.elem_bits == 4
@@ -147,17 +147,17 @@ def _quantize_both_kernel(
 
 
 def _format_of(spec: tuple[str, str], other: tuple[str, str]) -> BlockFormat:
-    """A spec's format; where it is not given, and no form of it wanted, the other one's, as a stand-in."""
+    """Return a spec's format; for an absent spec, the other one's format as a placeholder."""
     return format_by_name(spec[0] or other[0])
 
 
 def _column_rows(x: torch.Tensor, index: torch.Tensor | None) -> int:
-    """How many rows the column forms are of. (len() of a fake tensor would specialise the graph.)"""
+    """Return the number of rows of the column forms. (len() of a fake tensor would specialise the graph.)"""
     return x.shape[0] if index is None else index.shape[0]
 
 
 def _whole(n_rows: int, fmt: BlockFormat) -> int:
-    """``n_rows`` up to whole blocks."""
+    """Round ``n_rows`` up to whole blocks."""
     return -(-n_rows // fmt.block_size) * fmt.block_size
 
 
@@ -188,13 +188,13 @@ def _empty_results(
 
 
 def _flat(both: BothDirections) -> list[torch.Tensor]:
-    """The tensors of the forms that there are, in their order: what the op returns."""
+    """Return the tensors of the forms present, in order: the op's result."""
     forms = (form if isinstance(form, tuple) else (form,) for form in both if form is not None)
     return [t for form in forms for t in form]
 
 
 def unflattened(tensors: list[torch.Tensor], forms: tuple[str, ...]) -> BothDirections:
-    """The op's results by name."""
+    """Return the op's results by name."""
     rest, found = list(tensors), {}
     for name in FORMS:
         if name in forms:
@@ -205,7 +205,7 @@ def unflattened(tensors: list[torch.Tensor], forms: tuple[str, ...]) -> BothDire
 
 
 class Arguments(NamedTuple):
-    """Those of the op, in its schema's order; formats and modes are empty where there is no such form."""
+    """The op's arguments, in its schema's order; format and mode are empty for an absent form."""
 
     x: torch.Tensor
     row_format: str
@@ -253,7 +253,7 @@ def _launch(a: Arguments, both: BothDirections, n_rows: int) -> None:
     x, seed, index = a.x, a.seed, a.index
     row_fmt, column_fmt = _format_of(a.row, a.column), _format_of(a.column, a.row)
     row_unit = torch.int32 if row_fmt.elem_bits == 4 else torch.uint8
-    column_unit = torch.int16 if column_fmt.elem_bits == 4 else torch.int32  # of four rows
+    column_unit = torch.int16 if column_fmt.elem_bits == 4 else torch.int32  # holds four rows
     row, row_outputs = _form(
         x, row_fmt, a.row_mode, a.row_scale, both.rows, both.row_values, row_unit
     )
@@ -299,7 +299,7 @@ def _form(
     values: torch.Tensor | None,
     unit: torch.dtype,
 ) -> tuple[both_tile.Form, tuple[torch.Tensor, ...]]:
-    """A direction as the kernel takes it; ``x`` stands in for tensors that it does not touch."""
+    """Describe a direction for the kernel; ``x`` stands in for tensors that the kernel does not touch."""
     qdata, scale = (x, x) if packed is None else (packed[0].view(unit), bytes_of(packed[1]))
     form = both_tile.Form(
         format_on(x.device, fmt),
@@ -343,31 +343,31 @@ def quantize_both(
 ) -> BothDirections:
     """Quantize ``x [M, K]`` along K and along M in one pass; not differentiable.
 
-    The bytes are those of :func:`torchao_mx.ops.quantize` along each axis, of x with rows of zeros added up to
-    whole blocks along M.
+    The bytes equal those of :func:`torchao_mx.ops.quantize` along each axis, for x padded with rows of zeros
+    to whole blocks along M.
 
     Args:
-        x: ``[M, K]``, bfloat16, float16 or float32, of any strides.
-        row: format and scaling mode along K; None for no row form.
-        column: along M; None for no column form.
-        forms: which forms, by the names of the result's fields; by default the packed ones, ``"rows"``
-            and ``"columns"``, of the specs given.
-        dtype: of the values; x's by default.
+        x: ``[M, K]``, bfloat16, float16 or float32, any strides.
+        row: the format and scaling mode along K; None for no row form.
+        column: the same along M; None for no column form.
+        forms: the forms to return, by the names of the result's fields; by default the packed forms, ``"rows"``
+            and ``"columns"``, of the given specs.
+        dtype: the dtype of the values; x's by default.
         row_scale: for NVFP4 rows, fp32, 0-d: ``ops.per_tensor_scale(x, NVFP4)``.
         column_scale: for NVFP4 columns.
-        seed: int64, 0-d, on x's device: round stochastically to 8-bit elements (x's expectation is kept, but
-            for what saturates, under FLOOR and EVEN). Equal seeds give equal results, on every device.
+        seed: int64, 0-d, on x's device: round stochastically to 8-bit elements (in expectation x under FLOOR and
+            EVEN, except for saturated values). Equal seeds give equal results on every device.
         index: int32 ``[P]`` on x's device: the column forms are those of ``x[index]``, with zeros where the index
-            is negative, and have P rows. The row forms have x's rows; those that ``index`` does not
-            name are undefined.
+            is negative, and have P rows. The row forms have x's rows; rows missing from ``index`` are
+            undefined.
 
     Returns:
-        A :class:`BothDirections`: ``rows`` and ``columns`` are ``(qdata, scale)`` with the quantized axis last,
-        ``row_values`` and ``column_values`` ``[M, K]``; None for what was not asked for.
+        A :class:`BothDirections`: ``rows`` and ``columns`` are ``(qdata, scale)`` with the quantized axis
+        last, ``row_values`` and ``column_values`` are ``[M, K]``; forms that were not requested are None.
 
     Raises:
-        TypeError: dtypes, or specs that are none.
-        ValueError: shapes; a K that is not whole blocks of ``row``; forms that there are not, or without their
+        TypeError: a wrong dtype, or a spec that is not a QuantizeSpec.
+        ValueError: a wrong shape; a K that is not whole blocks of ``row``; unknown forms, or forms without their
             spec; a seed with 4-bit elements.
 
     Example:
@@ -435,8 +435,8 @@ def _check_spec(
         check_per_tensor_scale(scale, spec.format, x)
     if seed is not None and spec.format.elem_bits != 8:
         raise ValueError(
-            f"a seed with {spec.format.name}; stochastic rounding is to 8-bit elements: leave the seed out, or "
-            f"take an MXFP8 format"
+            f"got a seed with {spec.format.name}; stochastic rounding needs 8-bit elements: leave the seed out, "
+            f"or use an MXFP8 format"
         )
 
 

@@ -1,4 +1,4 @@
-"""Device functions on a tile of fp32 values: block scales, encode, decode. Shared by every kernel.
+"""Device functions on a tile of fp32 values, shared by every kernel: block scales, encode, decode.
 
 They restate ``reference/quantize.py``, whose docstrings give the rules and their sources.
 """
@@ -11,7 +11,7 @@ import triton.language as tl
 _LOG2_PER_ULP = tl.constexpr(1.4426950408889634 * 2.0**-23)
 _E4M3_MAX = tl.constexpr(448.0)
 _E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
-# Per-tensor scales between these keep the divisions of e4m3_scale, but for clamped ones, from underflow.
+# Per-tensor scales between these keep the divisions of e4m3_scale from underflow, except for clamped results.
 _SMALLEST_QUICK = tl.constexpr(2.0**-90)
 _LARGEST_QUICK = tl.constexpr(2.0**90)
 _ENCODE = """
@@ -46,7 +46,7 @@ _E2M1_LARGEST = tl.constexpr(0x4B000007)  # 2**23 + 7 in fp32
 # In int32, the sum of 0x4B000000 << 4 i for i = 0 .. 7.
 _E2M1_OFFSETS = tl.constexpr(0xFB000000 - 2**32)
 _E2M1_SIGNS = tl.constexpr(0x88888888 - 2**32)
-E2M1_NAN_WORD = tl.constexpr(0x77777777)  # eight codes of a block whose scale is NaN
+E2M1_NAN_WORD = tl.constexpr(0x77777777)  # eight codes of a NaN block
 
 
 @triton.jit
@@ -61,9 +61,9 @@ def float_of(bits):
 
 @triton.jit
 def tile_of_program(m, TILE_M: tl.constexpr, k, TILE_K: tl.constexpr):
-    """(batch as int64, tile row, tile column) of a program on ``[B, m, k]``.
+    """Return a program's (batch as int64, tile row, tile column) on ``[B, m, k]``.
 
-    All on the first grid axis: the others hold 65,535 programs.
+    All tiles lie on the first grid axis: the others hold only 65,535 programs.
     """
     tiles_k = tl.cdiv(k, TILE_K)
     tiles = tl.cdiv(m, TILE_M) * tiles_k
@@ -74,7 +74,7 @@ def tile_of_program(m, TILE_M: tl.constexpr, k, TILE_K: tl.constexpr):
 
 @triton.jit
 def load_per_tensor_scale(ptr, expert, KIND: tl.constexpr):
-    """NVFP4's fp32 scale: of each ``expert``, of the ``"tensor"``, or 1 where there is ``"none"``."""
+    """Load NVFP4's fp32 scale: per ``"expert"``, per ``"tensor"``, or 1 for ``"none"``."""
     if KIND == "expert":
         scale = tl.load(ptr + expert)
     elif KIND == "tensor":
@@ -91,10 +91,10 @@ def _larger_magnitude(a, b):
 
 @triton.jit
 def max_magnitude(x, axis: tl.constexpr, COMPILED: tl.constexpr = False):
-    """max |x| along ``axis``; NaN wins.
+    """Return max |x| along ``axis``; NaN wins.
 
-    COMPILED: by an instruction that takes the magnitudes itself; Triton's interpreter is slow at that. Otherwise
-    by the bits, of which NaN's are above Inf's.
+    COMPILED: by an instruction that takes magnitudes itself, which is slow in Triton's interpreter. Otherwise
+    by the bits: those of NaN are above those of Inf.
     """
     if COMPILED:
         amax = tl.reduce(x, axis, _larger_magnitude)
@@ -105,10 +105,10 @@ def max_magnitude(x, axis: tl.constexpr, COMPILED: tl.constexpr = False):
 
 @triton.jit
 def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, FORMAT: tl.constexpr):
-    """Scale byte (int32) of a block, and what takes its values to the elements' range (NaN for NaN).
+    """Return a block's scale byte (int32) and the multiplier to the elements' range (NaN for NaN).
 
-    Every mode is the exponent of ``amax``, rounded up from some mantissa on, less the format's largest: adding
-    the mantissa's distance to the next power of two carries into the exponent.
+    Every mode takes the exponent of ``amax``, rounded up from some mantissa on, minus the format's largest:
+    adding the mantissa's distance to the next power of two carries into the exponent.
     """
     MAX_EXPONENT: tl.constexpr = FORMAT.max_exponent
     ELEM_MAX: tl.constexpr = FORMAT.elem_max
@@ -125,10 +125,10 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, FORMAT: t
         CARRY: tl.constexpr = 0
     if MODE == "rceil" and not SHORT_MANTISSA:
         # The reference rounds log2(amax / elem_max) to fp32, so an fp32 amax must pass elem_max's mantissa by
-        # a few units before the exponent goes up. `above` counts units, m is the quotient's mantissa
-        # (adding 2**23 rounds it to an integer), k + m * 1.44 ulp > k is the reference's own rounding. At
-        # 2**-127 the quotient is subnormal, with steps twice as wide: one unit less. A bf16 or fp16 amax
-        # is either past all that or exactly elem_max's mantissa.
+        # a few units before the exponent goes up. `above` counts these units, m is the quotient's mantissa
+        # (adding 2**23 rounds it to an integer), and k + m * 1.44 ulp > k is the reference's own rounding. At
+        # 2**-127 the quotient is subnormal, with steps twice as wide: one unit fewer. A bf16 or fp16 amax is
+        # either past that range or has exactly elem_max's mantissa.
         exponent = bits >> 23
         above = (bits & 0x7FFFFF) - ELEM_MANTISSA
         above = tl.maximum(above - (exponent == MAX_EXPONENT).to(tl.int32), 0)
@@ -140,12 +140,12 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, FORMAT: t
         byte = tl.maximum(bits + (CARRY - (MAX_EXPONENT << 23)), 0) >> 23
     if (
         MODE == "rceil"
-    ):  # 0 is "too small to scale"; Inf has 254, whose multiplier 2**-127 is subnormal
+    ):  # 0 means "too small to scale"; Inf has 254, whose multiplier 2**-127 is subnormal
         is_inf = bits == 0x7F800000
         byte = tl.where(is_inf, 254, byte)
         multiplier = tl.where(byte == 0, 127, 254 - byte) << 23
         multiplier = tl.where(is_inf, 0x400000, multiplier)
-    else:  # 0 is taken for 2**-126, the smallest normal
+    else:  # 0 counts as 2**-126, the smallest normal
         multiplier = (254 - tl.maximum(byte, 1)) << 23
     is_nan = bits > 0x7F800000
     return tl.where(is_nan, 255, byte), float_of(tl.where(is_nan, 0x7FC00000, multiplier))
@@ -153,7 +153,7 @@ def e8m0_scale(amax, MODE: tl.constexpr, SHORT_MANTISSA: tl.constexpr, FORMAT: t
 
 @triton.jit
 def e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
-    """NVFP4's scale byte (int32) of a block and the reciprocal of its whole scale."""
+    """Return NVFP4's scale byte (int32) of a block, and the reciprocal of its whole scale."""
     if FORMAT.has_fp8_instructions and len(per_tensor_scale.shape) == 0:
         if (per_tensor_scale > _SMALLEST_QUICK) & (per_tensor_scale < _LARGEST_QUICK):
             byte, multiplier = _quick_e4m3_scale(amax, per_tensor_scale, FORMAT)
@@ -177,9 +177,9 @@ def _any_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def _quick_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
-    """:func:`_any_e4m3_scale` without its divisions' branches, for a per-tensor scale far from fp32's ends.
+    """:func:`_any_e4m3_scale` without its divisions' branches, for a per-tensor scale far from fp32's limits.
 
-    A quotient that the corrections below get wrong, of an Inf or of tiny numbers, is clamped in either.
+    The corrections below get the quotients of Inf and of tiny numbers wrong; both functions clamp those.
     """
     ELEM_MAX: tl.constexpr = FORMAT.elem_max
     SIXTH: tl.constexpr = 1.0 / ELEM_MAX
@@ -187,7 +187,7 @@ def _quick_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
     part = corrected(amax * SIXTH, amax, ELEM_MAX, SIXTH)
     scale = corrected(part * whole, part, per_tensor_scale, whole)
     scale = corrected(scale, part, per_tensor_scale, whole)
-    scale = tl.maximum(tl.minimum(scale, _E4M3_MAX), _E4M3_MIN_NORMAL)  # NaN to the largest
+    scale = tl.maximum(tl.minimum(scale, _E4M3_MAX), _E4M3_MIN_NORMAL)  # NaN becomes the largest
     byte = tl.where(amax != amax, 0x7F, encode(scale, FORMAT.scale))
     value = decode(byte, FORMAT.scale)
     reciprocal = tl.inline_asm_elementwise(
@@ -199,10 +199,10 @@ def _quick_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def corrected(quotient, a, b, reciprocal):
-    """``a / b`` rounded to nearest, from a quotient at most one unit off and the rounded 1 / b.
+    """Return ``a / b`` rounded to nearest, from a quotient at most one unit off and the rounded 1 / b.
 
-    Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor", without
-    underflow. From ``a * reciprocal`` the quotient by 6 and by every e4m3 value is right at once (test_tile.py).
+    Markstein 1990, "Computation of elementary functions on the IBM RISC System/6000 processor"; no underflow.
+    The quotients by 6 and by every e4m3 value are right in one step from ``a * reciprocal`` (test_tile.py).
     """
     return tl.fma(tl.fma(-b, quotient, a), reciprocal, quotient)
 
@@ -215,7 +215,7 @@ def block_scale(
     SHORT_MANTISSA: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """(scale byte, multiplier) of each block in ``amax``; SHORT_MANTISSA where x was bf16 or fp16."""
+    """Return (scale byte, multiplier) of each block in ``amax``; SHORT_MANTISSA: x was bf16 or fp16."""
     if FORMAT.scale is None:
         byte, multiplier = e8m0_scale(amax, MODE, SHORT_MANTISSA, FORMAT)
     else:
@@ -225,7 +225,7 @@ def block_scale(
 
 @triton.jit
 def scale_value(byte, per_tensor_scale, FORMAT: tl.constexpr):
-    """What a scale byte (int32) stands for, in fp32."""
+    """Return the fp32 value of a scale byte (int32)."""
     if FORMAT.scale is None:
         bits = tl.where(byte == 0, 0x400000, byte << 23)
         value = float_of(tl.where(byte == 255, 0x7FC00000, bits))
@@ -236,7 +236,7 @@ def scale_value(byte, per_tensor_scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def round_to_grid(y, FORMAT: tl.constexpr):
-    """|y| as the nearest element's magnitude, ties to even: adding 2**(e + 23 - m) drops the rest."""
+    """Round |y| to the nearest element's magnitude, ties to even: adding 2**(e + 23 - m) drops the rest."""
     MIN_EXPONENT: tl.constexpr = 2 - (1 << (FORMAT.exponent_bits - 1))
     magnitude = tl.minimum(tl.abs(y), FORMAT.elem_max)
     binade = tl.maximum(bits_of(magnitude) & 0x7F800000, (127 + MIN_EXPONENT) << 23)
@@ -246,23 +246,23 @@ def round_to_grid(y, FORMAT: tl.constexpr):
 
 @triton.jit
 def encode(y, FORMAT: tl.constexpr):
-    """Element codes (int32) of scaled values, to nearest even and saturated.
+    """Return element codes (int32) of scaled values, rounded to nearest even and saturated.
 
-    NaN becomes 0x7F in the fp8 types; its e2m1 code is undefined, and callers put NAN_WORD over the block.
+    NaN becomes 0x7F in the fp8 types. Its e2m1 code is undefined: callers fill the block with NAN_WORD.
     """
     EXPONENT_BITS: tl.constexpr = FORMAT.exponent_bits
     MANTISSA_BITS: tl.constexpr = FORMAT.mantissa_bits
     if EXPONENT_BITS == 2:
-        # Three straight pieces take 0, .5, 1, 1.5, 2, 3, 4, 6 to 0 .. 7; an fma onto 2**23 rounds
-        # once, to an integer in the low bits.
+        # Three linear pieces map 0, .5, 1, 1.5, 2, 3, 4, 6 to 0 .. 7; an fma onto 2**23 rounds once, to an
+        # integer in the low bits.
         magnitude = tl.abs(y)
         code = tl.minimum(tl.fma(magnitude, 2.0, 8388608.0), tl.fma(magnitude, 1.0, 8388610.0))
         code = tl.minimum(code, tl.fma(magnitude, 0.5, 8388612.0))
         code = (bits_of(tl.minimum(code, 8388615.0)) & 7) | ((bits_of(y) >> 28) & 8)
     elif FORMAT.has_fp8_instructions:
-        # The instructions saturate and turn NaN into 0x7F. Inline PTX, because Triton 3.6's own cast, then
-        # widened and packed into words, gave wrong bytes on an H200 for some tile shapes (bf16 rows, fp32
-        # columns); the GPU tests hold the bytes of both.
+        # The instructions saturate and turn NaN into 0x7F. Inline PTX, because Triton 3.6's own cast,
+        # followed by widening and packing into words, gave wrong bytes on an H200 for some tile shapes (bf16
+        # rows, fp32 columns); the GPU tests check the bytes of both.
         asm: tl.constexpr = _ENCODE_E4M3 if EXPONENT_BITS == 4 else _ENCODE_E5M2
         code = tl.inline_asm_elementwise(asm, "=r,f", [y], dtype=tl.int32, is_pure=True, pack=1)
     else:
@@ -277,7 +277,7 @@ def encode(y, FORMAT: tl.constexpr):
 
 @triton.jit
 def encode_bytes(y, FORMAT: tl.constexpr):
-    """:func:`encode` to 8-bit elements as uint8, four of a thread by two instructions."""
+    """:func:`encode` to 8-bit elements as uint8, four per thread by two instructions."""
     if FORMAT.has_fp8_instructions:
         asm: tl.constexpr = _ENCODE_FOUR_E4M3 if FORMAT.exponent_bits == 4 else _ENCODE_FOUR_E5M2
         code = tl.inline_asm_elementwise(
@@ -290,7 +290,7 @@ def encode_bytes(y, FORMAT: tl.constexpr):
 
 @triton.jit
 def encode_two(a, b, FORMAT: tl.constexpr):
-    """:func:`encode` of a, and of b in the bits above."""
+    """:func:`encode` a, and b in the bits above it."""
     if FORMAT.elem_bits == 8 and FORMAT.has_fp8_instructions:
         asm: tl.constexpr = _ENCODE_TWO_E4M3 if FORMAT.exponent_bits == 4 else _ENCODE_TWO_E5M2
         code = tl.inline_asm_elementwise(
@@ -304,7 +304,7 @@ def encode_two(a, b, FORMAT: tl.constexpr):
 
 @triton.jit
 def decode(code, FORMAT: tl.constexpr):
-    """fp32 values of element codes (int32)."""
+    """Return the fp32 values of element codes (int32)."""
     EXPONENT_BITS: tl.constexpr = FORMAT.exponent_bits
     MANTISSA_BITS: tl.constexpr = FORMAT.mantissa_bits
     ELEM_BITS: tl.constexpr = FORMAT.elem_bits
@@ -315,8 +315,8 @@ def decode(code, FORMAT: tl.constexpr):
         else:
             value = byte.to(tl.float8e5, bitcast=True).to(tl.float32)
     else:
-        # The code's bits at the top of an fp32 mantissa and exponent, then one multiplication for the
-        # difference of the two biases: right for subnormals too.
+        # Put the code's bits at the top of an fp32 mantissa and exponent; one multiplication then corrects
+        # the difference of the biases, for subnormals too.
         BIAS: tl.constexpr = (1 << (EXPONENT_BITS - 1)) - 1
         magnitude = code & ((1 << (ELEM_BITS - 1)) - 1)
         sign = (code >> (ELEM_BITS - 1)) << 31
@@ -331,24 +331,24 @@ def decode(code, FORMAT: tl.constexpr):
 
 @triton.jit
 def pack_columns(code, BITS: tl.constexpr):
-    """``[R, N, C]`` codes to ``[R, C]`` words, the first of N in the lowest bits."""
+    """Pack ``[R, N, C]`` codes into ``[R, C]`` words, the first of N in the lowest bits."""
     shift = tl.arange(0, code.shape[1]) * BITS
     return tl.sum(code << shift[None, :, None], axis=1)
 
 
 @triton.jit
 def pack_neighbours(code, BITS: tl.constexpr):
-    """``[R, C]`` codes of BITS bits to ``[R, C / 2]`` of twice as many, the even one in the low half."""
+    """Pack ``[R, C]`` codes of BITS bits into ``[R, C / 2]`` of twice the bits, the even code in the low half."""
     low, high = tl.split(code.reshape(code.shape[0], code.shape[1] // 2, 2))
     return low | (high << BITS)
 
 
 @triton.jit
 def encode_words(y):
-    """``[A, B, 8]`` scaled values to ``[A, B]`` words of e2m1, the first in the lowest bits.
+    """Encode ``[A, B, 8]`` scaled values to ``[A, B]`` words of e2m1, the first in the lowest bits.
 
-    :func:`encode` for whole words: the bits of 2**23 add up to a constant, so codes need no mask, and a funnel
-    shift takes a sign.
+    The same as :func:`encode`, for whole words: the bits of 2**23 add up to a constant, so codes need no
+    mask, and a funnel shift takes a sign.
     """
     even, odd = tl.split(y.reshape(y.shape[0], y.shape[1], 2, 2, 2))
     y04, y26 = tl.split(even)
@@ -370,7 +370,7 @@ def encode_words(y):
 
 @triton.jit
 def _e2m1_above(y, codes, signs):
-    """``codes`` and ``signs`` a code further up, and below them y's magnitude on top of 2**23 and its sign."""
+    """Shift ``codes`` and ``signs`` up by one code; add y's code on top of 2**23, and its sign, below them."""
     magnitude = tl.abs(y)
     code = tl.minimum(
         bits_of(tl.fma(magnitude, 2.0, 8388608.0)), bits_of(tl.fma(magnitude, 1.0, 8388610.0))
@@ -382,11 +382,11 @@ def _e2m1_above(y, codes, signs):
 
 @triton.jit
 def pack_words(code):
-    """``[R, C]`` codes of e2m1 to ``[R, C / 8]`` words, the first in the lowest bits."""
+    """Pack ``[R, C]`` codes of e2m1 into ``[R, C / 8]`` words, the first in the lowest bits."""
     return pack_neighbours(pack_neighbours(pack_neighbours(code, 4), 8), 16)
 
 
 @triton.jit
 def unpack_word(word, BITS: tl.constexpr):
-    """``[R]`` words of eight codes to ``[R, 8]`` codes (int32)."""
+    """Unpack ``[R]`` words of eight codes to ``[R, 8]`` codes (int32)."""
     return ((word[:, None] >> (tl.arange(0, 8) * BITS)[None, :]) & ((1 << BITS) - 1)).to(tl.int32)

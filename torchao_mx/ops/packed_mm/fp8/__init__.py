@@ -1,5 +1,5 @@
-"""Products on 8-bit tensor cores with an MXFP4 weight that loses nothing.
+"""Products on 8-bit tensor cores with an MXFP4 weight, which loses nothing.
 
-``product`` chooses and launches; ``weight`` decodes to e4m3 with one power of two per row, ``lowered`` where that
-power varies within a row; ``kernels`` quantizes the rows of x and computes flagged rows again.
+``product`` chooses and launches. ``weight`` decodes to e4m3 with one power of two per row, ``lowered`` prepares
+kernels that decode as they multiply, and ``kernels`` quantizes rows of x and recomputes flagged columns.
 """

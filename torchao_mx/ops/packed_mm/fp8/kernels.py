@@ -1,4 +1,4 @@
-"""What surrounds the fp8 GEMM of ``_fp8.py``: rows of x to fp8, and flagged columns again."""
+"""The steps around the fp8 GEMM of ``product.py``: rows of x to fp8, and flagged columns recomputed."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _quantize_rows_kernel(
     ROWS: tl.constexpr,
     SPAN: tl.constexpr,
 ):
-    """Rows of x to fp8 bytes, zeros behind them; SPAN covers a row of q. ORDER: see ``permuted_rows``."""
+    """Convert rows of x to fp8 bytes, zero-padded; SPAN covers a row of q. ORDER: see ``permuted_rows``."""
     x_row, q_row = strides
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, SPAN)
@@ -79,7 +79,7 @@ def _gather_rows_kernel(
     ROWS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Rows of int32 words, and a scale a row, in the order of the groups."""
+    """Gather rows of int32 words, and one scale per row, in the order of the groups."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     real = row < n_rows
@@ -107,8 +107,8 @@ def _low_rank(
     RANK: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """``total + h up_e^T`` for the rows that are ``mine``, at the columns ``inside``."""
-    up_ptr += tl.cast(expert, tl.int64) * strides.up_expert  # expert: an int in the interpreter
+    """Return ``total + h up_e^T`` for the rows that are ``mine``, at the columns ``inside``."""
+    up_ptr += tl.cast(expert, tl.int64) * strides.up_expert  # expert is an int in the interpreter
     h_ptrs = h_ptr + row.to(tl.int64)[:, None] * strides.h_row
     up_ptrs = up_ptr + column.to(tl.int64)[None, :] * strides.up_column
     for first in range(0, rank, RANK):
@@ -121,7 +121,7 @@ def _low_rank(
 
 
 class _Strides(NamedTuple):
-    """Of experts, rows, columns and ranks."""
+    """The strides of experts, rows, columns and ranks."""
 
     x_row: int
     q_expert: int
@@ -163,10 +163,10 @@ def _flagged_columns_kernel(
     TILE: tl.constexpr,
     DOT_DTYPE: tl.constexpr,
 ):
-    """Overwrites the columns of y whose flag, one for FLAG_COLUMNS of them, is set.
+    """Overwrite the columns of y whose flag (one per FLAG_COLUMNS columns) is set.
 
-    A program looks after ``TILE.pairs`` pairs of an expert and a tile of columns, and shares the rows of a flagged
-    one with the programs of the second grid axis.
+    A program handles ``TILE.pairs`` pairs of an expert and a tile of columns. The programs of the second grid
+    axis share the rows of a flagged pair.
     """
     q_ptr, s_ptr = weight
     h_ptr, up_ptr, bias_ptr = added
@@ -197,7 +197,7 @@ def _flagged_columns_kernel(
                 if GROUPED:
                     first = tl.maximum(tl.load(offs_ptr + expert - 1, mask=expert > 0, other=0), 0)
                     end = tl.minimum(tl.load(offs_ptr + expert), n_rows)
-                wide = tl.cast(expert, tl.int64)  # an int in the interpreter
+                wide = tl.cast(expert, tl.int64)  # expert is an int in the interpreter
                 e_q_ptr, e_s_ptr = q_ptr + wide * strides.q_expert, s_ptr + wide * strides.s_expert
                 step = tl.num_programs(1) * TILE_M
                 for row0 in range(first + tl.program_id(1) * TILE_M, end, step):
@@ -267,9 +267,9 @@ def _flagged_columns_kernel(
 def quantize_rows(
     x: torch.Tensor, order: torch.Tensor | None, top_k: int, n_rows: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``reference.fp8.quantize_rows`` of ``x[order // top_k]``: (``[n_rows, C]``, fp32 ``[n_rows]``).
+    """Apply ``reference.fp8.quantize_rows`` to ``x[order // top_k]``: (``[n_rows, C]``, fp32 ``[n_rows]``).
 
-    C is a multiple of 4. A token is rounded once, and its bytes are gathered.
+    C is a multiple of 4. Each token is rounded once, and its bytes are gathered.
     """
     columns = x.shape[1]
     q, scale = _quantized(x, dtype, columns, "natural")
@@ -297,11 +297,11 @@ def quantize_rows(
 
 
 def permuted_rows(x: torch.Tensor, order: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """``quantize_rows`` to e4m3 as the fused kernels read it: (``[T, C]``, fp32 ``[T]``).
+    """``quantize_rows`` to e4m3 in the order that the fused kernels read: (``[T, C]``, fp32 ``[T]``).
 
-    C is whole chunks of 128, behind x's columns zeros. In the order ``"halves"``, of the forward kernel, of 32
-    columns each the first halves of the four runs of eight come first, then the second halves; in ``"pairs"``, of
-    the backward kernel, the i-th pairs of the two runs of eight in 16 columns stand side by side.
+    C is whole chunks of 128; x is padded with zeros. The order ``"halves"``, for the forward kernel, puts per
+    32 columns the first halves of the four runs of eight first, then the second halves. ``"pairs"``, for the
+    backward kernel, puts the i-th pairs of the two runs of eight in 16 columns side by side.
     """
     return _quantized(x, torch.float8_e4m3fn, cdiv(x.shape[1], 128) * 128, order)
 
@@ -343,7 +343,7 @@ def recompute_flagged(
     added: Added,
     dot_dtype: tl.dtype = tl.bfloat16,
 ) -> None:
-    """Overwrite the columns of ``y [R, C]`` whose flag is set by the whole product in bf16.
+    """Overwrite the columns of ``y [R, C]`` whose flag is set with the whole product in bf16.
 
     ``flags [E, C]`` with ``transpose_weight``, else ``[E, C / 32]``, contiguous; the weight ``[E, N, ...]``.
     """

@@ -1,9 +1,9 @@
-"""What a kernel that decodes MXFP4 to e4m3 on the way cannot see a block at a time: how far below the largest.
+"""Block spreads for kernels that decode MXFP4 to e4m3 as they multiply and see one block at a time.
 
-A row's blocks (a column's, over all rows) share the scale of the largest, as in ``fp8/weight.py``. Of each other block
-a kernel is told by how many powers of two it is smaller, at most 11, with which e4m3 has all eight magnitudes as
-normal numbers: then a table of them is lowered by one subtraction. Larger spreads are flagged, unless the
-block is zero.
+The blocks of a row (of a column, over all rows) share the scale of the largest, as in ``fp8/weight.py``. For
+every other block, the kernel receives the number of powers of two by which it is smaller. Up to 11, e4m3 has
+all eight magnitudes as normal numbers, so one subtraction lowers a table of them. Larger spreads are flagged,
+unless the block is zero.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ def _lowered_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """8 times each block's spread, a byte, the scale of the row, and its flag.
+    """Write 8 times each block's spread as a byte, the scale of the row, and its flag.
 
-    Of the words those are read that decide whether more would lose something. Strides are of experts and rows.
+    Reads only the words that decide whether a larger spread would lose something. Strides: experts and rows.
     """
     q_expert, q_row = q_strides
     s_expert, s_row = s_strides
@@ -103,9 +103,9 @@ def _lowered_columns_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """As :func:`_lowered_kernel`, for blocks of columns: ``[E, n_blocks, chunks, 128]``, and flags to its zeros.
+    """:func:`_lowered_kernel` for blocks of columns: ``[E, n_blocks, chunks, 128]``; sets flags that were zero.
 
-    Of a chunk's 128 rows n those are neighbours that a thread of the backward kernel reads.
+    Within a chunk's 128 rows n, the rows that one thread of the backward kernel reads are neighbours.
     """
     q_expert, q_row = q_strides
     s_expert, s_row = s_strides
@@ -133,7 +133,7 @@ def _lowered_columns_kernel(
             flag_ptr + expert * n_blocks + block, lost, mask=(lost > 0) & (block < n_blocks)
         )
     lowered = tl.where(inside, tl.minimum(spread, MAX_SPREAD) * 8, 0)
-    # n = 32 step + 16 half + 8 j + 2 t + b to 32 t + 8 step + 4 half + 2 j + b
+    # n = 32 step + 16 half + 8 j + 2 t + b becomes 32 t + 8 step + 4 half + 2 j + b
     lowered = lowered.reshape(4, 2, 2, 4, 2, BLOCKS).permute(5, 3, 0, 1, 2, 4).reshape(BLOCKS, 128)
     place = (expert * n_blocks + block)[:, None] * (tl.cdiv(N, 128) * 128) + chunk * 128
     lowered_ptrs = lowered_ptr + place + tl.arange(0, 128)[None, :]
@@ -145,12 +145,12 @@ def _lowered_columns_kernel(
 def lowered_rows(
     qdata: torch.Tensor, scale: torch.Tensor, offs: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What a kernel needs to decode MXFP4 ``[..., N, K / 2]`` to e4m3 on the way, and cannot see a block at a time.
+    """Return what a kernel needs besides a block to decode MXFP4 ``[..., N, K / 2]`` to e4m3 as it multiplies.
 
     Returns:
-        ``(lowered [..., N, C], row_scale [..., N], flag [..., N])``: uint8, 8 times the powers of two that a
-        block's scale is below the row's largest, C the blocks of a row up to the next multiple of four, filled
-        with zeros; fp32 and int8 as of :func:`torchao_mx.ops.packed_mm.fp8.weight.fp8_rows`, but a spread of more than 11 is flagged.
+        ``(lowered [..., N, C], row_scale [..., N], flag [..., N])``. ``lowered``: uint8, 8 x the powers of two
+        by which a block's scale is below the row's largest; C is the blocks of a row, padded with zeros to a
+        multiple of four. The rest: fp32 and int8 as in ``weight.fp8_rows``, but spreads above 11 are flagged.
     """
     words, scale = words_of(qdata, scale)
     experts, rows, blocks = scale.shape
@@ -189,9 +189,9 @@ def lowered_columns(
     """:func:`lowered_rows` of ``W^T``, for products reduced over N.
 
     Returns:
-        ``(lowered [..., K / 32, C, 128], column_scale [..., K], flag [..., K / 32])``: for each block of columns the
-        rows n in chunks of 128, in the order of ``hopper/fp8_backward.py``; fp32 and int32 as of
-        :func:`torchao_mx.ops.packed_mm.fp8.weight.fp8_columns`, but a spread of more than 11 is flagged.
+        ``(lowered [..., K / 32, C, 128], column_scale [..., K], flag [..., K / 32])``: per column block, the
+        rows n in chunks of 128, in the order of ``hopper/fp8_backward.py``; fp32 and int32 as in
+        ``weight.fp8_columns``, but spreads above 11 are flagged.
     """
     words, scale = words_of(qdata, scale)
     experts, rows, blocks = scale.shape

@@ -1,24 +1,24 @@
 """The product with MXFP4 weights on the 8-bit tensor cores: x rounded to fp8 row by row, weights exact.
 
-``torchao_mx/reference/fp8.py`` defines the algebra. Launches, for as many columns of y at a time as the scratch
-holds (twice the bf16 rate in 3, at the price of the passes around it)::
+``torchao_mx/reference/fp8.py`` defines the algebra. The launches, for as many columns of y at a time as the
+scratch buffer holds (step 3 has twice the bf16 rate, at the price of the passes around it)::
 
-    1. x to fp8 rows in the order of the groups, and a scale a row            once
-    2. the weight to e4m3, lossless, and flags for what does not fit          (reduced over N: two launches)
+    1. x to fp8 rows in the order of the groups, and one scale per row        once
+    2. the weight to e4m3, lossless, and flags for parts that do not fit      (reduced over N: two launches)
     3. torch._scaled_grouped_mm, or torch._scaled_mm for a dense weight
-    4. + s * h up^T + bias, zeros behind the last group: one pass over y, which also moves a part of the columns
-       to its place. Neither GEMM has room for it: h in fp8 would lose the adapter's accuracy.
+    4. + s * h up^T + bias, zeros after the last group: one pass over y, which also moves a part of the columns
+       to its place. Neither GEMM can include it: h in fp8 would lose the adapter's accuracy.
     5. the flagged columns again, from x itself in bf16                       once
 
-5 returns at once where nothing is flagged, so that the host never waits for the flags. They are found in each call:
-nothing tells for sure that a weight is the one they were found for (FSDP2 gathers into the same memory and
-keeps its version, a CUDA graph is replayed on what is there), and flags of another one would be silently wrong.
+Step 5 returns at once if nothing is flagged, so the host never waits for the flags. They are computed in each
+call: nothing proves that they belong to the present weight (FSDP2 gathers into the same memory and keeps its
+version, a CUDA graph is replayed on whatever is there), and flags of another weight are silently wrong.
 
-``fused`` (Hopper) has one GEMM in the place of 2, 3 and 4, which decodes the weight in registers
-and adds the low-rank term to the fp32 sums: no scratch, and nothing is gathered.
+``fused`` (Hopper) replaces 2, 3 and 4 by one GEMM, which decodes the weight in registers and adds the
+low-rank term to the fp32 sums: no scratch buffer, and nothing is gathered.
 
-``kind`` names what the rows become. e5m2 spends on range what a scale a row already gives, so that e4m3 is the
-more accurate also for gradients; ``torch._scaled_grouped_mm`` takes nothing else.
+``kind`` names the dtype of the rows. e5m2 spends bits on range that a scale per row already gives, so e4m3 is
+more accurate, for gradients too; ``torch._scaled_grouped_mm`` takes only e4m3.
 """
 
 from __future__ import annotations
@@ -40,16 +40,16 @@ from torchao_mx.reference import fp8 as definition
 
 MAX_SCRATCH_BYTES = 256 * 2**20
 KINDS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
-_ALIGNMENT = 16  # of every axis, in the two GEMMs
+_ALIGNMENT = 16  # elements along every axis, in the two GEMMs
 _COLUMNS_STEP = MXFP4.block_size  # columns are decoded in multiples of this
 
 
 def columns_at_a_time(experts: int, columns: int, reduced: int, max_scratch_bytes: int) -> int:
-    """How many columns of every expert are decoded at once: equal parts, at least 32 columns."""
+    """Return how many columns of every expert to decode at once: equal parts of at least 32 columns."""
     fit = max(_COLUMNS_STEP, max_scratch_bytes // (experts * reduced))
     width = cdiv(columns, cdiv(columns, fit))
     width = cdiv(width, _COLUMNS_STEP) * _COLUMNS_STEP
-    if width > fit:  # rounding up passed the bound
+    if width > fit:  # rounding up exceeded the bound
         width = fit // _COLUMNS_STEP * _COLUMNS_STEP
     return min(width, columns)
 
@@ -64,12 +64,12 @@ def fp8_product(
     max_scratch_bytes: int = MAX_SCRATCH_BYTES,
     fused: bool = False,
 ) -> torch.Tensor:
-    """``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x's rows rounded to ``kind``.
+    """Return ``x W^T + s * h up^T + bias`` (``x W`` without ``transpose_weight``), x rounded to ``kind``.
 
-    Rows are rounded to fp8 with an fp32 scale each, weights taken exactly, sums are in fp32, the result is
-    rounded to bf16 before and after the low-rank term is added. On Gaussian data the product is 2.6 % off
-    with ``"float8_e4m3fn"`` (root mean square, of the result's), 5.3 % with ``"float8_e5m2"``. A row of x that
-    holds a NaN or an Inf gives a row of NaN and Inf.
+    Rows are rounded to fp8 with one fp32 scale each, weights are exact, sums are in fp32, and the result is
+    rounded to bf16 before and after the low-rank term is added. On Gaussian data the product is off by 2.6 %
+    with ``"float8_e4m3fn"`` (root mean square, relative to the result's), by 5.3 % with ``"float8_e5m2"``. A
+    row of x that holds a NaN or an Inf gives a row of NaN and Inf.
 
     Args:
         x: ``[T, K]`` (``[T, N]`` without ``transpose_weight``) bfloat16.
@@ -78,18 +78,18 @@ def fp8_product(
         transpose_weight: reduce over K; otherwise over N.
         added: h ``[n_rows, r]``, up ``[E, C, r]`` (``[C, r]`` dense), bias ``[E, C]`` (``[C]`` dense).
         kind: ``"float8_e4m3fn"``, or for a dense weight ``"float8_e5m2"``.
-        max_scratch_bytes: bound of the decoded weight, unless 32 columns of each expert need more.
+        max_scratch_bytes: the bound of the decoded weight, unless 32 columns of each expert need more.
         fused: decode in the GEMM's registers; columns whose scales spread over more than 11 powers of two then
-            take x unrounded, as do those that do not fit.
+            use the unrounded x, as do columns that do not fit.
 
     Returns:
-        ``[n_rows, C]`` in x's dtype; zeros behind ``offs[-1]``.
+        ``[n_rows, C]`` in x's dtype; zeros after ``offs[-1]``.
 
     Raises:
-        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``; ``fused`` where
-            it is not for.
-        TypeError: x's dtype.
-        ValueError: an unknown kind; N not a multiple of 16.
+        NotImplementedError: another format; a GPU without the instructions; e5m2 with ``offs``; ``fused`` where it
+            does not apply.
+        TypeError: a wrong dtype of x.
+        ValueError: an unknown kind; an N that is not a multiple of 16.
     """
     _check(x, w, rows.offs is not None)
     dtype = KINDS[kind]
@@ -115,7 +115,7 @@ def _product_on_gpu(
     max_scratch_bytes: int,
     dot_dtype: tl.dtype = tl.bfloat16,
 ) -> torch.Tensor:
-    """The launches of the file's head."""
+    """Run the launches listed in the file's head."""
     columns = qdata.shape[-2] if transpose_weight else qdata.shape[-1] * MXFP4.elems_per_byte
     if rows.n_rows == 0:
         return x.new_empty((0, columns))
@@ -149,7 +149,7 @@ def _fused_on_gpu(
 ) -> torch.Tensor:
     if dtype != torch.float8_e4m3fn or not takes_hopper_fp8(x):
         raise NotImplementedError(
-            "strategy='fused8' is for rows of torch.float8_e4m3fn and GPUs of compute capability 9.0: leave "
+            "strategy='fused8' needs rows of torch.float8_e4m3fn and a GPU of compute capability 9.0: leave "
             "strategy out, or use 'unpack8'"
         )
     if rows.n_rows == 0:
@@ -173,7 +173,7 @@ def _decode(
     flags: torch.Tensor,
     offs: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns ``part`` of the result: the weight as e4m3 ``[E, part, reduced]`` and its scales ``[E, part]``."""
+    """Decode columns ``part`` of the result: e4m3 weights ``[E, part, reduced]`` and scales ``[E, part]``."""
     if transpose_weight:
         w8, w_scale, _ = fp8_rows(qdata[:, part], scale[:, part], flags[:, part], offs)
     else:
@@ -190,10 +190,10 @@ def _scaled_product(
     w_scale: torch.Tensor,
     offs: torch.Tensor | None,
 ) -> torch.Tensor:
-    """bf16 ``[R, C]``.
+    """Multiply to bf16 ``[R, C]``.
 
-    With fast accumulation, whose error is small beside that of x's rounding: without it the product of 131,072
-    rows of 2,048 columns to 1,024 took 1.65 ms, of a training step of 4.2 ms that now takes 3.0 (H200).
+    Fast accumulation is on: its error is small beside that of x's rounding. Without it, 131,072 rows of 2,048
+    columns to 1,024 took 1.65 ms, in a training step of 4.2 ms that takes 3.0 with it (H200).
     """
     if offs is not None:
         return torch_internals.scaled_grouped_mm(
@@ -210,7 +210,7 @@ def _check(x: torch.Tensor, w: Packed, grouped: bool) -> None:
         )
     if w.n % _ALIGNMENT:
         raise ValueError(
-            f"the weight has N={w.n} rows, not a multiple of {_ALIGNMENT}, which the 8-bit GEMMs want of every "
+            f"the weight has N={w.n} rows, but the 8-bit GEMMs need a multiple of {_ALIGNMENT} along every "
             f"axis: pad the weight, or leave compute_dtype out"
         )
     if x.is_cuda:

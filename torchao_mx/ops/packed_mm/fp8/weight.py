@@ -1,15 +1,15 @@
 """MXFP4 weights as e4m3 matrices times powers of two, without loss.
 
-An e2m1 element is a multiple of 0.5 up to 6, so ``element * 2**(6 - spread)`` is an e4m3 number for spreads of
-0 .. 14. Where block scales differ by at most 14 powers of two (blocks of zeros aside), the blocks share one
-scale, that of the largest:
+An e2m1 element is a multiple of 0.5 up to 6, so ``element * 2**(6 - spread)`` is an e4m3 number for spreads
+of 0 .. 14. If block scales differ by at most 14 powers of two (ignoring blocks of zeros), the blocks share
+one scale, the largest:
 
-* *rows*, ``W [N, K]``: the blocks of a row, for products reduced over K;
-* *columns*, ``W^T [K, N]``: the blocks of all rows at one place, for products reduced over N. The 8-bit tensor
-  cores want both operands contiguous along the reduced axis, so this decode transposes.
+* *rows*, ``W [N, K]``: the blocks of a row, for products reduced over K; * *columns*, ``W^T [K, N]``: the
+blocks of all rows at one position, for products reduced over N. The 8-bit tensor
+  cores need both operands contiguous along the reduced axis, so this decode transposes.
 
-A flag tells where that does not hold, where a scale is NaN, or so large or small that the product with
-another row's scale could leave fp32.
+A flag marks exceptions: a larger spread, a NaN scale, or a scale so large or small that its product with
+another row's scale could leave fp32's range.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from torchao_mx.ops.quantization import tile
 from torchao_mx.reference import fp8 as definition
 
 BLOCK = MXFP4.block_size
-WORDS = BLOCK // 8  # int32 words a block
+WORDS = BLOCK // 8  # int32 words per block
 _MXFP4 = tl.constexpr(kernel_format(MXFP4, has_fp8_instructions=True))
 _MAX_SPREAD = tl.constexpr(definition.MAX_SPREAD)
 MIN_BYTE, MAX_BYTE = tl.constexpr(definition.MIN_BYTE), tl.constexpr(definition.MAX_BYTE)
@@ -49,7 +49,7 @@ _LOW_HALF, _HIGH_HALF = tl.constexpr(0x0000FFFF), tl.constexpr(0xFFFF0000 - 2**3
 
 @triton.jit
 def _table(spread):
-    """The eight magnitudes of e2m1 times ``2**(6 - spread)``, spread in 0 .. 14, as bytes of two words."""
+    """Return e2m1's eight magnitudes times ``2**(6 - spread)``, spread in 0 .. 14, as bytes of two words."""
     offset = (12 - tl.minimum(spread, 12)) * 8
     low = 0x0C080000 + offset * 0x01010100
     high = 0x1C181410 + offset * 0x01010101
@@ -64,10 +64,10 @@ def _table(spread):
 
 @triton.jit
 def _e2m1_to_e4m3(word, low, high, PTX: tl.constexpr):
-    """Eight e2m1 codes as two words of e4m3 codes, by the :func:`_table` of their block.
+    """Convert eight e2m1 codes to two words of e4m3 codes, by the :func:`_table` of their block.
 
-    A byte permutation looks up four magnitudes at a time, the next one takes the signs from bit 3 of each
-    nibble. Without PTX (in the interpreter) one at a time.
+    One byte permutation looks up four magnitudes at a time, the next takes the signs from bit 3 of each
+    nibble. Without PTX (in the interpreter) codes are converted one at a time.
     """
     if PTX:
         first, second = tl.inline_asm_elementwise(
@@ -104,7 +104,7 @@ def _e2m1_to_e4m3(word, low, high, PTX: tl.constexpr):
 
 @triton.jit
 def _four_by_table(word, low, high):
-    """The low four codes of ``word``, looked up in a table of eight bytes, as a word of e4m3 codes."""
+    """Look the low four codes of ``word`` up in a table of eight bytes; return a word of e4m3 codes."""
     out = tl.zeros_like(word)
     for i in tl.static_range(4):
         code = (word >> (4 * i)) & 15
@@ -116,7 +116,7 @@ def _four_by_table(word, low, high):
 
 @triton.jit
 def _load_blocks(q_row_ptrs, s_row_ptrs, real, block, n_blocks, WORDS: tl.constexpr):
-    """Words ``[R, B, WORDS]`` and scale bytes ``[R, B]`` of the ``real [R]`` rows at pointers ``[R]``."""
+    """Load words ``[R, B, WORDS]`` and scale bytes ``[R, B]`` of the ``real [R]`` rows at ``[R]`` pointers."""
     inside = real[:, None] & (block < n_blocks)[None, :]
     index = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
     q_ptrs = q_row_ptrs[:, None, None] + index[None, :, :]
@@ -146,10 +146,10 @@ def _rows_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """int32 words of eight e2m1 codes, WORDS a block, to words of four e4m3 codes; BLOCKS covers a row.
+    """Convert int32 words of e2m1, WORDS per block, to words of four e4m3 codes; BLOCKS covers a row.
 
-    Rows are numbered through the experts. Strides are of experts and rows. SELECTIVE leaves experts without rows of
-    x out, their flags 0.
+    Rows are numbered across the experts. Strides are of experts and rows. SELECTIVE skips experts without
+    rows of x; their flags are 0.
     """
     q_expert, q_row = q_strides
     s_expert, s_row = s_strides
@@ -171,7 +171,7 @@ def _rows_kernel(
     flag = lost | (extreme & tl.max(nonzero.to(tl.int32), axis=1)) | (largest == 255).to(tl.int32)
     flag_ptrs = flag_ptr + expert * flag_expert + local
     tl.store(flag_ptrs, flag.to(flag_ptr.dtype.element_ty), mask=row < n_rows)
-    # The flagged rows' product is overwritten; it only has to be harmless.
+    # The product of flagged rows is overwritten, so it only has to be harmless.
     exponent = tl.where(extreme == 1, 127, largest - 6)
     low, high = _table(tl.minimum(spread, _MAX_SPREAD))
     first, second = _e2m1_to_e4m3(word, low[:, :, None], high[:, :, None], PTX)
@@ -200,7 +200,7 @@ def _column_scales_kernel(
     ROWS: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """The largest scale byte over the N rows, for each block of columns; the flags set to 0."""
+    """Find the largest scale byte over the N rows, per block of columns; set the flags to 0."""
     s_expert, s_row = s_strides
     tiles = tl.cdiv(n_blocks, BLOCKS)
     expert = (tl.program_id(0) // tiles).to(tl.int64)
@@ -228,7 +228,7 @@ def _column_scales_kernel(
 
 @triton.jit
 def _transpose_4x4(a, b, c, d):
-    """Words of bytes ``a[k], b[k], c[k], d[k]`` for k = 0 .. 3."""
+    """Return words of bytes ``a[k], b[k], c[k], d[k]`` for k = 0 .. 3."""
     ab_even = (a & _EVEN_BYTES) | ((b << 8) & _ODD_BYTES)
     ab_odd = ((a >> 8) & _EVEN_BYTES) | (b & _ODD_BYTES)
     cd_even = (c & _EVEN_BYTES) | ((d << 8) & _ODD_BYTES)
@@ -254,7 +254,7 @@ def _decode_row(
     PTX: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """Two words of e4m3 for each of ``[R, B, WORDS]``, and whether that loses a block ``[R, B]``."""
+    """Return two words of e4m3 for each of ``[R, B, WORDS]``, and whether a block ``[R, B]`` loses bits."""
     wide = row.to(tl.int64)
     word, byte = _load_blocks(
         q_ptr + wide * q_row, s_ptr + wide * s_row, row < N, block, n_blocks, WORDS
@@ -270,7 +270,7 @@ def _decode_row(
 
 @triton.jit
 def _store_columns(out_ptrs, stride, a, b, c, d, mask):
-    """Four words of four columns each, of four neighbouring rows ``[R / 4, ...]``, to four rows of ``W^T``."""
+    """Store four words of four columns, of neighbouring rows ``[R / 4, ...]``, to four rows of ``W^T``."""
     k0, k1, k2, k3 = _transpose_4x4(a, b, c, d)
     tl.store(out_ptrs, tl.permute(k0, (1, 2, 0)), mask=mask)
     tl.store(out_ptrs + stride, tl.permute(k1, (1, 2, 0)), mask=mask)
@@ -298,9 +298,9 @@ def _columns_kernel(
     BLOCKS: tl.constexpr,
     WORDS: tl.constexpr,
 ):
-    """``[E, N, K / 8]`` words of e2m1, WORDS a block, to ``[E, K, N / 4]`` words of e4m3; N a multiple of 4.
+    """Convert ``[E, N, K / 8]`` words of e2m1, WORDS per block, to ``[E, K, N / 4]`` of e4m3; 4 divides N.
 
-    A thread holds four neighbouring rows of a word, so that it can transpose their bytes 4 x 4.
+    A thread holds four neighbouring rows of a word, so it can transpose their bytes 4 x 4.
     """
     q_expert, q_row = q_strides
     s_expert, s_row = s_strides
@@ -341,7 +341,7 @@ def _columns_kernel(
 def load_values(
     q_ptr, s_ptr, row, n_rows, q_row, s_row, word_index, words_per_row, DTYPE: tl.constexpr
 ):
-    """``[R, 8 W]`` decoded values of the rows ``row [R]`` and the words ``word_index [W]``, in DTYPE."""
+    """Return decoded values ``[R, 8 W]`` of rows ``row [R]`` and words ``word_index [W]``, in DTYPE."""
     inside = (row < n_rows)[:, None] & (word_index < words_per_row)[None, :]
     wide = row.to(tl.int64)[:, None]
     word = tl.load(q_ptr + wide * q_row + word_index[None, :], mask=inside, other=0)
@@ -353,7 +353,7 @@ def load_values(
 
 
 def words_of(qdata: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int32 words ``[E, N, K / 8]`` and scale bytes ``[E, N, K / 32]``, E = 1 for a matrix; views if they can."""
+    """Return int32 words ``[E, N, K / 8]`` and scale bytes ``[E, N, K / 32]`` (E = 1: matrix), as views if possible."""
     qdata, scale = in_words(qdata, 4), bytes_of(scale)
     if scale.stride(-1) != 1:
         scale = scale.contiguous()
@@ -367,7 +367,7 @@ def column_scales(
     flag: torch.Tensor,
     offs: torch.Tensor | None,
 ) -> torch.Tensor:
-    """The largest scale byte of each block of columns, int32 ``[E, K / 32]``; column_scale filled, flag zeroed."""
+    """Return the largest scale byte per column block, int32 ``[E, K / 32]``; fill column_scale, zero flag."""
     experts, rows, blocks = scale.shape
     largest = torch.empty((experts, blocks), dtype=torch.int32, device=scale.device)
     tile_blocks = min(FP8_COLUMN_SCALES_BLOCKS, next_power_of_2(blocks))
@@ -398,11 +398,11 @@ def fp8_rows(
     flag: torch.Tensor | None = None,
     offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """MXFP4 ``[..., N, K / 2]`` as (e4m3 ``[..., N, K]``, fp32 row scales ``[..., N]``, int8 flags ``[..., N]``).
+    """Convert MXFP4 ``[..., N, K / 2]``: (e4m3 ``[..., N, K]``, fp32 scales ``[..., N]``, int8 flags ``[..., N]``).
 
-    ``e4m3 * row scale`` are the values, exactly, wherever the flag is 0. Two or three axes, any strides with
-    the last axis contiguous. ``flag``: where to write the flags. ``offs``: decode the experts that own rows;
-    the others' flags are 0.
+    ``e4m3 * scale`` equals the values exactly wherever the row's flag is 0. Two or three axes, any strides
+    with a contiguous last axis. ``flag``: the tensor to write the flags to. ``offs``: decode only experts
+    that own rows; the others' flags are 0.
     """
     words, scale_ENB = words_of(qdata, scale)
     experts, rows, blocks = scale_ENB.shape
@@ -442,11 +442,11 @@ def fp8_columns(
     flag: torch.Tensor | None = None,
     offs: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """MXFP4 ``[..., N, K / 2]``, transposed: (e4m3 ``[..., K, N]``, fp32 scales ``[..., K]``, int32 flags
-    ``[..., K / 32]``).
+    """Convert MXFP4 ``[..., N, K / 2]`` to its transpose: (e4m3 ``[..., K, N]``, fp32 scales ``[..., K]``,
+    int32 flags ``[..., K / 32]``).
 
-    ``e4m3 * scale`` are the values of ``W^T``, exactly, wherever the flag of a block of 32 rows is 0. N is a
-    multiple of 4. The rest as in :func:`fp8_rows`.
+    ``e4m3 * scale`` equals the values of ``W^T`` exactly wherever the flag of a block of 32 rows is 0. N is a
+    multiple of 4. The rest is as in :func:`fp8_rows`.
     """
     words, scale_ENB = words_of(qdata, scale)
     experts, rows, blocks = scale_ENB.shape
@@ -481,11 +481,11 @@ def fp8_columns(
 
 
 def row_flags(qdata: torch.Tensor) -> torch.Tensor:
-    """Where :func:`fp8_rows` writes its flags."""
+    """Allocate the flags that :func:`fp8_rows` writes."""
     return torch.empty(qdata.shape[:-1], dtype=torch.int8, device=qdata.device)
 
 
 def column_flags(scale: torch.Tensor) -> torch.Tensor:
-    """Where :func:`fp8_columns` writes its flags: int32, for its integer atomics."""
+    """Allocate the flags that :func:`fp8_columns` writes: int32, for its integer atomics."""
     shape = (*scale.shape[:-2], scale.shape[-1])
     return torch.empty(shape, dtype=torch.int32, device=scale.device)

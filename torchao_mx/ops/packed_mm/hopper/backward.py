@@ -1,10 +1,10 @@
-"""Hopper, few to some hundred rows an expert: ``y = x W``, the gradient's product, with MXFP4 weights in registers.
+"""Hopper, few to some hundred rows per expert: ``y = x W``, the gradient's product, MXFP4 in registers.
 
-As in the forward kernel the weight tile is the left operand, ``y^T = W^T x^T``, but now it is reduced over the
-rows n of W while its words run along k. A wgmma register wants two neighbouring n of one k: the words of rows
-n and n + 1 are interleaved by halves, and a code of the low half and the same code of the high half are such a
-pair. So each of a word's eight columns k becomes a row of the operand, and n keeps its natural order: x (the
-gradient) needs no permutation.
+As in the forward kernel, the weight tile is the left operand, ``y^T = W^T x^T``. Here it is reduced over the
+rows n of W, while its words run along k. A wgmma register needs two neighbouring n of one k: the words of
+rows n and n + 1 are interleaved by halves, so a code of the low half and the same code of the high half form
+such a pair. Each of a word's eight columns k thus becomes a row of the operand, and n keeps its natural
+order: x (the gradient) needs no permutation.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torchao_mx.ops.quantization import tile
 @launched
 @triton.jit
 def transpose_kernel(x_ptr, out_ptr, R, C, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
-    """Pairs of bytes ``x [B, R, C]`` (uint16) to bytes ``out [B, 2 C, R]``."""
+    """Transpose pairs of bytes ``x [B, R, C]`` (uint16) to bytes ``out [B, 2 C, R]``."""
     batch, tile_r, tile_c = tile.tile_of_program(R, TILE_R, C, TILE_C)
     r = tile_r * TILE_R + tl.arange(0, TILE_R)
     c = tile_c * TILE_C + tl.arange(0, TILE_C)
@@ -53,15 +53,15 @@ def transpose_kernel(x_ptr, out_ptr, R, C, TILE_R: tl.constexpr, TILE_C: tl.cons
     tl.store(out_ptrs + R, (x >> 8).to(tl.uint8), mask=inside)
 
 
-CHUNK = gl.constexpr(32)  # rows n of W a step
-TILE_K = gl.constexpr(256)  # columns k of W a program: four operands of 64
+CHUNK = gl.constexpr(32)  # rows n of W per step
+TILE_K = gl.constexpr(256)  # columns k of W per program: four operands of 64
 
 
 @gluon.jit
 def _rows_of_pairs(low_even, low_odd, high_even, high_odd, LEFT: gl.constexpr):
-    """``[n / 2, word]`` values of n, n + 1 at columns 8 word + i and 8 word + 4 + i, as an operand ``[64, n]``.
+    """Arrange ``[n / 2, word]`` values of n, n + 1 at columns 8 word + i (+ 4) as an operand ``[64, n]``.
 
-    Row ``16 (word / 8) + 8 (low, high) + word % 8``.
+    The row is ``16 (word / 8) + 8 (low, high) + word % 8``.
     """
     value = gl.join(gl.join(low_even, low_odd), gl.join(high_even, high_odd))
     value = value.reshape([CHUNK // 2, 4, 8, 2, 2]).permute([1, 4, 2, 0, 3]).reshape([64, CHUNK])
@@ -71,9 +71,9 @@ def _rows_of_pairs(low_even, low_odd, high_even, high_odd, LEFT: gl.constexpr):
 @gluon.jit
 def _operands(w_smem, scales, top, WORDS: gl.constexpr, PAIRS: gl.constexpr, LEFT: gl.constexpr,
               EXACT: gl.constexpr):  # fmt: skip
-    """The words ``[CHUNK, 32]`` as four left operands ``[64, CHUNK]``; the i-th has columns i and 4 + i of a word.
+    """Decode words ``[CHUNK, 32]`` to four left operands ``[64, CHUNK]``; the i-th has columns i and 4 + i.
 
-    ``scales [CHUNK / 2, 32]``: two bytes for each word, of rows 2 j and 2 j + 1.
+    ``scales [CHUNK / 2, 32]``: two bytes per word, of rows 2 j and 2 j + 1.
     """
     words = w_smem.load(WORDS).reshape([CHUNK // 2, 2, 32]).permute([0, 2, 1])
     first, second = gl.split(words)
@@ -118,11 +118,11 @@ def _restart(c0, c1, c2, c3):
 @gluon.jit
 def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_stride, n_rows, top_k,
               GATHER: gl.constexpr, PAIRS: gl.constexpr, TILE_T: gl.constexpr):  # fmt: skip
-    """Where the first chunk of W, of x and of the scales begins, and which words are inside."""
+    """Find the start of the first chunk of W, of x and of the scales, and which words are inside."""
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [gl.num_warps(), 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
     first_row = expert.to(gl.int64) * N
-    w_row = (K // 32) * 4  # a multiple of four that the compiler can see: 16-byte copies
+    w_row = (K // 32) * 4  # visibly a multiple of four to the compiler: 16-byte copies
     n = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, COPY_W))
     word = k0 // 8 + gl.arange(0, 32, layout=gl.SliceLayout(0, COPY_W))
     w_ptrs = w_ptr + (first_row + n)[:, None] * w_row + word[None, :]
@@ -143,18 +143,18 @@ def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, k0, N, K, x_str
 @gluon.jit
 def _store(y_ptr, c0, c1, c2, c3, bias_ptr, row0, end, k0, K, split, HAS_BIAS: gl.constexpr,
            TILE_T: gl.constexpr):  # fmt: skip
-    """Interleave the four accumulators ``[64, TILE_T]`` and write them to their rows: no data crosses threads."""
+    """Interleave the four accumulators ``[64, TILE_T]`` and store their rows: no data crosses threads."""
     wide: gl.constexpr = (
         [[8, 0]] if TILE_T == 16 else [[8, 0], [16, 0]] if TILE_T == 32 else [[8, 0], [16, 0], [32, 0]]
     )  # fmt: skip
-    # 8 neighbouring k a thread, 64 a warp.
+    # 8 neighbouring k per thread, 64 per warp.
     OUT: gl.constexpr = gl.DistributedLinearLayout(
         [[0, 1], [0, 2], [0, 4], [1, 0]] + wide,
         [[2, 0], [4, 0], [0, 8], [0, 16], [0, 32]], [[0, 64], [0, 128]], [], [TILE_T, TILE_K],
     )  # fmt: skip
     k = k0 + gl.arange(0, TILE_K, layout=gl.SliceLayout(0, OUT))
     m = row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, OUT))
-    # [16-row group, block half, word, token, i / 2, i % 2] to [token, k]
+    # [16-row group, block half, word, token, i / 2, i % 2] becomes [token, k]
     y = gl.join(gl.join(c0, c2), gl.join(c1, c3)).reshape([4, 2, 8, TILE_T, 2, 2])
     y = gl.convert_layout(y.permute([3, 0, 2, 1, 4, 5]).reshape([TILE_T, TILE_K]), OUT)
     if HAS_BIAS:
@@ -166,7 +166,7 @@ def _store(y_ptr, c0, c1, c2, c3, bias_ptr, row0, end, k0, K, split, HAS_BIAS: g
 
 @gluon.jit
 def _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, chunk, chunks, w_step, STAGES: gl.constexpr):
-    """Start the copy of a chunk; past the last one it fills with zeros."""
+    """Start the copy of a chunk; chunks past the last one are filled with zeros."""
     stage = chunk % STAGES
     there = chunk < chunks
     async_copy.async_copy_global_to_shared(
@@ -177,16 +177,17 @@ def _copy(w_smem, x_smem, w_ptrs, x_ptrs, w_mask, chunk, chunks, w_step, STAGES:
 
 
 @launched
-@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # a 1 for E breaks Triton 3.6
+@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # E specialised to 1 breaks Triton 3.6
 def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_ptr, bias_ptr,
                     n_rows, E, N, K, x_stride, top_k, r, up_e, up_k, up_r, bias_e, scaling,
                     GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                     HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, STAGES: gl.constexpr,
                     TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr,
                     SPLITS: gl.constexpr):  # fmt: skip
-    """``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s uint16 ``[E, K / 32, N / 2]``: transposed, by pairs of rows, N a multiple of CHUNK.
+    """Compute ``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s transposed, uint16 ``[E, K / 32, N / 2]``.
 
-    With SPLITS above 1, not GROUPED, y is fp32 ``[SPLITS, n_rows, K]``: sums over parts of N, to be added.
+    s holds pairs of rows. CHUNK divides N. With SPLITS above 1 (not GROUPED), y is fp32
+    ``[SPLITS, n_rows, K]``: sums over parts of N, to be added.
     """
     tiles_k = gl.cdiv(K, TILE_K)
     split = gl.program_id(0) % SPLITS
@@ -205,7 +206,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
                end, k0, K, split, False, TILE_T)  # fmt: skip
         return
 
-    # Each thread's words: rows 2 t, 2 t + 1 and 8 further on, word g of its warp's eight.
+    # Each thread's words: rows 2 t, 2 t + 1 and the two 8 further on; word g of its warp's eight.
     WORDS: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0], [8, 0], [16, 0]],
         [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]], [[0, 8], [0, 16]], [], [CHUNK, 32],

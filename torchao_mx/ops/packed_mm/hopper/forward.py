@@ -1,10 +1,10 @@
-"""Hopper, few to some hundred rows an expert: ``y = x W^T`` with MXFP4 weights decoded into wgmma registers.
+"""Hopper, few to some hundred rows per expert: ``y = x W^T``, MXFP4 weights decoded into wgmma registers.
 
-The weight tile is the *left* operand, ``y^T = W x^T``: it can come from registers, and few rows of x fill
-wgmma's narrow side (16 and up). Per 64 columns of K a thread holds words t and t + 4 of eight in its rows; a
-word's nibbles i and i + 4 are a pair, so the tensor core meets K in the order
-``16 i + 2 word + half`` instead of ``8 word + 4 half + i``. x is brought into that order once, for all
-experts, by ``permute_kernel``; rows are then gathered by their index on the way to shared memory.
+The weight tile is the *left* operand, ``y^T = W x^T``: it can come from registers, and few rows of x (16 or
+more) fill wgmma's narrow side. Per 64 columns of K, a thread holds words t and t + 4 of eight in its rows. A
+word's nibbles i and i + 4 are a pair, so the tensor core meets K in the order ``16 i + 2 word + half``
+instead of ``8 word + 4 half + i``. ``permute_kernel`` brings x into that order once, for all experts; rows
+are then gathered by their index on the way to shared memory.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from torchao_mx.ops.packed_mm.hopper.tile import (
     windowed_scale,
 )
 
-CHUNK = gl.constexpr(64)  # columns of K a step
+CHUNK = gl.constexpr(64)  # columns of K per step
 
 
 @launched
 @triton.jit
 def permute_kernel(x_ptr, out_ptr, n_chunks, chunks_per_row, x_stride, TILE: tl.constexpr):
-    """``x [T, K]`` to a contiguous ``out [T, K]``, each 64 columns in the order of the forward kernel."""
+    """Permute ``x [T, K]``, 64 columns at a time, to a contiguous ``out`` in the forward kernel's order."""
     chunk = tl.program_id(0) * TILE + tl.arange(0, TILE)
     inside = (chunk < n_chunks)[:, None]
     row = (chunk // chunks_per_row).to(tl.int64)
@@ -56,9 +56,9 @@ def permute_kernel(x_ptr, out_ptr, n_chunks, chunks_per_row, x_stride, TILE: tl.
 @gluon.jit
 def _operand(w_smem, scales, top, WORDS: gl.constexpr, HALF: gl.constexpr, LEFT: gl.constexpr,
              TILE_N: gl.constexpr, EXACT: gl.constexpr):  # fmt: skip
-    """The words ``[TILE_N, 8]`` as wgmma's left operand ``[TILE_N, 64]``; ``scales [TILE_N]`` two bytes a row."""
+    """Decode words ``[TILE_N, 8]`` to a left operand ``[TILE_N, 64]``; ``scales [TILE_N]``: two bytes per row."""
     words = w_smem.load(WORDS).reshape([TILE_N, 2, 4]).permute([0, 2, 1])
-    first, second = gl.split(words)  # the words of the first block of 32, of the second
+    first, second = gl.split(words)  # the words of the first and the second block of 32
     first = gl.convert_layout(first, HALF)
     second = gl.convert_layout(second, HALF)
     scales = scales.to(gl.int32)
@@ -79,7 +79,7 @@ def _operand(w_smem, scales, top, WORDS: gl.constexpr, HALF: gl.constexpr, LEFT:
     b = gl.join(
         gl.join(gl.join(b0, b4), gl.join(b2, b6)), gl.join(gl.join(b1, b5), gl.join(b3, b7))
     )
-    # [n, word, half, i / 2, i % 2, block] to K = 16 i + 8 block + 2 word + half
+    # [n, word, half, i / 2, i % 2, block] becomes K = 16 i + 8 block + 2 word + half
     both = gl.join(a, b).permute([0, 3, 4, 5, 1, 2]).reshape([TILE_N, CHUNK])
     return gl.convert_layout(both, LEFT), top
 
@@ -88,13 +88,13 @@ def _operand(w_smem, scales, top, WORDS: gl.constexpr, HALF: gl.constexpr, LEFT:
 def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_stride, n_rows, top_k,
               GATHER: gl.constexpr, ROW: gl.constexpr, TILE_T: gl.constexpr,
               TILE_N: gl.constexpr):  # fmt: skip
-    """Where the first chunk of W, of x and of the scales begins."""
+    """Find the start of the first chunk of W, of x and of the scales."""
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 4], [16, 2], [gl.num_warps(), 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [gl.num_warps(), 1], [1, 0])
     first_row = expert.to(gl.int64) * N
     n = gl.minimum(n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, COPY_W)), N - 1)
     word = gl.arange(0, 8, layout=gl.SliceLayout(0, COPY_W))
-    # A multiple of four that the compiler can see: 16-byte copies.
+    # Visibly a multiple of four to the compiler: 16-byte copies.
     w_ptrs = w_ptr + (first_row + n)[:, None] * ((K // 32) * 4) + word[None, :]
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(1, COPY_X)), end - 1)
     if GATHER:
@@ -107,7 +107,7 @@ def _pointers(x_ptr, w_ptr, s_ptr, order_ptr, expert, row0, end, n0, N, K, x_str
 
 @gluon.jit
 def _store(y_ptr, y, row0, end, n0, N, TILE_T: gl.constexpr, TILE_N: gl.constexpr):
-    """Write ``y [TILE_N, TILE_T]`` to its rows."""
+    """Store ``y [TILE_N, TILE_T]`` to its rows."""
     SHARED: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
     OUT: gl.constexpr = gl.BlockedLayout(
         [1, 8], [256 // TILE_N, TILE_N // 8], [gl.num_warps(), 1], [1, 0]
@@ -123,7 +123,7 @@ def _store(y_ptr, y, row0, end, n0, N, TILE_T: gl.constexpr, TILE_N: gl.constexp
 
 @gluon.jit
 def _copy(w_smem, x_smem, w_ptrs, x_ptrs, chunk, chunks, STAGES: gl.constexpr):
-    """Start the copy of a chunk; past the last one it fills with zeros."""
+    """Start the copy of a chunk; chunks past the last one are filled with zeros."""
     stage = chunk % STAGES
     there = chunk < chunks
     async_copy.async_copy_global_to_shared(w_smem.index(stage), w_ptrs + chunk * 8, mask=there)
@@ -132,19 +132,19 @@ def _copy(w_smem, x_smem, w_ptrs, x_ptrs, chunk, chunks, STAGES: gl.constexpr):
 
 
 @launched
-@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # a 1 for E breaks Triton 3.6
+@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # E specialised to 1 breaks Triton 3.6
 def forward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_ptr, bias_ptr,
                    n_rows, E, N, K, x_stride, top_k, r, up_e, up_n, up_r, bias_e, scaling,
                    GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                    HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, TILE_N: gl.constexpr,
                    STAGES: gl.constexpr, TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr,
                    SPLITS: gl.constexpr):  # fmt: skip
-    """``y [n_rows, N]``; x permuted, w int32 words ``[E, N, K / 8]``, s uint16 ``[E, N, K / 64]``.
+    """Compute ``y [n_rows, N]``; x permuted, w int32 words ``[E, N, K / 8]``, s uint16 ``[E, N, K / 64]``.
 
-    With SPLITS above 1, not GROUPED, y is fp32 ``[SPLITS, n_rows, N]``: sums over parts of K, to be added.
+    With SPLITS above 1 (not GROUPED), y is fp32 ``[SPLITS, n_rows, N]``: sums over parts of K, to be added.
 
-    TWO_OPERANDS decodes the next chunk while the tensor core works on this one. It takes registers that,
-    for narrow tiles, are better spent on more programs a multiprocessor, which overlap just as well.
+    TWO_OPERANDS decodes the next chunk while the tensor core works on this one. It takes registers; narrow
+    tiles use those better for more programs per multiprocessor, which overlap just as well.
     """
     tiles_n = gl.cdiv(N, TILE_N)
     split = gl.program_id(0) % SPLITS

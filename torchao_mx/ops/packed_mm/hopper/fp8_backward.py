@@ -1,13 +1,13 @@
 """Hopper: ``y = x W``, the gradient's product, on the 8-bit tensor cores, MXFP4 decoded in wgmma's registers.
 
-The weight tile is the left operand, ``y^T = W^T x^T``, reduced over the rows n of W. A register wants four n of one
-column k. ``ldmatrix`` transposes on the way from shared memory: a thread gets n and n + 1 of the four codes at
-``4 quad .. 4 quad + 3``; four rows n decoded, ``[n][k]``, are turned to ``[k][n]`` by byte permutations. Which n
-stand in a register is free as x has them in the same order: of 32, ``8 j + 2 t + b`` at ``16 (j / 2) + 4 t +
-2 (j % 2) + b``. And so is which k is a row of the operand: with W warps ``4 quad + 2 u + v`` is row ``16 W u +
-16 (quad / 8) + 8 v + quad % 8``.
+The weight tile is the left operand, ``y^T = W^T x^T``, reduced over the rows n of W. A register needs four n
+of one column k. ``ldmatrix`` transposes on the way from shared memory: a thread gets n and n + 1 of the four
+codes at ``4 quad .. 4 quad + 3``. Byte permutations turn four decoded rows n, ``[n][k]``, into ``[k][n]``. A
+register may hold any n as long as x has the same order: of 32, ``8 j + 2 t + b`` is at ``16 (j / 2) + 4 t +
+2 (j % 2) + b``. The order of k in the operand's rows is free too: with W warps, ``4 quad + 2 u + v`` is row
+``16 W u + 16 (quad / 8) + 8 v + quad % 8``.
 
-A column's blocks share the scale of the largest in all rows (``fp8/weight.py``), as in the forward kernel.
+A column's blocks share the largest scale over all rows (``fp8/weight.py``), as in the forward kernel.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torchao_mx.ops.packed_mm.hopper.forward import _store
 from torchao_mx.ops.packed_mm.hopper.fp8_forward import HIGH, LOW, finished
 from torchao_mx.ops.packed_mm.hopper.tile import find_tile, opaque, token_of
 
-CHUNK = gl.constexpr(128)  # rows n of W a step
+CHUNK = gl.constexpr(128)  # rows n of W per step
 COLUMNS_A_WARP = gl.constexpr(32)  # k, of W
 
 
 @gluon.jit
 def _decode_quads(codes, low, high):
-    """int16 ``[n, quad]`` of four codes, with a table for each, as four e4m3 ``[n, quad]``; n in packs of four."""
+    """Decode int16 ``[n, quad]`` of four codes, a table for each, to four e4m3 ``[n, quad]``; n in fours."""
     return gl.inline_asm_elementwise(
         """
         {
@@ -75,9 +75,9 @@ def _decode_quads(codes, low, high):
 
 @gluon.jit
 def _operand(w_smem, lowered, QUADS: gl.constexpr, SPREAD: gl.constexpr, LEFT: gl.constexpr):
-    """The codes ``[CHUNK, 8 W quads]`` of W warps as wgmma's left operand ``[32 W, CHUNK]``.
+    """Decode ``[CHUNK, 8 W quads]`` codes of W warps to wgmma's left operand ``[32 W, CHUNK]``.
 
-    ``lowered [4 t, 4, 2, 2, 2]`` as ``[CHUNK, W blocks]`` in memory's order.
+    ``lowered [4 t, 4, 2, 2, 2]`` is ``[CHUNK, W blocks]`` in memory order.
     """
     WARPS: gl.constexpr = gl.num_warps()
     codes = w_smem.load(QUADS)
@@ -89,7 +89,7 @@ def _operand(w_smem, lowered, QUADS: gl.constexpr, SPREAD: gl.constexpr, LEFT: g
     low = gl.convert_layout(low, QUADS)
     high = gl.convert_layout(high, QUADS)
     k0, k1, k2, k3 = _decode_quads(codes, low, high)
-    # [n, quad, v, u], then n = 32 step + 16 half + 8 j + 2 t + b to 32 step + 16 half + 4 t + 2 j + b
+    # [n, quad, v, u], then n = 32 step + 16 half + 8 j + 2 t + b becomes 32 step + 16 half + 4 t + 2 j + b
     value = gl.join(gl.join(k0, k1), gl.join(k2, k3)).reshape([4, 2, 2, 4, 2, WARPS, 8, 2, 2])
     value = value.permute([8, 5, 7, 6, 0, 1, 3, 2, 4]).reshape([COLUMNS_A_WARP * WARPS, CHUNK])
     return gl.convert_layout(value, LEFT)
@@ -97,7 +97,7 @@ def _operand(w_smem, lowered, QUADS: gl.constexpr, SPREAD: gl.constexpr, LEFT: g
 
 @gluon.jit
 def _column(k0, row):
-    """The column k of W that an operand's row is."""
+    """Return the column k of W for a row of the operand."""
     WARPS: gl.constexpr = gl.num_warps()
     quad = 8 * ((row >> 4) % WARPS) + (row & 7)
     return k0 + 4 * quad + 2 * (row // (16 * WARPS)) + ((row >> 3) & 1)
@@ -107,7 +107,7 @@ def _column(k0, row):
 def _copy(
     w_smem, x_smem, w_ptrs, n, inside, x_ptrs, chunk, chunks, N, row_codes, STAGES: gl.constexpr
 ):
-    """Start the copy of a chunk; past the last one, and past N, it fills with zeros."""
+    """Start the copy of a chunk; filled with zeros past the last chunk, and past N."""
     stage = chunk % STAGES
     w_mask = (chunk * CHUNK + n < N)[:, None] & inside[None, :]
     w_chunk = w_ptrs + chunk * (CHUNK * row_codes)
@@ -118,16 +118,16 @@ def _copy(
 
 
 @launched
-@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # a 1 for E breaks Triton 3.6
+@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # E specialised to 1 breaks Triton 3.6
 def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_ptr, offs_ptr, order_ptr, h_ptr,
                         up_ptr, bias_ptr, n_rows, E, N, K, x_stride, top_k, r, up_e, up_n, up_r, bias_e,
                         scaling, GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                         HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, STAGES: gl.constexpr,
                         OPERANDS: gl.constexpr, E_SPAN: gl.constexpr):  # fmt: skip
-    """``y [n_rows, K]``; x e4m3 in the kernel's order, its pitch whole chunks; w int16 ``[E, N, K / 4]``.
+    """Compute ``y [n_rows, K]``; x e4m3 in kernel order, its pitch whole chunks; w int16 ``[E, N, K / 4]``.
 
-    ``x_scale`` fp32, a row of x; ``lowered`` uint8 ``[E, K / 32, chunks, CHUNK]``; ``w_scale`` fp32 ``[E, K]``. The
-    rest as in the forward kernel.
+    ``x_scale`` fp32, one per row of x; ``lowered`` uint8 ``[E, K / 32, chunks, CHUNK]``; ``w_scale`` fp32
+    ``[E, K]``. The rest is as in the forward kernel.
     """
     WARPS: gl.constexpr = gl.num_warps()
     TILE_K: gl.constexpr = COLUMNS_A_WARP * WARPS
@@ -144,7 +144,7 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
         _store(y_ptr, gl.zeros([TILE_K, TILE_T], gl.float32, mma), row0, end, k0, K, TILE_T, TILE_K)
         return
 
-    # Each warp's 8 quads, a block; each thread's n are 2 t, 2 t + 1 and those 8, 16, 32 and 64 on (t = lane % 4).
+    # A warp's 8 quads are a block; a thread's n are 2 t, 2 t + 1 and those 8, 16, 32, 64 on (t = lane % 4).
     QUADS: gl.constexpr = gl.DistributedLinearLayout(
         [[1, 0], [8, 0], [16, 0], [32, 0], [64, 0]], [[2, 0], [4, 0], [0, 1], [0, 2], [0, 4]],
         [[0, 8], [0, 16]] if WARPS == 4 else [[0, 8], [0, 16], [0, 32]], [], [CHUNK, 8 * WARPS],
@@ -166,9 +166,9 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
 
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 8], [32 // WARPS, WARPS], [WARPS, 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
-    # At least 1, which the compiler has to see: as in the forward kernel.
+    # The compiler must see that this is at least 1: as in the forward kernel.
     chunks = gl.maximum(gl.cdiv(N, CHUNK), 1)
-    row_codes = (K // 32) * 8  # a multiple of 8 that the compiler can see: 16-byte copies
+    row_codes = (K // 32) * 8  # visibly a multiple of 8 to the compiler: 16-byte copies
     n = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, COPY_W))
     quad = k0 // 4 + gl.arange(0, 8 * WARPS, layout=gl.SliceLayout(0, COPY_W))
     w_ptrs = w_ptr + (expert.to(gl.int64) * N + n)[:, None] * row_codes + quad[None, :]
@@ -211,6 +211,6 @@ def fp8_backward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_p
         _column(k0, gl.arange(0, TILE_K, layout=row)), _column(k0, gl.arange(0, TILE_K, layout=row_up)),
         K, n_rows, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER, RANK, HAS_BIAS, mma, mma_16, TILE_T,
     )  # fmt: skip
-    # [u, quad / 8, v, quad % 8] to k = 4 quad + 2 u + v
+    # [u, quad / 8, v, quad % 8] becomes k = 4 quad + 2 u + v
     y = acc.reshape([2, WARPS, 2, 8, TILE_T]).permute([1, 3, 0, 2, 4]).reshape([TILE_K, TILE_T])
     _store(y_ptr, y, row0, end, k0, K, TILE_T, TILE_K)

@@ -1,12 +1,12 @@
 """Hopper: ``y = x W^T`` on the 8-bit tensor cores, MXFP4 weights decoded to e4m3 in wgmma's registers.
 
-As in ``hopper/forward.py`` the weight tile is the left operand. Per 32 columns of K, a block and a step of
-wgmma, a thread holds word t of four in its rows; the word's nibbles 0 .. 3 are four neighbours of the operand,
-4 .. 7 those 16 columns on, so that the tensor core meets K in the order ``16 half + 4 word + i`` instead of
-``8 word + 4 half + i``. ``quantize_rows_kernel`` of ``fp8/kernels.py`` writes the rows of x in that order.
+As in ``hopper/forward.py``, the weight tile is the left operand. Per 32 columns of K (a block, and a step of
+wgmma), a thread holds word t of four in its rows. The word's nibbles 0 .. 3 are four neighbours of the
+operand, and 4 .. 7 are those 16 columns on, so the tensor core meets K in the order ``16 half + 4 word + i``
+instead of ``8 word + 4 half + i``. ``quantize_rows_kernel`` (``fp8/kernels.py``) writes x in that order.
 
-A row's blocks share the scale of the largest (``fp8/weight.py``): those of the others are a number of binades,
-which a table of the eight magnitudes is lowered by. One byte permutation then looks up four.
+A row's blocks share the largest scale (``fp8/weight.py``). Each other block is some binades below it, and a
+table of the eight magnitudes is lowered by as many. One byte permutation then looks up four.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torchao_mx.ops.core.launch import launched
 from torchao_mx.ops.packed_mm.hopper.forward import _store
 from torchao_mx.ops.packed_mm.hopper.tile import find_tile, opaque, token_of
 
-CHUNK = gl.constexpr(128)  # columns of K a step
-_BYTES = gl.constexpr(64)  # of a row of W
-# The magnitudes of e2m1 times 64, as bytes of e4m3; a binade less is 8 less in each, but for the zero.
+CHUNK = gl.constexpr(128)  # columns of K per step
+_BYTES = gl.constexpr(64)  # per row of W
+# The magnitudes of e2m1 times 64, as bytes of e4m3; one binade less is 8 less in each byte except zero.
 LOW, HIGH = gl.constexpr(0x6C686000), gl.constexpr(0x7C787470)
 
 
 @gluon.jit
 def _block(packed, lowered, QUARTER: gl.constexpr, TILE_N: gl.constexpr):
-    """Bytes ``[TILE_N, 16]`` of a block as e4m3 ``[TILE_N, 32]``; ``lowered [TILE_N]`` is 8 times the binades."""
+    """Decode a block, bytes ``[TILE_N, 16]``, to e4m3 ``[TILE_N, 32]``; ``lowered [TILE_N]``: 8 x the binades."""
     spread = gl.full([TILE_N, 16], 0, gl.int32, QUARTER)
     low = spread + (LOW - lowered * 0x01010100)[:, None]
     high = spread + (HIGH - lowered * 0x01010101)[:, None]
@@ -64,7 +64,7 @@ def _block(packed, lowered, QUARTER: gl.constexpr, TILE_N: gl.constexpr):
 @gluon.jit
 def _operand(w_smem, lowered, BYTES: gl.constexpr, QUARTER: gl.constexpr, LEFT: gl.constexpr,
              TILE_N: gl.constexpr):  # fmt: skip
-    """The bytes ``[TILE_N, 64]`` as wgmma's left operand ``[TILE_N, 128]``; ``lowered``, a byte a block."""
+    """Decode bytes ``[TILE_N, 64]`` to a left operand ``[TILE_N, 128]``; ``lowered``: one byte per block."""
     packed = w_smem.load(BYTES).reshape([TILE_N, 2, 2, 16]).permute([0, 3, 1, 2])
     even, odd = gl.split(packed)
     p0, p2 = gl.split(even)
@@ -79,7 +79,7 @@ def _operand(w_smem, lowered, BYTES: gl.constexpr, QUARTER: gl.constexpr, LEFT: 
 
 @gluon.jit
 def _copy(w_smem, x_smem, w_ptrs, byte, x_ptrs, chunk, chunks, row_bytes, STAGES: gl.constexpr):
-    """Start the copy of a chunk; past the last one it fills with zeros."""
+    """Start the copy of a chunk; chunks past the last one are filled with zeros."""
     stage = chunk % STAGES
     there = chunk < chunks
     inside = there & (chunk * _BYTES + byte < row_bytes)
@@ -95,9 +95,9 @@ def finished(acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, 
              columns, n_rows, top_k, r, up_e, up_n, up_r, bias_e, scaling, GATHER: gl.constexpr,
              RANK: gl.constexpr, HAS_BIAS: gl.constexpr, mma: gl.constexpr, mma_16: gl.constexpr,
              TILE_T: gl.constexpr):  # fmt: skip
-    """The sums ``[TILE, TILE_T]`` times both scales, plus the low-rank term, in bf16 products, and the bias.
+    """Scale the sums ``[TILE, TILE_T]`` by both scales; add the low-rank term (bf16 products) and the bias.
 
-    ``column`` and ``column_up``: which of y's columns are the rows of acc, in the layouts of acc and of an operand.
+    ``column`` and ``column_up``: y's columns for the rows of acc, in the layouts of acc and of an operand.
     """
     m = gl.minimum(row0 + gl.arange(0, TILE_T, layout=gl.SliceLayout(0, mma)), end - 1)
     if GATHER:
@@ -134,17 +134,17 @@ def finished(acc, x_scale_ptr, w_scale_ptr, order_ptr, h_ptr, up_ptr, bias_ptr, 
 
 
 @launched
-@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # a 1 for E breaks Triton 3.6
+@gluon.jit(do_not_specialize=["n_rows", "E", "top_k", "r"])  # E specialised to 1 breaks Triton 3.6
 def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_ptr, offs_ptr, order_ptr, h_ptr,
                        up_ptr, bias_ptr, n_rows, E, N, K, x_stride, top_k, r, up_e, up_n, up_r, bias_e,
                        scaling, GROUPED: gl.constexpr, GATHER: gl.constexpr, RANK: gl.constexpr,
                        HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, TILE_N: gl.constexpr,
                        STAGES: gl.constexpr, OPERANDS: gl.constexpr,
                        E_SPAN: gl.constexpr):  # fmt: skip
-    """``y [n_rows, N]``; x e4m3 in the kernel's order, its pitch whole chunks; w bytes ``[E, N, K / 2]``.
+    """Compute ``y [n_rows, N]``; x e4m3 in kernel order, its pitch whole chunks; w bytes ``[E, N, K / 2]``.
 
-    ``x_scale`` fp32, a row of x; ``lowered`` int32 ``[E, N, chunks]``, a byte a block; ``w_scale`` fp32 ``[E, N]``.
-    With two OPERANDS a chunk is decoded while the tensor core works on the one before, as in the bf16 kernel.
+    ``x_scale`` fp32, one per row of x; ``lowered`` int32 ``[E, N, chunks]``, a byte per block; ``w_scale``
+    fp32 ``[E, N]``. With two OPERANDS, a chunk is decoded while the tensor core works on the previous one.
     """
     tiles_n = gl.cdiv(N, TILE_N)
     pid = gl.program_id(0)
@@ -178,9 +178,9 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
 
     COPY_W: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [WARPS, 1], [1, 0])
     COPY_X: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])
-    # At least 1, which the compiler has to see: sums set on a way past the loop would serialise the wgmmas in it.
+    # The compiler must see that this is at least 1: sums set on a path past the loop serialise its wgmmas.
     chunks = gl.maximum(gl.cdiv(K, CHUNK), 1)
-    row_bytes = (K // 32) * 16  # a multiple of 16 that the compiler can see: 16-byte copies
+    row_bytes = (K // 32) * 16  # visibly a multiple of 16 to the compiler: 16-byte copies
     first_row = expert.to(gl.int64) * N
     n = gl.minimum(n0 + gl.arange(0, TILE_N, layout=gl.SliceLayout(1, COPY_W)), N - 1)
     byte = gl.arange(0, 64, layout=gl.SliceLayout(0, COPY_W))
@@ -197,7 +197,7 @@ def fp8_forward_kernel(x_ptr, x_scale_ptr, w_ptr, lowered_ptr, w_scale_ptr, y_pt
         _copy(w_smem, x_smem, w_ptrs, byte, x_ptrs, i, chunks, row_bytes, STAGES)
     lowered = gl.load(low_ptrs)
     acc = warpgroup_mma_init(gl.zeros([TILE_N, TILE_T], gl.float32, mma))
-    # No operand lives from one turn to the next: it would be carried byte by byte.
+    # No operand lives across iterations: it would be carried byte by byte.
     for i in range(0, chunks, OPERANDS):
         for j in gl.static_range(OPERANDS):
             stage = (i + j) % STAGES

@@ -1,4 +1,4 @@
-"""Launcher of the Hopper kernels: when they apply, and with which tiles."""
+"""Launcher of the Hopper kernels: when they apply, and which tiles they take."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from torchao_mx.ops.core.tiles import (
 )
 from torchao_mx.ops.moe.narrow import add_splits, partial_sums
 
-# A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency: its
-# reduction is cut into parts of so many chunks and more.
+# A dense product of few rows has fewer tiles than a GPU has multiprocessors, and is bound by latency. Its
+# reduction is cut into parts of at least this many chunks.
 MAX_SPLITS, MIN_CHUNKS_PER_SPLIT = 32, 8
 
 
 def takes_hopper(x: torch.Tensor, qdata: torch.Tensor, fmt: BlockFormat) -> bool:
-    """Whether ``x`` times this weight, either way round, has a Hopper kernel."""
+    """Whether ``x`` times this weight, in either orientation, has a Hopper kernel."""
     n, k = qdata.shape[-2], qdata.shape[-1] * fmt.elems_per_byte
     return (
         x.is_cuda
@@ -44,7 +44,7 @@ def takes_hopper(x: torch.Tensor, qdata: torch.Tensor, fmt: BlockFormat) -> bool
 
 
 def permuted(x: torch.Tensor) -> torch.Tensor:
-    """``x [T, K]`` in the order in which the forward kernel meets K."""
+    """Return ``x [T, K]`` in the order in which the forward kernel meets K."""
     from torchao_mx.ops.packed_mm.hopper.forward import permute_kernel
 
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -58,9 +58,9 @@ def permuted(x: torch.Tensor) -> torch.Tensor:
 
 
 def paired_scales(scale: torch.Tensor) -> torch.Tensor:
-    """Scale bytes ``[.., N, K / 32]`` transposed to ``[.., K / 32, N]``, for the backward kernel.
+    """Transpose scale bytes ``[.., N, K / 32]`` to ``[.., K / 32, N]``, for the backward kernel.
 
-    It multiplies two neighbouring rows at once: their two bytes then are one load.
+    It multiplies two neighbouring rows at once, so it loads their two bytes together.
     """
     from torchao_mx.ops.packed_mm.hopper.backward import transpose_kernel
 
@@ -77,9 +77,9 @@ def paired_scales(scale: torch.Tensor) -> torch.Tensor:
 def _splits(
     n_rows: int, reduced: int, chunk: int, programs: int, two_operands: bool, sms: int
 ) -> int:
-    """Parts of a dense product's reduction: as many as fill the GPU once, by what registers leave room for.
+    """Return the parts of a dense product's reduction: enough to fill the GPU once, as registers allow.
 
-    The fp32 sums of the parts, written and read, are no more bytes than the weight.
+    The fp32 sums of the parts, written and read, take no more bytes than the weight.
     """
     wanted = (2 if two_operands else 3) * sms // programs
     bytes_allow = reduced // (16 * n_rows)
@@ -96,9 +96,9 @@ def hopper_product(
     tile: ForwardTile | BackwardTile | None = None,
     splits: int | None = None,
 ) -> torch.Tensor:
-    """As ``portable.fused_product`` for MXFP4 and bf16, where ``takes_hopper``.
+    """``portable.fused_product`` for MXFP4 and bf16, where ``takes_hopper`` holds.
 
-    ``tile`` overrides the table and, for a dense product, ``splits`` the number of parts.
+    ``tile`` overrides the table, and ``splits`` the number of parts of a dense product.
     """
     from torchao_mx.ops.packed_mm.hopper import backward, forward
 
@@ -156,7 +156,7 @@ def hopper_product(
 
 
 def takes_hopper_fp8(x: torch.Tensor) -> bool:
-    """Whether products of x with MXFP4 weights, N a multiple of 16, have the kernels of ``fp8_forward`` and ``fp8_backward``."""
+    """Whether x times MXFP4 weights (16 divides N) has a kernel in ``fp8_forward`` and ``fp8_backward``."""
     return x.is_cuda and x.dtype == torch.bfloat16 and capability(x.device.index)[0] == 9
 
 
@@ -171,13 +171,13 @@ def hopper_fp8_product(
     added: Added,
     tile: Fp8Tile | None = None,
 ) -> torch.Tensor:
-    """``y [n_rows, N]`` (``[n_rows, K]``), bf16, of ``_fp8.fp8_product``, flagged columns aside.
+    """Return ``fp8_product``'s ``y [n_rows, N]`` (``[n_rows, K]``) in bf16, except for flagged columns.
 
     Args:
-        x8, x_scale: of :func:`torchao_mx.ops.packed_mm.fp8.kernels.permuted_rows`, a row a token, in the order ``"halves"``
-            (``"pairs"`` without ``transpose_weight``).
+        x8, x_scale: from :func:`torchao_mx.ops.packed_mm.fp8.kernels.permuted_rows`, one row per token, in the order
+            ``"halves"`` (``"pairs"`` without ``transpose_weight``).
         qdata: ``[E, N, K / 2]``, or ``[N, K / 2]`` dense.
-        lowered, w_scale: of :func:`torchao_mx.ops.packed_mm.fp8.lowered.lowered_rows` (``lowered_columns``).
+        lowered, w_scale: from :func:`torchao_mx.ops.packed_mm.fp8.lowered.lowered_rows` (``lowered_columns``).
         tile: overrides the table.
     """
     from torchao_mx.ops.packed_mm.hopper import fp8_backward, fp8_forward

@@ -1,8 +1,8 @@
-"""Device functions of the Hopper kernels (Gluon): which rows a program takes, and MXFP4 decoded for wgmma.
+"""Device functions of the Hopper kernels (Gluon): a program's rows, and MXFP4 decoded for wgmma.
 
-A decoded weight goes from the shared-memory word to the registers of a wgmma operand without a step between:
-the layouts below give each thread the words whose nibbles it feeds to the tensor core. What decides the speed
-is the number of instructions per element, so the decode is written in PTX: per pair of elements one mask, one
+A decoded weight goes straight from the shared-memory word to the registers of a wgmma operand: the layouts
+below give each thread the words whose nibbles it feeds to the tensor core. Speed depends on the number of
+instructions per element, so the decode is written in PTX. Per pair of elements it takes one mask, one
 multiplication that puts sign and magnitude in place, one mask, and one bf16x2 multiplication by the scale.
 """
 
@@ -12,10 +12,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 # An e2m1 code in bits 8 .. 6 and 15 of a bf16 is its value times 2**-126, subnormals included. One factor
-# undoes that and applies the block's scale: 2**(126 + byte - 127), which bf16 holds up to byte 128. So
-# WINDOW powers of two are taken out of it and given back to the fp32 sum. Exact for bytes 11 .. 144 (scales
-# 2**-116 .. 2**17); smaller ones are weights below 2**-114, where bf16's subnormals end; larger ones, and NaN,
-# make a program start again with the exact decode.
+# undoes that and applies the block's scale: 2**(126 + byte - 127), which bf16 holds up to byte 128. So WINDOW
+# powers of two are taken out of the factor and given back to the fp32 sum. Exact for bytes 11 .. 144 (scales
+# 2**-116 .. 2**17). Smaller bytes are weights below 2**-114, where bf16's subnormals end. Larger bytes, and
+# NaN, make a program start again with the exact decode.
 WINDOW = gl.constexpr(16)
 _SCALE_OFFSET = gl.constexpr((126 - 16) << 7)
 _PAIR = gl.constexpr(0x10001)
@@ -24,10 +24,10 @@ _PAIR = gl.constexpr(0x10001)
 @gluon.jit
 def find_tile(slot, offs_ptr, n_rows, E, GROUPED: gl.constexpr, TILE: gl.constexpr,
               E_SPAN: gl.constexpr):  # fmt: skip
-    """(expert, first row, end row) of the tile ``slot``; E for rows that belong to nobody; may be empty.
+    """Return (expert, first row, end row) of the tile ``slot``; E for unassigned rows; may be empty.
 
-    Expert e's tiles have the slots ``e + start // TILE + 0, 1, ...``: that is enough of them, in order, and
-    needs no prefix sum. There are ``E + n_rows // TILE + 1`` slots. Whatever the offsets hold, no row
+    Expert e's tiles have the slots ``e + start // TILE + 0, 1, ...``: these suffice, are in order, and need
+    no prefix sum. There are ``E + n_rows // TILE + 1`` slots. Whatever the offsets hold, no row
     outside ``0 .. n_rows`` is named.
     """
     if GROUPED:
@@ -51,9 +51,9 @@ def find_tile(slot, offs_ptr, n_rows, E, GROUPED: gl.constexpr, TILE: gl.constex
 
 @gluon.jit
 def token_of(order_ptr, row, n_rows, top_k):
-    """The rows of x that grouped rows read: ``order[row] // top_k``.
+    """Return the rows of x that grouped rows read: ``order[row] // top_k``.
 
-    Clamped to x's, so that a bad order reads no other memory.
+    They are clamped to x's rows, so that a bad order reads no foreign memory.
     """
     slot = gl.load(order_ptr + row)
     return gl.minimum(gl.maximum(slot, 0), n_rows - 1) // top_k
@@ -61,13 +61,13 @@ def token_of(order_ptr, row, n_rows, top_k):
 
 @gluon.jit
 def part_start(chunks, split, SPLITS: gl.constexpr):
-    """The first chunk of one of SPLITS parts of a reduction, which differ by a chunk at most."""
+    """Return the first chunk of one of SPLITS parts of a reduction; parts differ by at most one chunk."""
     return chunks * split // SPLITS
 
 
 @gluon.jit
 def opaque(x):
-    """x, which the compiler cannot know: what follows from it is computed here, not kept through a loop."""
+    """Hide x from the compiler: results that depend on it are computed here, not kept through a loop."""
     return gl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1
     )
@@ -89,28 +89,28 @@ def max_u16x2(a, b):
 
 @gluon.jit
 def windowed_scale(bytes_in_halves):
-    """Two scale bytes, one in each half of an int32, as two bf16 factors of ``decode_pairs``."""
+    """Convert two scale bytes, one in each half of an int32, to two bf16 factors of ``decode_pairs``."""
     return bytes_in_halves * 128 + _SCALE_OFFSET * _PAIR
 
 
 @gluon.jit
 def exact_scale(byte):
-    """bf16 bits (int32) of ``2**(byte - 127)``; NaN for 255."""
+    """Return the bf16 bits (int32) of ``2**(byte - 127)``; NaN for 255."""
     return gl.where(byte == 255, 0x7FC0, gl.maximum(byte << 7, 0x40))
 
 
 @gluon.jit
 def overflows(top):
-    """Whether the largest factor seen was past the window, from a running ``max_u16x2``."""
+    """Whether the largest factor seen, a running ``max_u16x2``, was past the window."""
     flat = gl.reshape(gl.maximum(top & 0xFFFF, (top >> 16) & 0xFFFF), [top.numel])
     return gl.max(flat, axis=0) >= 0x7F80
 
 
 @gluon.jit
 def decode_pairs(word, scale, EXACT: gl.constexpr):
-    """``(l0, h0, l1, h1, l2, h2, l3, h3)``: code i of the word's low half and of its high half, as bf16.
+    """Decode to ``(l0, h0, l1, h1, l2, h2, l3, h3)``: code i of the word's low and of its high half, as bf16.
 
-    ``scale`` holds their two factors: windowed, or with EXACT those of ``exact_scale``.
+    ``scale`` holds the two factors: windowed, or with EXACT those of ``exact_scale``.
     """
     if EXACT:
         value = gl.inline_asm_elementwise(
