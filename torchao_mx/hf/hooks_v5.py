@@ -112,7 +112,7 @@ class Packing(ConversionOps):
 
 
 def _mark_initialized(model: PreTrainedModel, name: str) -> None:
-    """Mark the owner of the weight ``name``, if all else in it is loaded: 5.8 would fill a copy of the weight."""
+    """Mark the owner of the weight ``name`` if it lacks nothing else: 5.8 would fill a copy of the weight."""
     owner, _, weight = name.rpartition(".")
     mark_initialized(model.get_submodule(owner), but_for=weight)
 

@@ -82,8 +82,8 @@ def from_pretrained(
     checkpoint lacks, such as a classifier's ``score``, are newly initialized, and transformers warns of it;
     heads stay in high precision.
 
-    A model quantized with ``config`` has no layout in transformers: its ``model.save_pretrained`` saves
-    adapters alone and otherwise raises, and ``model.config`` names no quantization.
+    transformers has no layout for a model packed by ``config``: its ``model.save_pretrained`` saves adapters
+    alone and otherwise raises, and ``model.config`` names no quantization.
 
     Args:
         path: a folder, or a name on the Hub.
