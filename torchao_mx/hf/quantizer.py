@@ -1,4 +1,4 @@
-"""The quantizer "torchao_mx" for both versions of transformers; ``hooks_v4.py`` and ``hooks_v5.py`` add loading.
+"""The quantizer "torchao_mx" for transformers 4 and 5; ``hooks_v4.py`` and ``hooks_v5.py`` add the loading.
 
 Stored configs say "mxfp4", as the published ones do, so any loader of gpt-oss can read a saved model.
 """

@@ -4,7 +4,7 @@ A small error in a router's logits sends a token to other experts. So a layer st
 
 - inside a router, gate or indexer: a module whose class or name says router, gating or indexer (indexers
   choose which tokens sparse attention sees), or one called ``gate`` beside experts. A ``gate`` without
-  experts, a ``gate_proj``, ``output_gate`` or ``forget_gate`` scales activations and is packed like any other;
+  experts, a ``gate_proj``, ``output_gate`` or ``forget_gate`` scales activations and is packed as usual;
 - beside experts, under any name, with one output per expert;
 - a layer with a single output, such as the gates of shared experts and the heads of reward models;
 - an output head: what ``get_output_embeddings`` returns, and layers outside the base model or directly under

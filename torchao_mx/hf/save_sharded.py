@@ -33,7 +33,7 @@ def save_distributed(
     quantize: MXWeightOnlyConfig | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Convert a ``dcp.save`` checkpoint to a folder that stock transformers loads; see :func:`save_pretrained`.
+    """Convert a ``dcp.save`` checkpoint to one that stock transformers loads; see :func:`save_pretrained`.
 
     One process suffices, however many ranks saved; on any error ``path`` is unchanged.
 
@@ -122,7 +122,7 @@ def _records(checkpoint: str | Path, prefix: str) -> dict[str, TensorStorageMeta
     }
     if not records:
         raise ValueError(
-            f"{checkpoint}: no name begins with prefix={prefix!r}; give the prefix of the model's names, "
-            f"such as {next(iter(found), 'nothing')}"
+            f"{checkpoint}: no name begins with prefix={prefix!r}, the first is "
+            f"{next(iter(found), 'missing')}; give the prefix of the model's names"
         )
     return records
