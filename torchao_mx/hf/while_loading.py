@@ -47,8 +47,8 @@ def selection(
     """Choose what :func:`torchao_mx.hf.from_pretrained` quantizes, and say why it leaves the rest.
 
     Without ``filter_fn``, it quantizes linear layers and modules of experts, except routers, gates, heads,
-    and sizes that do not fit ``config``. If nothing fits, all sizes are selected, so that ``quantize_``
-    raises. Weights that are already packed are never selected.
+    and sizes that do not fit ``config``. If nothing fits, all sizes are selected, so that ``check_layers``
+    names them. Weights that are already packed are never selected.
 
     Args:
         skeleton: the model on ``meta``.

@@ -1,7 +1,7 @@
 """Write checkpoints from any source in any layout, with the memory of one file.
 
-A source (:class:`Source`) lists a model's tensors and reads each on demand: a model in memory (``save.py``), a
-distributed checkpoint (``save_sharded.py``), or a folder of safetensors (``quantize.py``). A layout
+A source (:class:`Source`) lists a model's tensors and reads each on demand: a model in memory (``save.py``),
+a distributed checkpoint (``save_sharded.py``), or a folder of safetensors (``quantize.py``). A layout
 (``layouts/``) says what a checkpoint stores for each tensor. :func:`write` combines the two::
 
     names -> sizes, which give the shards -> config.json, other files -> tensors, shard by shard -> the switch
@@ -95,7 +95,7 @@ def contents(
     kind, what = type(model).__name__, f"{source.what} cannot be saved in {layout.NAME}"
     if not weights:
         raise NotImplementedError(
-            f"{what}: {kind} has no experts that it supports, as gpt-oss has. Use the model's own "
+            f"{what}: {kind} has no experts such as gpt-oss's, which the layout is for. Use the model's own "
             f"save_pretrained, or quantize it by from_pretrained with config=MXWeightOnlyConfig()"
         )
     problems = []
@@ -170,7 +170,7 @@ def _write_tensors(
 
 
 def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """The names of each file's tensors, in order; a new file starts where one would exceed ``limit`` bytes."""
+    """The names of each file's tensors, in order; a file that would exceed ``limit`` bytes is split."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():

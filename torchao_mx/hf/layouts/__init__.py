@@ -1,4 +1,4 @@
-"""Layouts of packed weights in checkpoints: one module per layout, which provides what :class:`Layout` lists."""
+"""Layouts of packed weights in checkpoints: one module per layout, with everything :class:`Layout` lists."""
 
 from __future__ import annotations
 
