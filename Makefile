@@ -31,7 +31,7 @@ help:
 	@echo '             with ARGS="--method lora", train adapters on the packed experts of a tiny gpt-oss'
 	@echo 'make test    run the tests and doctests; on a GPU machine, the GPU tests too'
 	@echo 'make lint    run ruff'
-	@echo 'make bench   run the benchmarks on a GPU (except layers.moe_layer and models, which need the hf extra)'
+	@echo 'make bench   run the benchmarks on a GPU, without layers.moe_layer and models, which need the hf extra'
 	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
 
 demo: $(installed) $(if $(wants_hf),$(hf_installed))

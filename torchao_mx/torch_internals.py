@@ -260,5 +260,5 @@ COMPILED_CALL = "_compiled_call_impl"
 
 
 def belongs_to_object(attribute: str) -> bool:
-    """Whether ``attribute`` stays with a module whose class is swapped, such as the dicts of hook handles."""
+    """Whether ``attribute`` stays with its object when another module replaces it: hook handles hold these dicts."""
     return "_hooks" in attribute or attribute == COMPILED_CALL
