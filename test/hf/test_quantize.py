@@ -380,7 +380,7 @@ def test_experts_that_do_not_merge(tmp_path):
     folder = checkpoint(tmp_path, "qwen3_moe")
     edit(folder, lambda tensors: tensors.pop("model.layers.0.mlp.experts.2.down_proj.weight"))
     name = r"model\.layers\.0\.mlp\.experts\.down_proj"
-    refused(folder, rf"{name}: has shape \(3, 64, 32\) and .* \(4, 64, 32\)")
+    refused(folder, rf"{name}: has shape \(3, 64, 32\), but .* \(4, 64, 32\)")
 
 
 # --- afterwards -----------------------------------------------------------------------------------

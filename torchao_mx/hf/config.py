@@ -44,7 +44,9 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else f"{text[:400]}..."
-        if isinstance(error, ImportError):  # of an attention kernel, or of code that the config names
+        if isinstance(
+            error, ImportError
+        ):  # of an attention kernel, or of code that the config names
             remedy = "install that package, or use a config.json that does not need it"
         raise ValueError(
             f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"

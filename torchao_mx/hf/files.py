@@ -36,7 +36,9 @@ DTYPES = {
 AGAIN = "download or save it again"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _METADATA = "__metadata__"
-_JSON_BYTES = 100_000_000  # safetensors' own limit for a header; the largest indexes are a tenth of it
+_JSON_BYTES = (
+    100_000_000  # safetensors' own limit for a header; the largest indexes are a tenth of it
+)
 _JSON_DEPTH = 64
 _CHUNK = 1 << 24
 
@@ -176,7 +178,9 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
         header = _json_object(stream.read(length), file)
     metadata = header.get(_METADATA) or {}
     if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-        raise ValueError(f"{file}: {_METADATA} in its header has values other than strings; {AGAIN}")
+        raise ValueError(
+            f"{file}: {_METADATA} in its header has values other than strings; {AGAIN}"
+        )
     return header, _LENGTH_BYTES + length, size
 
 
