@@ -1,15 +1,15 @@
-# `make demo` and `make test` do everything; each first installs what it needs into .venv.
+# Each target first installs what it needs into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
-# torch, and the Triton that it was released with: change both together. Where PYTHON already has a torch
-# that will do (a GPU machine's image), that one is used and neither is installed.
+# torch and the Triton it was released with: change both together. If PYTHON already has a suitable torch
+# (as a GPU machine's image may), that one is used and neither is installed.
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 RUFF ?= ruff==0.17.5
-# pytest's processes
+# pytest processes
 JOBS ?= 2
-# passed on: make demo ARGS="--format mxfp8", make demo ARGS="--method lora", make test ARGS="-k qat"
+# for the program: make demo ARGS="--format mxfp8", make demo ARGS="--method lora", make test ARGS="-k qat"
 ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -28,16 +28,16 @@ has_gpu = import sys, torch; sys.exit(not torch.cuda.is_available())
 
 help:
 	@echo 'make demo    train a small transformer on real text, quantize it after and during training, compare;'
-	@echo '             with ARGS="--method lora" train adapters on the packed experts of a tiny gpt-oss'
-	@echo 'make test    the tests and the doctests; on a GPU machine the GPU tests too'
-	@echo 'make lint    ruff'
-	@echo 'make bench   the benchmarks; they need a GPU (layers.moe_layer and models, not among them, the hf extra too)'
+	@echo '             with ARGS="--method lora", train adapters on the packed experts of a tiny gpt-oss'
+	@echo 'make test    run the tests and doctests; on a GPU machine, the GPU tests too'
+	@echo 'make lint    run ruff'
+	@echo 'make bench   run the benchmarks on a GPU, without layers.moe_layer and models, which need the hf extra'
 	@echo 'ARGS="..." goes to the program: make demo ARGS="--help"'
 
 demo: $(installed) $(if $(wants_hf),$(hf_installed))
 	$(py) -m torchao_mx.demo $(ARGS)
 
-# torchao_mx/hf needs transformers, which .ci/run installs in two versions.
+# torchao_mx/hf needs transformers; .ci/run tests it with two versions.
 test: $(installed)
 	$(py) -m pytest -n $(JOBS) --dist worksteal -m 'not gpu' --doctest-modules \
 		--doctest-glob=README.md --doctest-glob=CONTRIBUTING.md \
@@ -49,7 +49,7 @@ lint: $(installed)
 	$(py) -m ruff format --check .
 
 bench: $(installed)
-	@$(py) -c '$(has_gpu)' || { echo 'make bench needs a CUDA GPU, and torch sees none here' >&2; exit 1; }
+	@$(py) -c '$(has_gpu)' || { echo 'make bench needs a CUDA GPU, but torch finds none here' >&2; exit 1; }
 	$(py) -m benchmarks.kernels.quantize
 	$(py) -m benchmarks.kernels.swiglu
 	$(py) -m benchmarks.kernels.quantize_both
@@ -61,10 +61,10 @@ bench: $(installed)
 	$(py) -m benchmarks.layers.lora_grouped
 	$(py) -m benchmarks.layers.lora_grouped --first-step
 
-# Virtual environments do not nest, so only a base interpreter can lend its torch.
+# Virtual environments do not nest, so only a base interpreter can share its torch.
 $(installed): setup.py
 	@$(PYTHON) -c '$(check_python)'
-	@echo 'Installing into $(VENV), once; torch is large.'
+	@echo 'Installing into $(VENV), only this once; torch is large.'
 	@if $(PYTHON) -c '$(is_base)' && $(PYTHON) -c '$(has_torch)' 2>/dev/null; \
 	then lend=--system-site-packages; else lend=; fi; \
 	set -x; $(PYTHON) -m venv $$lend $(VENV)

@@ -30,19 +30,19 @@ setup(
     python_requires=">=3.10",
     entry_points={"console_scripts": ["torchao-mx = torchao_mx.hf.cli:main"]},  # with the hf extra
     install_requires=[
-        # What tests run with; test/test_private_apis.py names what else a newer release would need to have.
+        # The tested versions; test/test_private_apis.py lists the private names that a newer release needs.
         "torch>=2.11,<2.14",  # 2.14 needs Triton 3.8
         "torchao>=0.17,<0.19",  # QATConfig's handler and prototype.mx_formats, which we extend
-        # The kernels, and how compiled ones are launched; torch's CPU wheels come without it.
+        # Compiles and launches the kernels; torch's CPU wheels come without it.
         "triton>=3.6,<3.8; sys_platform == 'linux'",
         "numpy",  # torch warns without it; Triton's interpreter computes with it
     ],
     extras_require={
         "hf": [  # torchao_mx.hf
-            # The last of 4.x; 5.x from where experts implementations can be registered, to the last whose
-            # add_adapter takes a PEFT that is out.
+            # The last 4.x; and 5.x from the first that registers experts implementations to the last whose
+            # add_adapter accepts a released PEFT.
             "transformers>=4.57.6,!=5.0.*,!=5.1.*,!=5.2.*,!=5.3.*,!=5.4.*,!=5.5.*,!=5.6.*,!=5.7.*,<5.24",
-            "peft>=0.20",  # imported by the demo alone; target_parameters on packed experts, tested with it
+            "peft>=0.20",  # imported only by the demo; also tested: target_parameters on packed experts
             "safetensors",
             "tqdm",
         ],
@@ -56,7 +56,7 @@ setup(
             "pytest",
             "pytest-xdist",  # pytest -n
         ],
-        "bench": ["matplotlib"],  # the pictures beside the JSON
+        "bench": ["matplotlib"],  # plots of the JSON results
     },
     classifiers=[
         "Development Status :: 3 - Alpha",

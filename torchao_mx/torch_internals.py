@@ -1,9 +1,8 @@
-"""What this library uses of torch beyond its documented API; no other file names any of it.
+"""All use of torch beyond its documented API; no other file names any of it.
 
-Each name is looked up once, here. Where torch has a public way to the same result, that way is the fallback
-for a release without the name: slower or less convenient, and right. Where it has none, the use raises and
-says which torch is installed and which works. ``test/test_private_apis.py`` tells of a release that lacks a
-name.
+Each name is looked up once, here. If a release lacks a name, the fallback is a public way to the same result
+(correct, but slower or less convenient). If there is none, the use raises an error that says which torch is
+installed and which versions work. ``test/test_private_apis.py`` reports the names that a release lacks.
 """
 
 from __future__ import annotations
@@ -21,15 +20,15 @@ SUPPORTED = "torch 2.11 – 2.13"
 
 
 def missing(name: str, purpose: str) -> NotImplementedError:
-    """The error of a use that has no public way."""
+    """The error for a missing name that has no public fallback."""
     return NotImplementedError(
-        f"torch {torch.__version__} has no {name}, which {purpose}: install a torch that torchao_mx is "
+        f"torch {torch.__version__} has no {name}, which {purpose}: install a version that torchao_mx is "
         f"tested with, {SUPPORTED}"
     )
 
 
 def _required(owner: Any, name: str, purpose: str) -> Any:
-    """``owner.name``, or what raises when it is used."""
+    """``owner.name``, or a stand-in that raises when called."""
     found = getattr(owner, name, None)
     if found is not None:
         return found
@@ -42,7 +41,7 @@ def _required(owner: Any, name: str, purpose: str) -> Any:
 
 # --- the dispatcher -------------------------------------------------------------------------------
 
-# Fallback for a kernel of the Autograd key: torch.library.register_autograd.
+# Fallback for kernels under the Autograd key: torch.library.register_autograd.
 AFTER_AUTOGRAD = getattr(torch._C, "_after_autograd_keyset", None)
 _functorch_is_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 HAS_AUTOGRAD_KERNELS = (
@@ -51,12 +50,12 @@ HAS_AUTOGRAD_KERNELS = (
     and hasattr(forward_ad, "_current_level")
 )
 
-# A context in which operators make no views and no graph. Fallback: no_grad, and .data of the results.
+# In this context operators record no views and no graph. Fallback: no_grad, and .data of the results.
 BELOW_AUTOGRAD = getattr(torch._C, "_AutoDispatchBelowADInplaceOrView", None)
 
 
 def differentiates_otherwise() -> bool:
-    """Whether torch.func or forward-mode differentiation is under way."""
+    """Whether torch.func or forward-mode differentiation is active."""
     return _functorch_is_active() or forward_ad._current_level >= 0
 
 
@@ -71,7 +70,7 @@ def argument_names(op: Any) -> list[str]:
 try:
     from torch.utils._python_dispatch import TorchDispatchMode
 except ImportError:
-    TorchDispatchMode = None  # calls are not recorded then
+    TorchDispatchMode = None  # calls are then not recorded
 
 try:
     from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -110,9 +109,9 @@ except ImportError:
 # --- tensors --------------------------------------------------------------------------------------
 
 make_wrapper_subclass = _required(
-    Tensor, "_make_wrapper_subclass", "makes a tensor without memory of its own"
+    Tensor, "_make_wrapper_subclass", "makes a tensor without its own memory"
 )
-# Without it an address that is asked for below Python is 0, and no error.
+# Without it, reading such a tensor's address below Python gives 0 instead of an error.
 forbid_address = getattr(torch._C, "_set_throw_on_mutable_data_ptr", lambda tensor: None)
 WithoutTorchFunction = _required(
     torch._C, "DisableTorchFunctionSubclass", "calls torch's own function for a packed weight"
@@ -124,21 +123,21 @@ def _plain_torch_function(func: Any, types: Any, args: Any = (), kwargs: Any = N
         return func(*args, **(kwargs or {}))
 
 
-# A class's ``__torch_function__``, for one whose operators alone are its own.
+# The ``__torch_function__`` of a class that overrides only operators.
 no_torch_function = getattr(
     torch._C, "_disabled_torch_function_impl", staticmethod(_plain_torch_function)
 )
 
 
 def view_base(x: Tensor) -> Tensor | None:
-    """The tensor that ``x`` is a view of; None of one that is no view."""
+    """The tensor that ``x`` is a view of; None if it is not a view."""
     if not hasattr(Tensor, "_base"):
-        raise missing("Tensor._base", "tells what a shard is cut from")
+        raise missing("Tensor._base", "tells which tensor a shard is cut from")
     return x._base
 
 
 def identity_of(storage: torch.UntypedStorage) -> dict[str, Any]:
-    """The attributes by which torch.compile tells whether two tensors share a storage."""
+    """The attributes by which torch.compile recognizes that two tensors share a storage."""
     names = ("_cdata", "_weak_ref")
     return {name: getattr(storage, name) for name in names if hasattr(storage, name)}
 
@@ -157,7 +156,7 @@ def _rebuild(make: Callable[..., Tensor], cls: type, args: tuple[Any, ...], stat
     return tensor
 
 
-# What pickles of wrapper subclasses call: ``rebuild(rebuild_wrapper, cls, arguments, state)``.
+# Pickles of wrapper subclasses call ``rebuild(rebuild_wrapper, cls, arguments, state)``.
 rebuild_wrapper = getattr(torch._utils, "_rebuild_wrapper_subclass", _rebuild_wrapper)
 rebuild = getattr(torch._tensor, "_rebuild_from_type_v2", _rebuild)
 torch.serialization.add_safe_globals([_rebuild, _rebuild_wrapper])
@@ -166,7 +165,7 @@ torch.serialization.add_safe_globals([_rebuild, _rebuild_wrapper])
 # --- operators ------------------------------------------------------------------------------------
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-# Users call the older one as well; transformers does.
+# Both names are in use: transformers calls the older one.
 GROUPED_MMS = [grouped_mm, *([torch._grouped_mm] if hasattr(torch, "_grouped_mm") else [])]
 
 
@@ -201,7 +200,7 @@ def scaled_grouped_mm(
     )  # fmt: skip
 
 
-# The public ones take a list of recipes and cost the host more per call.
+# Preferred to the public functions, which take a list of recipes and cost the host more per call.
 _scaled_mm = getattr(torch, "_scaled_mm", None)
 _scaled_grouped_mm = getattr(torch, "_scaled_grouped_mm", None)
 
@@ -209,7 +208,7 @@ _scaled_grouped_mm = getattr(torch, "_scaled_grouped_mm", None)
 def operators(name: str, overloads: str = "default") -> list[Any]:
     """The overloads of the operator ``name`` ("aten::add") that this torch has.
 
-    An operator that it lacks is one that it never asks of a packed weight.
+    A missing operator needs no implementation: this torch never calls it on a packed weight.
     """
     namespace, _, operator = name.partition("::")
     packet = getattr(getattr(torch.ops, namespace), operator, None)
@@ -223,7 +222,7 @@ UNSAFE_VIEW = operators("aten::_unsafe_view")
 LERP_LISTS = operators("aten::_foreach_lerp_", "Scalar List ScalarList")
 ATEN_GROUPED_MM = operators("aten::_grouped_mm")
 WAIT_TENSOR = operators("_c10d_functional::wait_tensor")
-# Newer torch makes a result with it that is waited for when it is first used.
+# In newer torch it wraps a result that is waited for on first use.
 WRAP_TENSOR = operators("_c10d_functional::_wrap_tensor_autograd")
 ALL_GATHER = operators("_c10d_functional::all_gather_into_tensor")
 
@@ -232,9 +231,9 @@ ALL_GATHER = operators("_c10d_functional::all_gather_into_tensor")
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters of ``module`` itself by name, None where one is left out (a bias, say).
+    """The parameters of ``module`` itself by name; None for one that is left out, such as a bias.
 
-    To read; ``module.register_parameter`` puts another in the place of one. The fallback lacks what is None.
+    Read only; to replace one, use ``module.register_parameter``. The fallback omits entries that are None.
     """
     own = getattr(module, "_parameters", None)
     if own is None:
@@ -243,23 +242,23 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules right below ``module`` by name, to read. The fallback has one of several names."""
+    """The direct children of ``module`` by name, read only. The fallback gives a shared child only once."""
     own = getattr(module, "_modules", None)
     return dict(module.named_children()) if own is None else own
 
 
 def is_under_fsdp(module: nn.Module) -> bool:
-    """Whether FSDP2 shards ``module``. By the fallback: whether ``fully_shard`` was called with it."""
+    """Whether FSDP2 shards ``module``. The fallback knows only modules passed to ``fully_shard``."""
     if getattr(module, "_is_fsdp_managed_module", False):
         return True
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return fsdp is not None and isinstance(module, getattr(fsdp, "FSDPModule", ()))
 
 
-# What module.compile() leaves on a module: the compiled forward of its class.
+# Where module.compile() stores the compiled forward on a module.
 COMPILED_CALL = "_compiled_call_impl"
 
 
 def belongs_to_object(attribute: str) -> bool:
-    """Whether a module keeps ``attribute`` when it becomes another: dicts that handles of hooks refer to."""
+    """Whether ``attribute`` stays with its object when that becomes another module; hook handles refer to it."""
     return "_hooks" in attribute or attribute == COMPILED_CALL

@@ -186,13 +186,14 @@ def test_refusals_leave_the_model_as_it_was(tmp_path):
         if "layers.0.experts.base_layer" in key
     }
     refused(
-        "some adapters have the shapes", tensors | {k: t.contiguous() for k, t in swapped.items()}
+        "some adapters have PEFT.s shapes",
+        tensors | {k: t.contiguous() for k, t in swapped.items()},
     )
-    refused("r=8 and the model's adapters have 4", r=8)  # without a mark, as of PEFT
-    refused("lora_alpha=1 and", lora_alpha=1)
-    refused("use_rslora=True and", use_rslora=True)
+    refused("r=8, but the model's adapters have 4", r=8)  # without a mark, as of PEFT
+    refused("lora_alpha=1, but", lora_alpha=1)
+    refused("use_rslora=True, but", use_rslora=True)
     refused("peft_type='IA3'", peft_type="IA3")
-    refused("use_dora=True, which has no counterpart", use_dora=True)
+    refused("use_dora=True is not supported", use_dora=True)
     config.write_text(text)
     weights.unlink()
     with pytest.raises(FileNotFoundError):

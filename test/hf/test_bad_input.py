@@ -55,8 +55,8 @@ def poke(scales):
 
 GATE, DOWN = f"{LAYER}gate_up_proj", f"{LAYER}down_proj"
 BAD_TENSORS = {
-    "no scales": (edit(f"{DOWN}_scales", lambda t: None), "down_proj_scales: missing, and .*_blocks is there"),
-    "no blocks": (edit(f"{DOWN}_blocks", lambda t: None), "down_proj_blocks: missing, and .*_scales is there"),
+    "no scales": (edit(f"{DOWN}_scales", lambda t: None), "down_proj_scales: missing, but .*_blocks is there"),
+    "no blocks": (edit(f"{DOWN}_blocks", lambda t: None), "down_proj_blocks: missing, but .*_scales is there"),
     "neither": (
         both(edit(f"{GATE}_blocks", lambda t: None), edit(f"{GATE}_scales", lambda t: None)),
         "gate_up_proj_blocks: missing; download",
@@ -67,7 +67,7 @@ BAD_TENSORS = {
             edit(f"{GATE}_scales", lambda t: None),
             add(GATE, torch.zeros(E, 64, 192, dtype=torch.bfloat16)),
         ),
-        "gate_up_proj_blocks: missing, and .*gate_up_proj is there unpacked",
+        "gate_up_proj_blocks: missing, but .*gate_up_proj is there unpacked",
     ),
     "no bias": (edit(f"{DOWN}_bias", lambda t: None), "down_proj_bias: missing"),
     "no norm": (edit("model.norm.weight", lambda t: None), "model.norm.weight: missing"),
@@ -88,7 +88,7 @@ BAD_TENSORS = {
     "nan scale": (edit(f"{DOWN}_scales", poke), r"down_proj_scales: 1 of .* NaN \(byte 255\), the first at \(2, 5, 1\)"),
     "placeholders": (
         both(edit(f"{GATE}_blocks", torch.zeros_like), edit(f"{GATE}_scales", torch.zeros_like)),
-        "gate_up_proj_blocks: it and gate_up_proj_scales are zero throughout",
+        "gate_up_proj_blocks: it and gate_up_proj_scales are all zeros",
     ),
 }  # fmt: skip
 
@@ -160,10 +160,10 @@ def test_shards(tmp_path):
     index["weight_map"][f"{DOWN}_scales"] = "model-00002-of-00003.safetensors"
     index["weight_map"]["model.ghost"] = "model-00003-of-00003.safetensors"
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    refused(folder, "model.ghost: .* where it is not")
+    refused(folder, "model.ghost: .* which does not contain it")
     folder = fresh("no_index")
     (folder / "model.safetensors.index.json").write_text("[]")
-    refused(folder, "a JSON list and no JSON object")
+    refused(folder, "a JSON list, not a JSON object")
     (folder / "model.safetensors.index.json").write_text("{}")
     refused(folder, "not an index of shards")
     (folder / "model.safetensors.index.json").unlink()
@@ -175,22 +175,22 @@ def test_configs(tmp_path):
     config = config_of()
     tensors = tensors_of(config)
     folder = write(tmp_path / "a", config, tensors, quantization={"quant_method": "fp8"})
-    refused(folder, "quant_method='fp8'; 'mxfp4' is read here")
+    refused(folder, "quant_method='fp8'; only 'mxfp4' is read here")
     folder = write(tmp_path / "b", config, tensors, quantization={"bits": 4})
     refused(folder, "names no quant_method")
     folder = write(tmp_path / "c", config, tensors, quantization=None)
-    refused(folder, "_blocks: packed, and .* no quantization_config")
+    refused(folder, "_blocks: packed, but .* no quantization_config")
     folder = write(tmp_path / "d", config, tensors)
     refused(folder, "packed in mxfp4 already", config=MXWeightOnlyConfig())
-    refused(folder, "it is a config of quantize_", TypeError, config=config)
-    refused(folder, "quantization_config: not taken", TypeError, quantization_config={})
-    refused(folder, "tp_plan: not taken", TypeError, tp_plan="auto")
+    refused(folder, "give a config of quantize_", TypeError, config=config)
+    refused(folder, "quantization_config: not supported", TypeError, quantization_config={})
+    refused(folder, "tp_plan: not supported", TypeError, tp_plan="auto")
     refused(folder, "bfloat16, float16 or float32", TypeError, dtype=torch.int8)
     refused(llama, "high precision; say how", ValueError)
     record = json.loads((llama / "config.json").read_text())
     record["quantization_config"] = QUANTIZATION
     (llama / "config.json").write_text(json.dumps(record))
-    refused(llama, "no tensor is packed.* Remove quantization_config")
+    refused(llama, "no tensor is called.* Remove quantization_config")
     packed = {"model.norm_blocks": torch.zeros(1, dtype=torch.uint8)}
     save_file(load_file(llama / "model.safetensors") | packed, llama / "model.safetensors")
     refused(llama, "LlamaForCausalLM has no experts", NotImplementedError)

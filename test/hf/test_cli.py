@@ -87,7 +87,7 @@ def test_table(folder, capsys):
     code, out, _ = run(capsys, "inspect", folder)
     lines = out.splitlines()
     assert code == 0 and len(lines) == 2 + len(NAMES) and lines[1].split()[0] == NAMES[0]
-    assert "4.25 bits an element" in lines[-1] and "relative error" not in lines[0]
+    assert "4.25 bits per element" in lines[-1] and "relative error" not in lines[0]
 
 
 def test_compare(folder, tmp_path, capsys):
@@ -123,7 +123,7 @@ def test_exit_codes(folder, tmp_path, capsys):
     plain = tmp_path / "plain"
     plain.mkdir()
     save_file({"w": torch.ones(3)}, plain / "model.safetensors")
-    assert "nothing packed to inspect" in run(capsys, "inspect", plain)[2]
+    assert "nothing to inspect" in run(capsys, "inspect", plain)[2]
     save_file({"w_blocks": torch.ones(1, 32, 1, 16).byte()}, plain / "model.safetensors")
     assert "w: " in run(capsys, "inspect", plain)[2]
     with pytest.raises(SystemExit) as exit_info:
@@ -327,8 +327,7 @@ def test_quantize_refuses_other_checkpoints(folder, tmp_path, capsys):
     name = NAMES[0]
     code, _, err = run(capsys, "quantize", folder, target)
     assert (
-        code == 1
-        and f"quantized already, {name}_blocks; give the checkpoint in high precision" in err
+        code == 1 and f"quantized already, {name}_blocks; give the high-precision checkpoint" in err
     )
     record = json.loads((llama / "config.json").read_text())
     assert "LlamaForCausalLM has no experts" in run(capsys, "quantize", llama, target)[2]
@@ -360,9 +359,7 @@ def test_a_failing_disk_leaves_the_folder_as_it_was(step, tmp_path, monkeypatch,
     assert step != "save_file" or (str(target) in err and "model.safetensors (166,816 bytes" in err)
 
 
-LOST = (
-    "rounding takes back the update of {} of 4 weights; serve the adapter beside the packed weights"
-)
+LOST = "rounding undoes the update of {} of 4 weights; serve the adapter beside the packed weights"
 
 
 def test_a_merge_that_loses_the_update_is_not_written_unless_forced(tmp_path, capsys):
@@ -371,7 +368,7 @@ def test_a_merge_that_loses_the_update_is_not_written_unless_forced(tmp_path, ca
     before = contents(tmp_path)
     code, out, err = run(capsys, "merge", folder, adapter, target)
     assert code == 1 and not out and contents(tmp_path) == before
-    assert LOST.format(4) in err and "--force writes it all the same" in err
+    assert LOST.format(4) in err and "--force writes it anyway" in err
     assert all(f"{name}: 0.0 % is kept" in err for name in NAMES)
     with pytest.warns(UserWarning, match=LOST.format(4)):
         code, out, err = run(capsys, "merge", folder, adapter, target, "--force")
@@ -379,7 +376,7 @@ def test_a_merge_that_loses_the_update_is_not_written_unless_forced(tmp_path, ca
     for name in NAMES:  # as if nothing had been added
         assert torch.equal(packed(target, name).dequantize(), packed(folder, name).dequantize())
     code, out, err = run(capsys, "merge", folder, adapter_of(folder, adapter), target)
-    assert code == 0 and "rounding takes back" not in err
+    assert code == 0 and "rounding undoes" not in err
 
 
 def test_arguments_that_make_no_sense(folder, tmp_path, capsys):
@@ -387,14 +384,14 @@ def test_arguments_that_make_no_sense(folder, tmp_path, capsys):
     before = contents(tmp_path)
     (tmp_path / "link").symlink_to(folder)
     for arguments, message in (
-        (("quantize", folder, target, "--config", "mxfp8"), "'mxfp8' is none of mxfp4, mxfp4:ceil, mxfp4:even, mxfp4:floor, mxfp4:rceil"),
-        (("quantize", folder, target, "--config", "mxfp4:nearest"), "'mxfp4:nearest' is none of mxfp4, mxfp4:ceil"),
-        (("quantize", folder, target, "--max-shard-size", "5 gallons"), "max_shard_size='5 gallons' is no size"),
+        (("quantize", folder, target, "--config", "mxfp8"), "'mxfp8' is not one of mxfp4, mxfp4:ceil, mxfp4:even, mxfp4:floor, mxfp4:rceil"),
+        (("quantize", folder, target, "--config", "mxfp4:nearest"), "'mxfp4:nearest' is not one of mxfp4, mxfp4:ceil"),
+        (("quantize", folder, target, "--max-shard-size", "5 gallons"), "max_shard_size='5 gallons' is not a size"),
         (("quantize", folder, folder), "the folder to read from; give another"),
         (("quantize", folder, tmp_path / "link"), "the folder to read from; give another"),
         (("quantize", folder), "required: OUT"),
         (("merge", folder, folder, f"{folder}/../{folder.name}"), "the folder to read from; give another"),
-        (("merge", folder, folder, target, "--max-shard-size", "0"), "max_shard_size='0' is no size"),
+        (("merge", folder, folder, target, "--max-shard-size", "0"), "max_shard_size='0' is not a size"),
         (("merge", folder, target), "required: OUT"),
         (("convert", folder), "invalid choice: 'convert'"),
     ):  # fmt: skip
@@ -500,10 +497,13 @@ def test_merge_refuses(folder, tmp_path, capsys):
         ((folder, broken, target), f"{lost} is missing"),
         ((folder, tmp_path / "none", target), "adapter_config.json"),
         ((tmp_path / "none", adapter, target), "no such folder"),
-        ((llama, adapter, target), "in high precision, where PEFT's merge_and_unload() merges"),
+        (
+            (llama, adapter, target),
+            "in high precision; merge with PEFT's merge_and_unload() instead",
+        ),
         (
             (folder, adapter, adapter),
-            "has an adapter_config.json, and transformers would load that adapter",
+            "has an adapter_config.json, and transformers would add that adapter",
         ),
     ):
         code, out, err = run(capsys, "merge", *arguments)

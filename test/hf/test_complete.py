@@ -128,7 +128,7 @@ def test_left_over(copy):
     twice = copy(
         "llama", lambda tensors: tensors.update({"norm.weight": tensors["model.norm.weight"] + 1})
     )
-    refused(twice, "norm.weight: there twice")
+    refused(twice, "norm.weight: present twice")
 
 
 @pytest.mark.usefixtures("unloaded")
@@ -144,7 +144,7 @@ def test_experts_out_of_order(copy):
     refused(
         folder,
         "layers.1.mlp.experts.2.down_proj.weight: missing",
-        "experts.7.up_proj.weight: there are 4",
+        "experts.7.up_proj.weight: there are only 4",
     )
 
 

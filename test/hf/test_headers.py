@@ -117,11 +117,11 @@ def test_headers(folder):
         (b"[" * 100_000, "recursion"),
         (b'{"a":' * 100 + b"1" + b"}" * 100, "levels deep"),
         (b"\xff\xfe" + text, "utf-8"),
-        (b"[]", "no JSON object"),
+        (b"[]", "not a JSON object"),
         (text[:-1] + b', "\\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', "surrogate"),
         (text[:-1] + b', "__metadata__": {"format": 1}}', "twice"),
-        (json.dumps(header | {"__metadata__": {"format": 1}}).encode(), "texts"),
-        (json.dumps(header | {"__metadata__": ["pt"]}).encode(), "texts"),
+        (json.dumps(header | {"__metadata__": {"format": 1}}).encode(), "other than strings"),
+        (json.dumps(header | {"__metadata__": ["pt"]}).encode(), "other than strings"),
     ):  # fmt: skip
         put(folder / FILE, made, data)
         refused(folder, file, part)
@@ -182,9 +182,9 @@ def test_a_file_and_an_index_that_differ(folder, sharded, tensors):
     changed = tensors[NAME].clone()
     changed[0, 0, 0] ^= 1
     save_file(tensors | {NAME: changed}, folder / FILE, metadata={"format": "pt"})
-    refused(folder, f"{NAME}: not the same in", str(folder / FILE), str(folder / INDEX), "1 such")
+    refused(folder, f"{NAME}: differs between", str(folder / FILE), str(folder / INDEX), "1 such")
     save_file({n: t for n, t in tensors.items() if n != NAME}, folder / FILE)
-    refused(folder, f"{NAME}: not the same in")
+    refused(folder, f"{NAME}: differs between")
 
 
 def test_an_index_of_the_one_file(folder, tensors):
@@ -201,7 +201,7 @@ def test_the_file_that_config_json_names(folder, tensors):
     (folder / "config.json").write_text(
         json.dumps(record | {"transformers_weights": "other.safetensors"})
     )
-    refused(folder, "zero throughout")
+    refused(folder, "all zeros")
     for name in ("../other.safetensors", "/other.safetensors", "other.bin", 1, ["x"], ""):
         (folder / "config.json").write_text(json.dumps(record | {"transformers_weights": name}))
         refused(folder, "config.json", "transformers_weights")

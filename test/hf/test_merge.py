@@ -243,7 +243,7 @@ def test_an_update_below_half_a_step(model96, tmp_path):
     tensors = load_file(path / FILE)
     save_file({k: t / 1024 if "lora_B" in k else t for k, t in tensors.items()}, path / FILE)
     before = {n: model96.get_parameter(n).dequantize() for n in EXPERTS}
-    with pytest.warns(UserWarning, match="rounding takes back the update of") as caught:
+    with pytest.warns(UserWarning, match="rounding undoes the update of") as caught:
         errors = merge_adapter(model96, path)
     assert all(f"{name}: 0.0 % is kept" in str(caught[0].message) for name in EXPERTS)
     for name in EXPERTS:
@@ -251,7 +251,7 @@ def test_an_update_below_half_a_step(model96, tmp_path):
         assert torch.equal(model96.get_parameter(name).dequantize(), before[name])
         assert errors[name].delta_error == pytest.approx(1, rel=1e-3)
         assert 0 < errors[name].weight_error < 1e-3
-    with pytest.warns(UserWarning, match="rounding takes back the update of"):
+    with pytest.warns(UserWarning, match="rounding undoes the update of"):
         errors = merge_adapter(from_pretrained(tmp_path / "model"), path, scaling_mode=RCEIL)
     for name in EXPERTS:
         assert abs(errors[name].kept) < 0.01
@@ -267,7 +267,7 @@ def test_one_of_two_weights(folder, weight, transposed, tmp_path):
     names = [name for name in EXPERTS if name.endswith(weight)]
     key = names[0].rpartition(".")[0]
     if plain.get_parameter(names[0])[0].shape[0] == plain.get_parameter(names[0])[0].shape[1]:
-        refused(model, path, rf"{names[0]} is square.*add adapters of the module's other weight")
+        refused(model, path, rf"{names[0]} is square.*add adapters for the module's other weight")
         return
     errors = merge_adapter(model, path)
     assert errors.keys() == {*names, *QUERIES}
@@ -281,7 +281,7 @@ def test_one_of_two_weights(folder, weight, transposed, tmp_path):
         refused(
             from_pretrained(folder),
             path,
-            "adapters of 1 of gate_up_proj, down_proj, and target_parameters=",
+            "adapters for 1 of gate_up_proj, down_proj, but target_parameters=",
         )
 
 
@@ -432,13 +432,13 @@ def test_bad_configs(model96, tmp_path):
     text = (path / CONFIG).read_text()
     for changes, message in (
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
-        ({"use_dora": True}, "use_dora=True, which has no counterpart"),
+        ({"use_dora": True}, "use_dora=True is not supported"),
         ({"lora_bias": True}, "lora_bias=True"),
         ({"bias": "all"}, "biases are frozen"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern="),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save="),
         ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens="),
-        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4', which changed the weights"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4' changed the base weights"),
         ({"r": 8}, r"have shapes \[4, 64\].* not \[8, 64\]"),
         ({"r": None}, "r=None; it must be an int"),
         ({"r": 0}, "r=0; the rank of adapters must be 1 or more"),
@@ -448,7 +448,7 @@ def test_bad_configs(model96, tmp_path):
         (path / CONFIG).write_text(json.dumps(json.loads(text) | changes))
         refused(model96, path, message)
     (path / CONFIG).write_text("[]")
-    refused(model96, path, "no JSON object")
+    refused(model96, path, "not a JSON object")
     (path / CONFIG).write_text(text[:40])
     refused(model96, path, "cannot be read .*save it again")
     (path / CONFIG).write_text(text)
@@ -468,23 +468,23 @@ def test_models_that_nothing_is_merged_into(folder, tmp_path):
     refused(
         with_our_adapters(from_pretrained(folder)),
         path,
-        "q_proj has adapters already, MXLoRALinear's",
+        "q_proj already has adapters, in a MXLoRALinear",
     )
     config = peft.LoraConfig(target_modules=["q_proj"])
     wrapped = peft.get_peft_model(from_pretrained(folder), config)
-    refused(wrapped, path, "q_proj has adapters already.*unload")
-    refused(wrapped.base_model.model, path, "q_proj has adapters already")
+    refused(wrapped, path, "q_proj already has adapters.*unload")
+    refused(wrapped.base_model.model, path, "q_proj already has adapters")
 
     model = from_pretrained(folder)
     layer = model.model.layers[0].self_attn
     layer.k_proj = layer.q_proj
     refused(
-        model, path, r"layers\.0\.self_attn\.q_proj\.weight: other modules have this parameter too"
+        model, path, r"layers\.0\.self_attn\.q_proj\.weight: other modules share this parameter"
     )
     model = from_pretrained(folder)
     layer = model.model.layers[0].self_attn
     layer.q_proj.weight = nn.Parameter(layer.q_proj.weight.detach().double())
-    refused(model, path, r"q_proj\.weight: a Tensor of torch.float64; adapters are merged into")
+    refused(model, path, r"q_proj\.weight: a Tensor of torch.float64; adapters can be merged into")
     model = from_pretrained(folder)
     for name in ("gate_up_proj", "down_proj"):
         values = getattr(experts_of(model)[1], name).dequantize()

@@ -140,7 +140,7 @@ def test_a_tied_head_with_adapters_would_be_lost(tmp_path):
     model = from_pretrained(write(tmp_path / "model", config, tensors))
     quantize_(model, MXWeightOnlyLoRAConfig(r=R), filter_fn=lambda m, n: n == "lm_head")
     with pytest.raises(
-        ValueError, match=r"lm_head\.weight: has adapters, and model.config ties it"
+        ValueError, match=r"lm_head\.weight: has adapters, but model.config ties it"
     ):
         save_pretrained(model, tmp_path / "target", merge_adapters=True)
     assert not (tmp_path / "target").exists()
@@ -156,7 +156,7 @@ def test_a_lost_update_is_warned_of(scale, tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         errors = save_pretrained(model, tmp_path / "target", merge_adapters=True)
-    texts = [str(w.message) for w in caught if "rounding takes back" in str(w.message)]
+    texts = [str(w.message) for w in caught if "rounding undoes" in str(w.message)]
     if scale == 1:
         assert not texts and min(e.kept for e in errors.values()) > 0.3
     else:

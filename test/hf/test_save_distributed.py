@@ -101,14 +101,14 @@ def test_refusals_leave_the_target(source, tmp_path):
         return model.state_dict()
 
     whole = state_with(lambda model: None)
-    refused(None, "no .metadata is there", folder="absent")
-    refused(whole, "no name there begins with prefix='x.'", prefix="x.")
-    refused(None, "has shape .* and config asks for", config=config_of(64))
+    refused(None, "has no .metadata", folder="absent")
+    refused(whole, "no name begins with prefix='x.'", prefix="x.")
+    refused(None, "has shape .*, but config asks for", config=config_of(64))
     refused(
         None, "has no experts", config=LlamaConfig(num_hidden_layers=1), error=NotImplementedError
     )
-    refused(None, "no size", max_shard_size="many")
-    refused(None, r"both must be MXTensors", quantize=MXWeightOnlyConfig())
+    refused(None, "not a size", max_shard_size="many")
+    refused(None, r"both need to be MXTensors", quantize=MXWeightOnlyConfig())
     refused(
         None, "the layout holds experts in mxfp4", quantize=MXWeightOnlyConfig(torch.float8_e4m3fn)
     )

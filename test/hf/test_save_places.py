@@ -361,7 +361,7 @@ def test_an_adapters_files_of_two_saves_are_refused(field, tmp_path):
     (name,) = field
     with pytest.raises(
         ValueError,
-        match=rf"are of different saves, with {name}={field[name]} and {record[name]}; copy both",
+        match=rf"are from different saves: {name}={field[name]} and {record[name]}; copy both",
     ):
         load_adapter(model, tmp_path)
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters() if n in before)

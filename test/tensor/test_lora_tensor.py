@@ -433,7 +433,7 @@ def test_refusals_of_updates():
         text,
         """\
 NotImplementedError: addmm onto <w> with beta=2; a low-rank update of a packed weight needs beta=1: call .dequantize() on it first
-TypeError: scaling is a Tensor; it is a Python number: use .item() once, outside the training loop, or multiply lora_b by it
+TypeError: scaling is a Tensor; it must be a Python number: use .item() once, outside the training loop, or multiply lora_b by it
 ValueError: lora_a has shape (4, 32) and lora_b (64, 4); a weight [64, 96] takes lora_a [r, 96] and lora_b [64, r]
 TypeError: lora_b has dtype torch.float64; adapters are bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
 ValueError: the adapters have rank 65; a weight of 64 x 96 takes a rank from 1 to 64

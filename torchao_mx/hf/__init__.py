@@ -1,14 +1,14 @@
-"""Checkpoints of transformers: loaded packed, trained, and saved so that others load them.
+"""Load transformers checkpoints packed, train them, and save them in layouts that other programs load.
 
-    from_pretrained, save_pretrained    a model with its experts in MXFP4, from the file on and back
-    load_adapter, save_adapter          the adapters beside them, in PEFT's format
-    merge_adapter                       adapters added to the packed weights, and what that costs (MergeError)
-    save_distributed                    likewise, of what torch.distributed.checkpoint saved
+    from_pretrained, save_pretrained    a model whose experts are in MXFP4 on disk and in memory
+    load_adapter, save_adapter          adapters in PEFT's format
+    merge_adapter                       add adapters to packed weights; report the rounding error (MergeError)
+    save_distributed                    convert a torch.distributed.checkpoint to the published layout
 
-On the command line ``torchao-mx`` (``cli.py``) inspects checkpoints, quantizes them and merges adapters.
+The command line ``torchao-mx`` (``cli.py``) inspects checkpoints, quantizes them and merges adapters.
 
-The only part of torchao_mx that imports transformers. Importing it adds to transformers' own registries: the
-quantizer "torchao_mx" and, under v5, the experts implementation "torchao_mx".
+No other part of torchao_mx imports transformers. Importing this one registers the quantizers "torchao_mx" and
+"torchao_mx_ptq" with transformers and, under v5, the experts implementation "torchao_mx".
 """
 
 from torchao_mx.hf.versions import is_v5
@@ -21,7 +21,7 @@ else:
 _hooks.register()
 
 from torchao_mx.hf.adapter import load_adapter, save_adapter  # noqa: E402
-from torchao_mx.hf.load import from_pretrained  # noqa: E402  after the version is known to work
+from torchao_mx.hf.load import from_pretrained  # noqa: E402  after the version check
 from torchao_mx.hf.merge import MergeError, merge_adapter  # noqa: E402
 from torchao_mx.hf.save import save_pretrained  # noqa: E402
 from torchao_mx.hf.save_sharded import save_distributed  # noqa: E402

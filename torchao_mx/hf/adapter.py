@@ -1,18 +1,18 @@
 """Adapters in PEFT's layout: what it saves for ``LoraConfig(target_modules=, target_parameters=)``.
 
-A linear layer's two matrices stand under its name, ``lora_A.weight [r, in]`` and ``lora_B.weight [out, r]``.
-Of 3-D experts PEFT wraps one parameter after the other, in the order in which the module registered them, so
-that the first one's stand innermost, behind ``base_layer.`` for each wrapper around it; all experts' in one::
+A linear layer has two tensors under its name: ``lora_A.weight [r, in]`` and ``lora_B.weight [out, r]``. For
+3-D experts, PEFT wraps one parameter at a time in the order of their registration. The first one is therefore
+innermost, and its keys have one ``base_layer.`` for each wrapper around it. One tensor holds all experts::
 
-    lora_A.weight [E r, in]   = A [E, r, in], expert by expert
-    lora_B.weight [out, r E]  = B [E, out, r] with the experts last
+    lora_A.weight [E r, in]   = A [E, r, in], one expert after another
+    lora_B.weight [out, r E]  = B [E, out, r] with the expert axis last
 
-PEFT under transformers 4 takes the two axes of gpt-oss's weights for each other: its ``lora_A [E r, out]``
-holds ``B_e^T``, its ``lora_B [in, r E]`` holds ``A_e^T``. Shapes tell, if not of a square weight then of the
-other one: ``[H, 2 I]`` and ``[I, H]`` are never both square.
+PEFT under transformers 4 confuses the two axes of gpt-oss weights: its ``lora_A [E r, out]`` holds ``B_e^T``,
+its ``lora_B [in, r E]`` holds ``A_e^T``. Shapes tell the two layouts apart, except for a square weight; then
+the module's other weight decides, since ``[H, 2 I]`` and ``[I, H]`` are never both square.
 
-The weights' file says in its metadata, which PEFT does not read, what of the config its tensors mean nothing
-without, so that files of different saves are told apart.
+The metadata of the weight file, which PEFT ignores, repeats the config fields without which its tensors mean
+nothing. A config and weights from different saves are thus detected.
 """
 
 from __future__ import annotations
@@ -42,35 +42,35 @@ from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear
 from torchao_mx.torch_internals import parameters_of
 
 PREFIX = "base_model.model."
-_MARK = "torchao_mx"  # of the weights' metadata: the config's _PAIRED as JSON
+_MARK = "torchao_mx"  # metadata key of the weight file: the config's _PAIRED fields as JSON
 _PAIRED = {"r": None, "lora_alpha": None, "use_rslora": False, "target_parameters": None}
-# As peft_type, which PEFT refuses; with the configs "before" and "after".
+# A peft_type that PEFT refuses; the record also holds the configs "before" and "after".
 _INTERRUPTED = "INTERRUPTED_SAVE"
 
 _Pair = tuple[torch.Tensor, torch.Tensor]  # lora_A and lora_B
 
-# Options of PEFT under which the file's two matrices are not all of what was trained.
+# PEFT options under which training changed more than the file's two matrices.
 _NO_COUNTERPART = (
     "use_dora", "lora_bias", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save",
     "trainable_token_indices", "layer_replication", "alora_invocation_tokens", "use_qalora", "use_bdlora",
     "arrow_config", "kasa_config", "monteclora_config",
 )  # fmt: skip
-# Initialisations that also change the weights beside which the adapters are then trained.
+# Initialisations that also change the base weights.
 _CHANGES_WEIGHTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class Adapter(NamedTuple):
-    """One weight's adapters, or on ``meta`` the shapes that they must have, and where PEFT has them."""
+    """One weight's adapters, or their required shapes on ``meta``, and PEFT's key for them."""
 
     weight: str  # full name of the adapted parameter, or of the linear layer
-    key: str  # in the file, in front of lora_A.weight
+    key: str  # the file's prefix of lora_A.weight
     lora_a: torch.Tensor
     lora_b: torch.Tensor
     transposed: bool = False  # stored [E, in, out]
 
 
 def peft_keys(name: str, weights: list[str]) -> dict[str, str]:
-    """Where PEFT has the adapters of a module's ``weights``, which are in their registered order."""
+    """PEFT's key prefix for each of a module's ``weights``, given in the order of registration."""
     return {
         weight: f"{PREFIX}{name}{'.' * bool(name)}{'base_layer.' * (len(weights) - 1 - i)}"
         for i, weight in enumerate(weights)
@@ -105,7 +105,7 @@ def _from_peft(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
 
 
 def _from_peft_v4(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
-    """Of PEFT under transformers 4, whose A holds what is B's here and the reverse."""
+    """As :func:`_from_peft`, for PEFT under transformers 4, which swaps A and B."""
     experts, r, _ = adapter.lora_a.shape
     lora_a = b.view(-1, r, experts).permute(2, 1, 0)
     lora_b = a.view(experts, r, -1).transpose(1, 2)
@@ -113,7 +113,7 @@ def _from_peft_v4(adapter: Adapter, a: torch.Tensor, b: torch.Tensor) -> _Pair:
 
 
 def _config_of(model: nn.Module) -> dict[str, Any]:
-    """What PEFT needs to know, of all adapters alike."""
+    """The PEFT config that all adapters of ``model`` share."""
     configs = {
         (config.r, config.lora_alpha, config.use_rslora)
         for config in (
@@ -125,8 +125,8 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
     if len(configs) != 1:
         found = ", ".join(f"r={r} alpha={a} use_rslora={s}" for r, a, s in sorted(configs))
         raise ValueError(
-            f"the model has {f'adapters of several kinds ({found})' if configs else 'no adapters'}; a file "
-            f"holds those of one MXWeightOnlyLoRAConfig"
+            f"the model has {f'adapters of several kinds ({found})' if configs else 'no adapters'}; one file "
+            f"holds the adapters of one MXWeightOnlyLoRAConfig"
         )
     r, alpha, use_rslora = configs.pop()
     names = [adapter.weight for adapter in _adapters(model)]
@@ -150,18 +150,18 @@ def _config_of(model: nn.Module) -> dict[str, Any]:
 def save_adapter(model: nn.Module, path: str | Path) -> None:
     """Save a model's adapters as PEFT does, for PEFT, vLLM or :func:`load_adapter`.
 
-    Adapters that FSDP2 or :class:`torchao_mx.distributed.ExpertParallel` has split are gathered: then all
-    ranks call this, and rank 0 writes.
+    Adapters that FSDP2 or :class:`torchao_mx.distributed.ExpertParallel` has split are gathered: all ranks
+    must call this, and rank 0 writes.
 
     Args:
-        model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts`, of one config.
-        path: a folder; ``adapter_config.json`` and ``adapter_model.safetensors`` in it are replaced. Should
-            the process be killed, :func:`load_adapter` loads the old adapter or the new one; PEFT does too
-            or, in the moment between the two files and if rank or scale change, refuses the config.
+        model: contains :class:`MXLoRALinear` or :class:`MXLoRAExperts`, all with one config.
+        path: a folder; its ``adapter_config.json`` and ``adapter_model.safetensors`` are replaced. If the
+            process is killed, :func:`load_adapter` loads either the old or the new adapter. So does PEFT, but
+            it refuses the config if killed between the two files while rank, scale or targets change.
 
     Raises:
-        ValueError: no adapters, or some of another rank or scale than others; ``path`` is a file.
-        OSError: the folder cannot be written into; its files are as they were.
+        ValueError: no adapters, or adapters of several ranks or scales; ``path`` is a file.
+        OSError: the folder is not writable; its files are unchanged.
     """
     config, tensors = _config_of(model), {}
     adapters = list(_adapters(model))
@@ -187,7 +187,7 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
         target = stage.parent
         try:
             before = _read_config(target)
-        except (OSError, ValueError):  # nothing that could be loaded
+        except (OSError, ValueError):  # no loadable adapter to preserve
             before = None
         if before is not None and _paired(before) != _paired(config):
             both = {"peft_type": _INTERRUPTED, "before": before, "after": config}
@@ -200,7 +200,7 @@ def _write(tensors: dict[str, torch.Tensor], config: dict[str, Any], folder: Pat
 
 
 def _paired(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config the tensors beside it mean nothing without."""
+    """The config fields without which the tensors beside it mean nothing."""
     found = {name: config.get(name, default) for name, default in _PAIRED.items()}
     targets = found["target_parameters"]
     return found | {
@@ -209,20 +209,20 @@ def _paired(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_adapter(model: nn.Module, path: str | Path) -> None:
-    """Load what :func:`save_adapter` or PEFT saved into a model's adapters; all is checked first.
+    """Load an adapter that :func:`save_adapter` or PEFT saved into a model; everything is checked first.
 
-    An adapter that PEFT trained on gpt-oss under transformers 4 is converted. Where the model's adapters are
-    split over ranks each takes its part.
+    An adapter that PEFT trained on gpt-oss under transformers 4 is converted. If the model's adapters are
+    split over ranks, each rank loads its part.
 
     Args:
-        model: with :class:`MXLoRALinear` or :class:`MXLoRAExperts` where the file has adapters, of its rank
-            and scale.
+        model: has :class:`MXLoRALinear` or :class:`MXLoRAExperts` wherever the file has adapters, with the
+            file's rank and scale.
         path: a folder.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: another kind, rank or scale of adapter; files of different saves; tensors missing,
-            unknown, of other shapes or not floating. The message names each, and the model is as it was.
+        ValueError: another kind, rank or scale of adapter; files from different saves; tensors that are
+            missing, unknown, misshapen or not floating. The message names each; the model is unchanged.
     """
     config, tensors = read_adapter(path)
     check_config(config, _config_of(model))
@@ -240,11 +240,11 @@ def load_adapter(model: nn.Module, path: str | Path) -> None:
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The config and the tensors of the adapter in the folder ``path``, unchecked.
+    """Read the config and the tensors of the adapter in the folder ``path``, without checking their fit.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
-        ValueError: one of them is damaged, they are of different saves, or fields have other types.
+        ValueError: a file is damaged, the two are from different saves, or a field has a wrong type.
     """
     folder = Path(path)
     config = _read_config(folder)
@@ -252,7 +252,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Any], dict[str, torch.Tens
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """The config that the weights in ``folder`` were saved with; of theirs only the header is read."""
+    """The config that the weights in ``folder`` were saved with; only the weight file's header is read."""
     config = read_json(folder / ADAPTER_CONFIG)
     mark = read_metadata(folder / ADAPTER_WEIGHTS).get(_MARK, "null")
     try:
@@ -266,7 +266,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = after if isinstance(after, dict) and _paired(after) == saved else before
         if not isinstance(config, dict):
             raise ValueError(
-                f"{folder / ADAPTER_CONFIG}: of an interrupted save; save the adapter again"
+                f"{folder / ADAPTER_CONFIG}: left by an interrupted save; save the adapter again"
             )
     targets = config.get("target_parameters")
     if not isinstance(targets, (list, type(None))):
@@ -283,41 +283,41 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if found[name] != there.get(name)
         )
         raise ValueError(
-            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are of different saves, with {differences}; "
+            f"{folder}: {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS} are from different saves: {differences}; "
             f"copy both files again, or save the adapter again"
         )
     return config
 
 
 def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> None:
-    """Refuse an adapter of a kind that has no counterpart here; with ``ours``, of another rank or scale.
+    """Refuse an adapter of an unsupported kind or, with ``ours`` given, of another rank or scale.
 
     Raises:
-        ValueError: all that is wrong with it.
+        ValueError: it lists every problem.
     """
     if config.get("peft_type") != "LORA":
         raise ValueError(
-            f"{ADAPTER_CONFIG}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters are loaded: give "
-            f"the folder of one"
+            f"{ADAPTER_CONFIG}: peft_type={config.get('peft_type')!r}; only 'LORA' adapters can be loaded: "
+            f"give the folder of one"
         )
     problems = [
-        f"{name}={config[name]!r}, which has no counterpart here; train without it, or use PEFT on the "
-        f"model in high precision"
+        f"{name}={config[name]!r} is not supported; train without it, or use PEFT on the model in high "
+        f"precision"
         for name in _NO_COUNTERPART
         if config.get(name)
     ]
     init = config.get("init_lora_weights")
     if isinstance(init, str) and init.startswith(_CHANGES_WEIGHTS):
         problems.append(
-            f"init_lora_weights={init!r}, which changed the weights that it was trained beside: save it with "
-            f"PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights={init!r} changed the base weights; save the adapter with PEFT's "
+            f"path_initial_model_for_weight_conversion"
         )
     for name, default in (("r", None), ("lora_alpha", None), ("use_rslora", False)):
         found = config.get(name, default)
         if ours is not None and found != ours[name]:
             problems.append(
-                f"{name}={found!r} and the model's adapters have {ours[name]!r}; give quantize_ an "
-                f"MXWeightOnlyLoRAConfig with the adapter's"
+                f"{name}={found!r}, but the model's adapters have {ours[name]!r}; give quantize_ an "
+                f"MXWeightOnlyLoRAConfig with the file's value"
             )
     if config.get("bias", "none") != "none":
         problems.append(
@@ -331,11 +331,11 @@ def check_config(config: dict[str, Any], ours: dict[str, Any] | None = None) -> 
 def checked_pairs(
     adapters: list[Adapter], tensors: dict[str, torch.Tensor], place: str
 ) -> list[_Pair]:
-    """``(lora_A, lora_B)`` of each of ``adapters`` out of the file's ``tensors``, in the layout here.
+    """Return ``(lora_A, lora_B)`` for each adapter from the file's ``tensors``, in the model's layout.
 
     Raises:
-        ValueError: tensors missing, not floating, of a shape that neither of PEFT's layouts has; tensors for
-            which the model has no ``place``.
+        ValueError: tensors that are missing, not floating, or of a shape that neither PEFT layout has;
+            tensors for which the model has no ``place``.
     """
     problems, pairs, known = [], [], set()
     for adapter in adapters:
@@ -361,8 +361,8 @@ def checked_pairs(
     problems += [f"{key}: the model has no {place} there" for key in tensors if key not in known]
     raise_problems(
         problems,
-        f"{ADAPTER_WEIGHTS} does not fit the model; use the model that it was trained on, adapted in the "
-        f"same places, or save the adapter again",
+        f"{ADAPTER_WEIGHTS} does not fit the model; use the model that it was trained on, with adapters in "
+        f"the same places, or save the adapter again",
     )
     convert = _conversion(adapters, pairs)
     return [
@@ -372,7 +372,7 @@ def checked_pairs(
 
 
 def _shapes(adapter: Adapter) -> list[tuple[torch.Size, torch.Size]]:
-    """Of lora_A and lora_B in the file: under transformers 5, then 4."""
+    """The shapes that lora_A and lora_B may have in the file: under transformers 5, then 4."""
     if adapter.lora_a.dim() == 2:
         return [(adapter.lora_a.shape, adapter.lora_b.shape)]
     experts, r, k = adapter.lora_a.shape
@@ -384,7 +384,7 @@ def _shapes(adapter: Adapter) -> list[tuple[torch.Size, torch.Size]]:
 def _conversion(
     adapters: list[Adapter], pairs: list[_Pair]
 ) -> Callable[[Adapter, torch.Tensor, torch.Tensor], _Pair]:
-    """Of experts' adapters, by those of weights that are not square; a file is of one transformers."""
+    """The conversion of the experts' adapters: one per file, told by the weights that are not square."""
     found = {
         (a.shape, b.shape) == shapes[0]
         for adapter, (a, b) in zip(adapters, pairs, strict=True)
@@ -392,14 +392,14 @@ def _conversion(
     }
     if len(found) > 1:
         raise ValueError(
-            f"{ADAPTER_WEIGHTS}: some adapters have the shapes that PEFT gives them under transformers 5 and "
-            f"some those of transformers 4: save them all again under one"
+            f"{ADAPTER_WEIGHTS}: some adapters have PEFT's shapes under transformers 5, others those under "
+            f"transformers 4; save them all again under one version"
         )
     transposed = [adapter.weight for adapter in adapters if adapter.transposed]
     if transposed and not found:
         raise ValueError(
-            f"{ADAPTER_WEIGHTS}: {transposed[0]} is square, so that its adapters have the same shapes from "
-            f"PEFT under transformers 5 and 4, which mean different things: add adapters of the module's "
-            f"other weight, whose shapes tell (zeros will do)"
+            f"{ADAPTER_WEIGHTS}: {transposed[0]} is square, so PEFT gives its adapters the same shapes under "
+            f"transformers 5 and 4, with different meanings; add adapters for the module's other weight, "
+            f"whose shapes decide (zeros will do)"
         )
     return _from_peft_v4 if found == {False} else _from_peft

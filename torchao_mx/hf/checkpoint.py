@@ -1,8 +1,8 @@
-"""A checkpoint's safetensors files, checked whole before a model is built.
+"""Check all of a checkpoint's safetensors files before a model is built.
 
-Headers tell names, shapes, dtypes and where each tensor ends, so a file cut short is found without reading
-it. Of the data only the scales are read, a seventeenth of the packed bytes, and the blocks of a weight whose
-scales are all zero.
+Headers give names, shapes, dtypes and the end of each tensor, so a truncated file is found without reading
+its data. The only data read are the scales, a seventeenth of the packed bytes, and the blocks of a weight
+whose scales are all zero.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ _FILE = re.compile(r"[^/\\\0]+\.safetensors")
 
 
 def read_folder(folder: Path) -> dict[str, Entry]:
-    """Every tensor of the checkpoint in ``folder``, in the files that transformers reads.
+    """Return every tensor of the checkpoint in ``folder``, from the files that transformers reads.
 
-    These are what ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``, else the
-    shards of the index. Where ``model.safetensors`` and an index are both there, they have to agree in every
-    byte, since whoever wrote the second of them meant that one.
+    These are the file that ``transformers_weights`` in ``config.json`` names, else ``model.safetensors``,
+    else the shards of the index. If both ``model.safetensors`` and an index exist, their tensors must agree
+    in every byte: one of them was written later, and transformers might read the other.
 
     Raises:
-        OSError: a file that cannot be opened.
-        ValueError: no weights; a shard missing or damaged; an index that disagrees with files; a file and
-            shards that differ.
+        OSError: a file cannot be opened.
+        ValueError: no weights; a missing or damaged shard; an index that contradicts its shards; a single
+            file and shards that differ.
     """
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder; give that of a checkpoint")
+        raise ValueError(f"{folder}: no such folder; give a checkpoint's folder")
     named = _named_weights(folder / CONFIG)
     if named is not None:
         read = _read_shards if named.suffix == ".json" else read_header
@@ -60,8 +60,8 @@ def read_folder(folder: Path) -> dict[str, Entry]:
     single, index = folder / SINGLE, folder / INDEX
     if not single.exists() and not index.exists():
         raise ValueError(
-            f"{folder}: neither {SINGLE} nor {INDEX} is there; give a folder with the weights as "
-            f"safetensors (other formats are not read)"
+            f"{folder}: contains neither {SINGLE} nor {INDEX}; give a folder with the weights as safetensors "
+            f"(other formats are not read)"
         )
     sharded = _read_shards(index) if index.exists() else {}
     if not single.exists():
@@ -79,8 +79,8 @@ def _named_weights(config: Path) -> Path | None:
         return None
     if not isinstance(name, str) or not _FILE.fullmatch(name.removesuffix(".index.json")):
         raise ValueError(
-            f"{config}: {WEIGHTS_KEY}={name!r}; it names a *.safetensors file, or an index of such, in the "
-            f"same folder: remove it, or correct it"
+            f"{config}: {WEIGHTS_KEY}={name!r} must name a *.safetensors file, or an index of such files, in "
+            f"the same folder: remove it, or correct it"
         )
     return config.with_name(name)
 
@@ -92,38 +92,38 @@ def _read_shards(index: Path) -> dict[str, Entry]:
         path = index.with_name(file)
         if not path.exists():
             raise ValueError(
-                f"{path}: the index lists this file and it is missing; download it again"
+                f"{path}: the index lists this file, but it is missing; download it again"
             )
         for name, entry in read_header(path).items():
             if places.get(name) != file:
                 raise ValueError(
-                    f"{name}: in {file}, while {index} places it in {places.get(name)}; the files are of "
+                    f"{name}: in {file}, but {index} places it in {places.get(name)}; the files are from "
                     f"different checkpoints: download all of them again"
                 )
             entries[name] = entry
     lost = sorted(places.keys() - entries.keys())
     if lost:
         raise ValueError(
-            f"{lost[0]}: {index} places it in {places[lost[0]]}, where it is not ({len(lost)} such tensors); "
-            f"download that file again"
+            f"{lost[0]}: {index} places it in {places[lost[0]]}, which does not contain it ({len(lost)} such "
+            f"tensors); download that file again"
         )
     return entries
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """The file of each tensor: a name in the index's own folder."""
+    """The file of each tensor, as a name in the index's own folder."""
     record = read_json(index)
     places = record.get("weight_map")
     if not isinstance(places, dict) or not isinstance(record.get("metadata"), dict) or not places:
         raise ValueError(
-            f"{index}: not an index of shards, which has a weight_map of tensors to files and metadata; "
+            f"{index}: not an index of shards, which has metadata and a weight_map from tensors to files; "
             f"download it again"
         )
     for name, file in places.items():
         if not isinstance(file, str) or not _FILE.fullmatch(file):
             raise ValueError(
-                f"{name}: {index} places it in {file!r}; a shard is a *.safetensors file in the index's own "
-                f"folder, given by its name: download the index again"
+                f"{name}: {index} places it in {file!r}; a shard is given by its name, that of a "
+                f"*.safetensors file in the index's own folder: download the index again"
             )
     return places
 
@@ -136,25 +136,24 @@ def _check_agreement(
     ]
     if different:
         raise ValueError(
-            f"{different[0]}: not the same in {single} and in the shards of {index} ({len(different)} such "
+            f"{different[0]}: differs between {single} and the shards of {index} ({len(different)} such "
             f"tensors); transformers would read the former: remove whichever is out of date"
         )
 
 
 def check_checkpoint(entries: dict[str, Entry], skeleton: PreTrainedModel, folder: Path) -> None:
-    """Refuse a checkpoint from which ``skeleton``, a gpt-oss model on ``meta``, could not be loaded whole.
+    """Refuse a checkpoint that cannot fill all of ``skeleton``, a gpt-oss model on ``meta``.
 
     Raises:
-        NotImplementedError: the model has no experts of a class known here.
-        ValueError: one line for each tensor that is missing, unknown, misshapen, of another dtype or without
-            its partner; then for each scale that is NaN and each weight that is zeros throughout.
+        NotImplementedError: the model has no experts of a known class.
+        ValueError: one line per tensor that is missing, unknown, misshapen, of another dtype or without its
+            partner; if there is none, one per weight that has NaN scales or is all zeros.
     """
     weights = packed_weights(skeleton)
     if not weights:
         raise NotImplementedError(
-            f"{folder / CONFIG}: {type(skeleton).__name__} has no experts that are read from MXFP4 "
-            f"checkpoints; those of gpt-oss are. For another architecture load a bf16 checkpoint with "
-            f"config=MXWeightOnlyConfig()"
+            f"{folder / CONFIG}: {type(skeleton).__name__} has no experts that can be read from MXFP4; only "
+            f"gpt-oss has. For another architecture load a bf16 checkpoint with config=MXWeightOnlyConfig()"
         )
     problems = header_problems(entries, skeleton, weights)
     if not problems:
@@ -193,16 +192,16 @@ def header_problems(
 
 
 def tied_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
-    """A line for each tensor that ``config.json`` ties to the embedding and the files have another value for.
+    """One line per tensor that ``config.json`` ties to the embedding but whose stored value differs.
 
-    transformers 4 would drop that value, 5 would keep it and not tie.
+    transformers 4 would drop that value; transformers 5 would keep it and not tie.
     """
     embedding = skeleton.get_input_embeddings()
     source = next((f"{n}.weight" for n, m in skeleton.named_modules() if m is embedding), None)
     if source not in entries:
         return {}
     return {
-        name: f"{name}: differs from {source}, and tie_word_embeddings in config.json says that they are "
+        name: f"{name}: differs from {source}, but tie_word_embeddings in config.json says that they are "
         f"one; set it to false there, or remove the tensor"
         for name in sorted(tied_names(skeleton) & entries.keys())
         if entries[name].shape == entries[source].shape
@@ -211,11 +210,11 @@ def tied_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[
 
 
 def _missing(name: str, entries: dict[str, Entry]) -> str:
-    """Of a missing tensor, and of its kin that is there."""
+    """The line for a missing tensor; it names a related tensor that is present."""
     for suffix, other in ((BLOCKS, SCALES), (SCALES, BLOCKS)):
         stem = name.removesuffix(suffix)
         if stem != name and stem in entries:
-            return f"{name}: missing, and {stem} is there unpacked; export it as blocks and scales"
+            return f"{name}: missing, but {stem} is there unpacked; export it as blocks and scales"
         if stem != name and stem + other in entries:
-            return f"{name}: missing, and {stem + other} is there: download both again, they belong together"
+            return f"{name}: missing, but {stem + other} is there: download both again, they belong together"
     return missing(name)

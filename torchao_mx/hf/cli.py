@@ -1,26 +1,26 @@
-"""torchao-mx: checkpoints from the command line.
+"""torchao-mx: inspect, quantize and merge checkpoints from the command line.
 
     torchao-mx inspect FOLDER [--compare FOLDER] [--json]
     torchao-mx quantize IN OUT [--config mxfp4[:MODE]] [--max-shard-size 5GB] [--json]
     torchao-mx merge BASE ADAPTER OUT [--force] [--config mxfp4[:MODE]] [--max-shard-size 5GB] [--json]
 
 ``inspect`` lists the packed weights of a checkpoint in gpt-oss's layout (``NAME_blocks``, ``NAME_scales``):
-shape, bytes, the range of their scales as powers of two, and how many rows are e4m3 numbers times one power
-of two, so that 8-bit tensor cores take them without loss. ``--compare`` adds the error of the packed values
-against the high-precision weights ``NAME`` of another checkpoint.
+shape, bytes, the range of the scales as powers of two, and the number of rows that are e4m3 numbers times one
+power of two and so lossless on 8-bit tensor cores. ``--compare`` adds the error of the packed values relative
+to the high-precision weights ``NAME`` of another checkpoint.
 
-``quantize`` packs the experts of a gpt-oss checkpoint in high precision, tensor by tensor, and lists the
+``quantize`` packs the experts of a high-precision gpt-oss checkpoint one tensor at a time, and lists the
 error of each.
 
-``merge`` adds an adapter, as ``save_adapter`` or PEFT saved it, to the weights of a packed checkpoint, and
-lists what is lost in quantizing them again. Where a weight keeps less than a tenth of its update, as is usual
-in 4 bits, nothing is written without ``--force``.
+``merge`` adds an adapter that ``save_adapter`` or PEFT saved to the weights of a packed checkpoint, and lists
+the rounding error. If a weight keeps less than a tenth of its update, as is usual in 4 bits, nothing is
+written without ``--force``.
 
 MODE says how a block's scale follows from its largest magnitude; for ``merge``, see ``merge_adapter``. OUT is
-written whole or stays as it was; files beside the weights, such as a tokenizer's, are copied into it.
+written completely or left unchanged; files other than weights, such as a tokenizer's, are copied into it.
 
-Exit codes: 0; 1 where a checkpoint or an adapter is damaged or does not fit, a merge loses an update, or the
-system fails; 2 for arguments that make no sense; 130 after Ctrl-C.
+Exit codes: 0 on success; 1 if a checkpoint or adapter is damaged or does not fit, a merge loses an update, or
+the system fails; 2 for invalid arguments; 130 after Ctrl-C.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from torchao_mx.hf.save import save_model
 from torchao_mx.hf.write import bytes_of
 
 _Columns = dict[str, Callable[[Row], str]]
-# Rows, totals; how a table shows them, its last line.
+# Rows, totals, how the table shows a row, and its last line.
 _Result = tuple[list[Row], Row, _Columns, str]
 
 _NAME: _Columns = {"weight": lambda row: row["name"]}
@@ -70,7 +70,7 @@ def _inspect(options: argparse.Namespace) -> _Result:
     }
     bits = 8 * total["packed_bytes"] / total["elements"]
     summary = (
-        f"{total['packed_weights']} packed weights, {total['packed_bytes']:,} bytes, {bits:.2f} bits an "
+        f"{total['packed_weights']} packed weights, {total['packed_bytes']:,} bytes, {bits:.2f} bits per "
         f"element; {total['other_tensors']} other tensors"
     )
     return rows, total, columns, summary
@@ -97,7 +97,7 @@ def _quantize(options: argparse.Namespace) -> _Result:
     }
     summary = (
         f"{total['quantized_weights']} weights quantized, {total['bytes_before']:,} bytes to "
-        f"{total['bytes_after']:,}; {total['other_tensors']} other tensors as they were"
+        f"{total['bytes_after']:,}; {total['other_tensors']} other tensors unchanged"
     )
     return rows, total, columns, summary
 
@@ -107,20 +107,20 @@ def _merge(options: argparse.Namespace) -> _Result:
     config, _ = load_config(options.source, entries.values())
     if checked_method(config, entries, options.source) is None:
         raise ValueError(
-            f"{options.source}: in high precision, where PEFT's merge_and_unload() merges; merge with that, "
-            f"and pack the result with torchao-mx quantize"
+            f"{options.source}: in high precision; merge with PEFT's merge_and_unload() instead, and pack "
+            f"the result with torchao-mx quantize"
         )
-    check_config(read_adapter(options.adapter)[0])  # before long work
+    check_config(read_adapter(options.adapter)[0])  # before the slow part
     dtype = config.dtype if config.dtype in HIGH_PRECISION_DTYPES else torch.bfloat16
     model = from_pretrained(options.source, dtype=dtype)
     mode = options.config or SCALING_MODE
     with warnings.catch_warnings():
-        if not options.force:  # then it is an error
+        if not options.force:  # raised as an error below
             warnings.simplefilter("ignore", MergeWarning)
         errors = merge_adapter(model, options.adapter, scaling_mode=mode)
     lost = lost_updates(errors)
     if lost is not None and not options.force:
-        raise ValueError(f"{lost}\n{options.target} is not written; --force writes it all the same")
+        raise ValueError(f"{lost}\n{options.target} is not written; --force writes it anyway")
     save_model(model, options.target, options.max_shard_size, {}, others=options.source)
     rows = [{"name": name, **error._asdict()} for name, error in errors.items()]
     worst = {key: max(row[key] for row in rows) for key in ("weight_error", "delta_error")}
@@ -133,7 +133,7 @@ def _merge(options: argparse.Namespace) -> _Result:
     }
     summary = (
         f"{len(rows)} weights merged, with errors of up to {worst['weight_error']:.4f} of the weight and "
-        f"{worst['delta_error']:.4f} of the update, where 1 is what leaving it out would cost; at least "
+        f"{worst['delta_error']:.4f} of the update, where 1 is the cost of leaving it out; at least "
         f"{worst['kept']:.4f} of each update is kept"
     )
     return rows, {"merged_weights": len(rows), **worst}, columns, summary
@@ -150,11 +150,11 @@ def _table(columns: _Columns, rows: list[Row]) -> str:
 
 
 def _scaling_mode(text: str) -> ScaleCalculationMode | None:
-    """The MODE of ``mxfp4:MODE``; None for ``mxfp4`` alone."""
+    """The MODE of ``mxfp4:MODE``; None for plain ``mxfp4``."""
     modes = {f"{MXFP4.name}:{mode.value}": mode for mode in ScaleCalculationMode}
     modes[MXFP4.name] = None
     if text not in modes:
-        raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(sorted(modes))}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(sorted(modes))}")
     return modes[text]
 
 
@@ -193,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--force",
         action="store_true",
-        help="write the result even where rounding takes updates back",
+        help="write the result even if rounding undoes updates",
     )
     _add_options(command, writes=True)
     return parser
@@ -205,10 +205,10 @@ def _add_options(command: argparse.ArgumentParser, writes: bool = False) -> None
         modes = ", ".join(mode.value for mode in ScaleCalculationMode)
         command.add_argument(
             "--config", type=_scaling_mode, default=MXFP4.name,
-            help=f"mxfp4[:MODE], MODE one of {modes}; default: rceil to quantize, even to merge",
+            help=f"mxfp4[:MODE], MODE one of {modes}; default: rceil for quantize, even for merge",
         )  # fmt: skip
         command.add_argument(
-            "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="of a file"
+            "--max-shard-size", type=_size, default="5GB", metavar="SIZE", help="per file"
         )
 
 
@@ -219,22 +219,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _run(parser, options)
     except KeyboardInterrupt:
         return _failed("interrupted", 130)
-    except BrokenPipeError:  # of stdout: whoever read it has enough
+    except BrokenPipeError:  # the reader of stdout has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ImportError, NotImplementedError, OSError, TypeError, ValueError) as error:
         return _failed(str(error))
-    except Exception as error:  # as of torch without memory
+    except Exception as error:  # torch out of memory, for example
         given = options.source if "source" in options else options.folder
         return _failed(
-            f"{options.command} of {given} stopped with {type(error).__name__}: {error}; should it be no "
-            f"matter of memory, report it, please"
+            f"{options.command} of {given} stopped with {type(error).__name__}: {error}; unless memory ran "
+            f"out, please report it"
         )
 
 
 def _failed(message: str, code: int = 1) -> int:
     text = f"torchao-mx: {message}".encode(errors="backslashreplace").decode()
-    print(text, file=sys.stderr)  # a name that is no UTF-8 may be in it
+    print(text, file=sys.stderr)  # escaped, since a name in it may not be UTF-8
     return code
 
 
@@ -243,7 +243,7 @@ def _run(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
     if writes and os.path.realpath(options.target) == os.path.realpath(options.source):
         parser.error(f"OUT is {options.target}, the folder to read from; give another")
     if writes:
-        check_target(options.target, merged=options.run is _merge)  # before long work
+        check_target(options.target, merged=options.run is _merge)  # before the slow part
     rows, total, columns, summary = options.run(options)
     if options.json:
         print(json.dumps({"weights": rows, "total": total}))

@@ -1,8 +1,9 @@
-"""Whether a checkpoint in high precision gives a model all of its tensors, and none that it has no use for.
+"""Check that a high-precision checkpoint has every tensor that a model needs, and no tensor without a place.
 
-transformers fills what is missing at random. Which tensors feed a parameter only it knows: it renames, ties,
-and merges the tensors of single experts. So its own loader is run first on tensors on ``meta``, shaped as the
-file's headers say, and reports what is missing, left over or misshapen before anything is read.
+transformers fills missing tensors at random, and only transformers knows which tensors feed a parameter: it
+renames and ties them, and merges those of single experts. So its own loader first runs on ``meta`` tensors
+with the shapes from the files' headers. It reports missing, left-over and misshapen tensors before any data
+are read.
 """
 
 from __future__ import annotations
@@ -35,23 +36,23 @@ def check_complete(
     new_head: bool = False,
     ignore_mismatched: bool = False,
 ) -> None:
-    """Refuse a checkpoint from which ``skeleton``, a model on ``meta``, could not be loaded whole.
+    """Refuse a checkpoint that cannot fill all of ``skeleton``, a model on ``meta``.
 
     Args:
-        entries: of the checkpoint.
-        skeleton: of the class and in the dtype that will be loaded.
-        folder: of the checkpoint, for messages.
-        new_head: what is outside the base model may be missing, a classifier's head on a language model.
-        ignore_mismatched: tensors may have other shapes, as the user has asked for.
+        entries: the checkpoint's tensors.
+        skeleton: has the class and dtype to be loaded.
+        folder: the checkpoint's folder, for messages.
+        new_head: tensors outside the base model may be missing, such as a classifier's head.
+        ignore_mismatched: the user allows other shapes.
 
     Raises:
-        ValueError: one line for each tensor that is missing, left over, misshapen or of integers.
+        ValueError: one line per tensor that is missing, left over, misshapen or of an integer dtype.
     """
     problems = _dtype_problems(entries, skeleton) | _expert_problems(entries, skeleton)
     problems |= tied_problems(entries, skeleton)
     if not is_v5() and not ignore_mismatched:
         problems |= _shape_problems(entries, skeleton)
-    # v4 fills what is missing or misshapen even so, in the CPU's memory: not where sizes are absurd.
+    # Even here v4 fills missing and misshapen tensors in CPU memory; absurd sizes would exhaust it.
     report = None if problems and not is_v5() else _dry_run(entries, skeleton)
     if report is not None:
         problems |= report_problems(report, entries, skeleton, new_head, ignore_mismatched)
@@ -65,14 +66,14 @@ def report_problems(
     new_head: bool = False,
     ignore_mismatched: bool = False,
 ) -> dict[str, str]:
-    """What transformers' report says that must not be, a line for each tensor."""
+    """Turn transformers' loading report into problems: one line per tensor, by name."""
     problems = {}
     inside = f"{model.base_model_prefix}."
     unexpected = sorted(report["unexpected_keys"])
     for name in sorted(report["missing_keys"]):
         if not new_head or name.startswith(inside):
             near = difflib.get_close_matches(name, unexpected, 1) if len(problems) < 12 else []
-            kin = f", and {near[0]} is there, which the model does not have" if near else ""
+            kin = f", but {near[0]} is there, which the model does not have" if near else ""
             problems[name] = missing(name, kin)
     for name in unexpected:
         if has_owner(model, name):
@@ -88,7 +89,7 @@ def report_problems(
 
 
 def _dtype_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
-    """Integers, or packed values, under the name of a tensor in high precision."""
+    """Integer or packed tensors under the name of a high-precision tensor."""
     state = skeleton.state_dict()
     prefix = f"{skeleton.base_model_prefix}."
     problems = {}
@@ -98,7 +99,7 @@ def _dtype_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dic
         )
         if prefix + name in entries:
             problems[name] = (
-                f"{name}: there twice, as {prefix + name} too; export the checkpoint again"
+                f"{name}: present twice, also as {prefix + name}; export the checkpoint again"
             )
         elif wanted is not None and wanted.is_floating_point() and entry.dtype not in FLOATS:
             problems[name] = mistyped(name, entry.dtype, FLOATS)
@@ -106,7 +107,7 @@ def _dtype_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dic
 
 
 def _shape_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
-    """Shapes under v4, which transposes and merges nothing."""
+    """Misshapen tensors under v4, whose loader neither transposes nor merges."""
     return {
         name: misshapen(name, entries[name].shape, tensor.shape)
         for name, tensor in skeleton.state_dict().items()
@@ -115,7 +116,7 @@ def _shape_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dic
 
 
 def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, str]:
-    """Of tensors of single experts: transformers stacks a layer's in their order, whatever their numbers."""
+    """Problems with tensors of single experts, which transformers stacks in order, whatever their numbers."""
     wanted = skeleton.state_dict()
     groups: dict[str, dict[str, dict[int, str]]] = {}
     for name in entries:
@@ -125,7 +126,7 @@ def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> di
     problems = {}
     for stem, kinds in groups.items():
         for kind, names in kinds.items():
-            # Some models have experts without some of the tensors.
+            # In some models, experts lack some of these tensors.
             stacked = wanted.get(f"{stem}.{kind.removesuffix('.weight')}")
             experts = max(map(len, kinds.values())) if stacked is None else len(stacked)
             shape = entries[next(iter(names.values()))].shape
@@ -134,10 +135,10 @@ def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> di
                 problems[name] = missing(name)
             for number, name in names.items():
                 if number >= experts:
-                    problems[name] = f"{name}: there are {experts} experts, from 0 on; {FIT}"
+                    problems[name] = f"{name}: there are only {experts} experts, from 0 on; {FIT}"
                 elif entries[name].shape != shape:
                     problems[name] = (
-                        f"{name}: has shape {entries[name].shape}, others {shape}; {FIT}"
+                        f"{name}: has shape {entries[name].shape}, the others {shape}; {FIT}"
                     )
                 elif entries[name].dtype not in FLOATS:
                     problems[name] = mistyped(name, entries[name].dtype, FLOATS)
@@ -145,10 +146,10 @@ def _expert_problems(entries: dict[str, Entry], skeleton: PreTrainedModel) -> di
 
 
 def _dry_run(entries: dict[str, Entry], skeleton: PreTrainedModel) -> Report | None:
-    """transformers' report on the file's headers; None where its loader does not run on ``meta``.
+    """transformers' report on the files' headers; None if its loader cannot run on ``meta``.
 
-    It needs Accelerate for that, and operations that have no kernel there cannot be run. Then the report of
-    the load itself decides.
+    The dry run needs Accelerate, and fails at operations without a ``meta`` kernel. The report of the actual
+    load then decides.
     """
     state = {name: entry.empty() for name, entry in entries.items()}
     try:
@@ -164,7 +165,7 @@ def _dry_run(entries: dict[str, Entry], skeleton: PreTrainedModel) -> Report | N
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own log and progress bar."""
+    """Silence transformers' log and progress bar."""
     verbosity, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity(logging.CRITICAL)
     logging.disable_progress_bar()
@@ -184,10 +185,10 @@ def load_whole(
     new_head: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
-    """``auto_class.from_pretrained(folder, **options)``, of a model in which nothing is random.
+    """``auto_class.from_pretrained(folder, **options)``, refusing a model with randomly filled tensors.
 
     Raises:
-        ValueError: as :func:`check_complete`, by the report of the load itself; files that transformers
+        ValueError: as :func:`check_complete`, from the report of the load itself; files that transformers
             cannot read.
     """
     remedy = "use a config.json and weights that belong together"

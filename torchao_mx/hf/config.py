@@ -1,7 +1,7 @@
-"""A checkpoint's config.json and generation_config.json, and the model that they describe, without memory.
+"""Read a checkpoint's config.json and generation_config.json, and build its model without memory.
 
-transformers says of a wrong field what its code happens to stumble over. Here that becomes a ``ValueError``
-that names the file, with transformers' own error as its cause.
+A wrong field makes transformers fail somewhere in its own code. Here that becomes a ``ValueError`` that names
+the file, with transformers' error as its cause.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torchao_mx.hf.layouts.gpt_oss import BLOCKS, SCALES
 from torchao_mx.hf.transformers_internals import tied_keys
 from torchao_mx.torch_internals import children_of
 
-# In v5, files of a rank each, which transformers reads before any other.
+# v5's weight files of single ranks, which it reads before any others.
 _RANK_FILE = "shard-[0-9]*-model-*.safetensors"
-# Of what a model's constructor makes one by one.
+# Fields that count what a model's constructor builds one by one.
 _COUNTS = re.compile(r".*(layers?|experts|labels)")
 _REMEDY = "use the files that were published with these weights"
 _PASSED = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
@@ -33,9 +33,9 @@ _PASSED = (MemoryError, OSError, torch.OutOfMemoryError, torch.AcceleratorError)
 
 @contextlib.contextmanager
 def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Iterator[None]:
-    """Whatever transformers raises as a ``ValueError`` that names ``place``.
+    """Turn whatever transformers raises into a ``ValueError`` that names ``place`` and ``remedy``.
 
-    Some of it is no matter of files and stays as it is: the network, memory; ``passed``.
+    Errors that are not about the files pass unchanged: network, memory, and the classes in ``passed``.
     """
     try:
         yield
@@ -44,8 +44,10 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else f"{text[:400]}..."
-        if isinstance(error, ImportError):  # for a kind of attention, or for code of the config's
-            remedy = "install that package, or use a config.json that does without"
+        if isinstance(
+            error, ImportError
+        ):  # of an attention kernel, or of code that the config names
+            remedy = "install that package, or use a config.json that does not need it"
         raise ValueError(
             f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"
         ) from error
@@ -54,29 +56,29 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
 def load_config(
     folder: Path, entries: Collection[Entry], **options: Any
 ) -> tuple[Any, dict[str, Any]]:
-    """The model's config in ``folder``, and those of transformers' ``options`` that are not for configs.
+    """Return the model's config in ``folder``, and the ``options`` that are not fields of it.
 
     Args:
-        folder: a checkpoint's.
-        entries: its tensors, of which there are as many as layers.
-        options: of transformers' from_pretrained; those that are fields of the config are set in it.
+        folder: a checkpoint's folder.
+        entries: its tensors, which limit the numbers of layers and experts.
+        options: keyword arguments of transformers' from_pretrained; config fields among them are set.
 
     Raises:
         OSError: a file is missing or cannot be opened.
         ValueError: ``config.json`` or ``generation_config.json`` is damaged or describes no model; ``folder``
-            has other weights too, which transformers would read in place of the checked ones.
+            also has other weights, which transformers would read instead of the checked ones.
     """
     record = read_json(folder / CONFIG)
     _check_counts(record, folder / CONFIG, entries)
     if (folder / ADAPTER_CONFIG).exists():
         raise ValueError(
             f"{folder / ADAPTER_CONFIG}: an adapter beside a whole model, which transformers may or may not "
-            f"add; move the adapter into a folder of its own and load it with load_adapter or PEFT"
+            f"apply; move the adapter into a folder of its own and load it with load_adapter or PEFT"
         )
     for file in sorted(folder.glob(_RANK_FILE)):
         raise ValueError(
-            f"{file}: of one rank, and transformers may read it in place of the checkpoint; move such files "
-            f"into a folder of their own"
+            f"{file}: belongs to one rank, and transformers may read it instead of the checkpoint; move such "
+            f"files into a folder of their own"
         )
     with from_transformers(folder / CONFIG, _REMEDY):
         found = AutoConfig.from_pretrained(folder, return_unused_kwargs=True, **options)
@@ -88,19 +90,19 @@ def load_config(
 
 
 def _check_counts(record: dict[str, Any], file: Path, entries: Collection[Entry]) -> None:
-    """Refuse more layers or experts than these tensors can be of, which would take ages to build."""
+    """Refuse more layers or experts than the tensors allow; they would take ages to build."""
     limit = max((len(entries), *(size for entry in entries for size in entry.shape)))
     for key, value in record.items():
         if isinstance(value, dict):
             _check_counts(value, file, entries)
         elif isinstance(value, (int, float)) and _COUNTS.fullmatch(key) and value > limit:
             raise ValueError(
-                f"{file}: {key}={value}, and the checkpoint has {len(entries)} tensors; {_REMEDY}"
+                f"{file}: {key}={value}, but the checkpoint has {len(entries)} tensors; {_REMEDY}"
             )
 
 
 def build_skeleton(auto_class: Any, config: Any, folder: Path, **options: Any) -> PreTrainedModel:
-    """The model of ``config`` on ``meta``, as ``auto_class.from_config`` builds it.
+    """Build the model of ``config`` on ``meta`` with ``auto_class.from_config``.
 
     Raises:
         ValueError: ``auto_class`` cannot build it.
@@ -111,24 +113,24 @@ def build_skeleton(auto_class: Any, config: Any, folder: Path, **options: Any) -
 
 
 def skeleton_of(build: Callable[[Any], PreTrainedModel], config: Any) -> PreTrainedModel:
-    """``build(config)`` without memory: what the model's tensors are called, and their shapes."""
+    """``build(config)`` without memory, for the names and shapes of the model's tensors."""
     with torch.device("meta"):
         return build(copy.deepcopy(config))
 
 
 def tied_names(model: PreTrainedModel) -> set[str]:
-    """The tensors that are others under a second name, and so not in a checkpoint."""
+    """Second names of tied tensors, which a checkpoint does not store."""
     if not getattr(model.config, "tie_word_embeddings", False):
         return set()
     return tied_keys(model)
 
 
 def has_owner(model: PreTrainedModel, name: str) -> bool:
-    """Whether a tensor that ``model`` lacks belongs to a module that it has, and changes what that computes.
+    """Whether a tensor that ``model`` lacks belongs to one of its modules and would change its output.
 
-    A bias that the module was built without, or a layer beyond the last one: yes. A part beside the layers,
-    such as an image encoder, a head for another task or, as DeepSeek-V3 counts them, layers that predict
-    further tokens: no.
+    True for a bias that the module was built without, or a layer after the last one. False for a part beside
+    the layers: an image encoder, a head for another task, or DeepSeek-V3's layers that predict further
+    tokens.
     """
     *owners, _ = parts = name.split(".")
     module, depth = model, 0
@@ -145,28 +147,28 @@ def has_owner(model: PreTrainedModel, name: str) -> bool:
 
 
 def checked_method(config: Any, entries: Collection[str], folder: Path) -> str | None:
-    """The ``quant_method`` of a checkpoint's config; None where it says nothing of a quantization.
+    """The ``quant_method`` of a checkpoint's config; None if the config has no quantization.
 
     Raises:
-        ValueError: it names no method; packed tensors without a word of it there, or the reverse.
+        ValueError: the quantization names no method, or config and tensors disagree on being packed.
     """
     record = getattr(config, "quantization_config", None)
     method = record.get("quant_method") if isinstance(record, dict) else None
     if record is not None and not isinstance(method, str):
         raise ValueError(
-            f"quantization_config in config.json is {record!r} and names no quant_method; use the "
+            f"quantization_config={record!r} in config.json names no quant_method; use the "
             f"config.json of this checkpoint, which for gpt-oss's layout has {{'quant_method': 'mxfp4'}}"
         )
     packed = sorted(name for name in entries if name.endswith((BLOCKS, SCALES)))
     if method is None and packed:
         raise ValueError(
-            f"{packed[0]}: packed, and config.json of {folder} has no quantization_config; for gpt-oss's "
+            f"{packed[0]}: packed, but config.json of {folder} has no quantization_config; for gpt-oss's "
             f"layout it is {{'quant_method': 'mxfp4'}}: download config.json again"
         )
     if method == "mxfp4" and not packed:
         raise ValueError(
-            f"{folder}: config.json says quant_method='mxfp4', and no tensor is packed, none is called "
-            f"*{BLOCKS}: the weights are in high precision. Remove quantization_config from config.json; "
-            f"then load with config=MXWeightOnlyConfig(), or pack the folder with torchao-mx quantize"
+            f"{folder}: config.json says quant_method='mxfp4', but no tensor is called *{BLOCKS}: the "
+            f"weights are in high precision. Remove quantization_config from config.json; then load with "
+            f"config=MXWeightOnlyConfig(), or pack the folder with torchao-mx quantize"
         )
     return method

@@ -1,9 +1,9 @@
-"""The experts implementation "torchao_mx": transformers' expert modules on the pipeline of ``pipeline.py``.
+"""The experts implementation "torchao_mx": compute transformers' expert modules with ``nn.experts.pipeline``.
 
-transformers v5 chooses how experts compute by a name in a registry of functions ``(module, hidden, ids,
-weights)``; ``_v5.py`` adds ours. One function serves every class that follows the interface, by its flags and
-its own ``_apply_gate``, and every kind of weight that the pipeline takes: MXTensors, the LoRATensors that
-PEFT's adapters make of them, plain tensors.
+transformers v5 looks up how experts compute by name, in a registry of functions ``(module, hidden, ids,
+weights)``; ``hooks_v5.py`` registers this one. It serves every class that follows the interface, through the
+class's flags and its ``_apply_gate``, and every kind of weight that the pipeline takes: MXTensors, the
+LoRATensors that PEFT's adapters make of them, and plain tensors.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ def experts_forward(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The layer's output ``[T, H]``; gradients go to all floating inputs and trained parameters.
+    """Return the layer's output ``[T, H]``; gradients reach all floating inputs and trained parameters.
 
     Args:
         self: a module with ``gate_up_proj`` (``up_proj`` without a gate) and ``down_proj``, ``[E, out, in]``
-            or, where ``is_transposed``, ``[E, in, out]``, and with ``has_bias`` their ``_bias [E, out]``.
+            or, if ``is_transposed``, ``[E, in, out]``; with ``has_bias``, also their ``_bias [E, out]``.
         hidden_states: ``[T, H]``.
-        top_k_index: ``[T, k]`` expert ids; those of other ranks' experts add nothing.
+        top_k_index: ``[T, k]`` expert ids; ids of other ranks' experts add nothing.
         top_k_weights: ``[T, k]``.
 
     Raises:
-        NotImplementedError: the module norms what experts return.
+        NotImplementedError: the module normalizes the experts' outputs.
     """
     if getattr(self, "has_post_expert_norm", False):
         raise NotImplementedError(
             f"{type(self).__name__} norms each expert's output, which experts_implementation='torchao_mx' "
-            f"does not: use model.set_experts_implementation('grouped_mm')"
+            f"does not support: use model.set_experts_implementation('grouped_mm')"
         )
     first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
     activation = gate_of(self, type(self))
@@ -52,7 +52,7 @@ def compute(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    """The layer of the weights called ``first`` and ``down_proj`` with ``activation`` between them."""
+    """Compute the layer from weights ``first`` and ``down_proj``, with ``activation`` between them."""
     up = getattr(self, first)
     has_bias = getattr(self, "has_bias", False)
     return pipeline.experts(

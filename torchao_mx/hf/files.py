@@ -1,8 +1,8 @@
-"""Reading JSON and safetensors files that may be damaged, or made to do harm.
+"""Read JSON and safetensors files that may be damaged or malicious.
 
-A file is read only if it is a regular one (a pipe would block), every field is checked before it is used, and
-what goes wrong is a ``ValueError`` or ``OSError`` that names the file. Symbolic links are followed, as the
-Hub's cache consists of them.
+Only regular files are read (a pipe would block), every field is checked before use, and every failure is a
+``ValueError`` or ``OSError`` that names the file. Symbolic links are followed, since the Hub's cache consists
+of them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-# What transformers and PEFT call the files of a folder.
+# File names of transformers and PEFT.
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# transformers' own key of config.json, in both versions: the weights to load in the place of SINGLE or INDEX.
-# It drops the key when it saves a config.
+# A key that both versions of transformers know in config.json: the weight file to load instead of SINGLE or
+# INDEX. They drop it when they save a config.
 WEIGHTS_KEY = "transformers_weights"
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16, "I16": torch.int16,
@@ -34,16 +34,18 @@ DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 AGAIN = "download or save it again"
-_LENGTH_BYTES = 8  # of the header's length, at the start of a safetensors file
+_LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _METADATA = "__metadata__"
-_JSON_BYTES = 100_000_000  # safetensors' own limit for a header; the largest indexes have a tenth
+_JSON_BYTES = (
+    100_000_000  # safetensors' own limit for a header; the largest indexes are a tenth of it
+)
 _JSON_DEPTH = 64
 _CHUNK = 1 << 24
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A tensor in a file, by its header."""
+    """A tensor as described by its file's header."""
 
     file: Path
     dtype: str
@@ -58,7 +60,7 @@ class Entry:
 
 @contextlib.contextmanager
 def reading(file: Path, remedy: str = AGAIN) -> Iterator[None]:
-    """Errors of reading ``file`` that name it: ``OSError`` of the same class, else ``ValueError``."""
+    """Make reading errors name ``file``: an ``OSError`` keeps its class, others become ``ValueError``."""
     try:
         yield
     except OSError as error:
@@ -69,11 +71,11 @@ def reading(file: Path, remedy: str = AGAIN) -> Iterator[None]:
 
 
 def check_regular(file: Path) -> None:
-    """Refuse what only looks like a file.
+    """Refuse a path that is not a regular file.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: a folder, a pipe, a device.
+        FileNotFoundError: it does not exist.
+        ValueError: it is a folder, a pipe or a device.
     """
     with reading(file):
         file.stat()
@@ -82,12 +84,12 @@ def check_regular(file: Path) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in ``file``.
+    """Read the JSON object in ``file``.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is not a regular file, no UTF-8, no JSON object, too large, nested too deeply, or has a
-            key twice with different values or a NaN.
+        OSError: the file cannot be opened.
+        ValueError: it is not a regular file, UTF-8 text or a JSON object, is too large or too deeply nested,
+            contains NaN, or has one key with different values.
     """
     check_regular(file)
     with reading(file):
@@ -104,7 +106,7 @@ def _json_object(text: bytes, file: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{file}: cannot be read as JSON ({error}); {AGAIN}") from error
     if not isinstance(record, dict):
-        raise ValueError(f"{file}: a JSON {type(record).__name__} and no JSON object; {AGAIN}")
+        raise ValueError(f"{file}: a JSON {type(record).__name__}, not a JSON object; {AGAIN}")
     level: list[Any] = [record]
     for _ in range(_JSON_DEPTH):
         level = [
@@ -115,7 +117,7 @@ def _json_object(text: bytes, file: Path) -> dict[str, Any]:
         ]
         if not level:
             return record
-    raise ValueError(f"{file}: JSON nested over {_JSON_DEPTH} levels deep; {AGAIN}")
+    raise ValueError(f"{file}: JSON nested more than {_JSON_DEPTH} levels deep; {AGAIN}")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -123,24 +125,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         for key, value in pairs:
             if record[key] != value:
-                raise ValueError(f"{key!r} stands there twice, with different values")
+                raise ValueError(f"{key!r} appears twice, with different values")
     return record
 
 
 def _constant(text: str) -> float:
-    """What JSON has no word for; transformers 4 wrote infinite limits into configs."""
+    """Accept infinities, which transformers 4 wrote into configs as limits; refuse NaN."""
     if text == "NaN":
         raise ValueError("a NaN")
     return float(text)
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """The tensors of a safetensors file: each of a known dtype, all of them together filling the file.
+    """Return the tensors of a safetensors file; their dtypes are known and they fill the file exactly.
 
     Raises:
-        OSError: it cannot be opened.
-        ValueError: it is cut short, no safetensors file, or its header contradicts itself or the file's size;
-            the message names the tensor.
+        OSError: the file cannot be opened.
+        ValueError: it is cut short or not a safetensors file, or its header contradicts itself or the file's
+            size; the message names the tensor.
     """
     header, start, size = _header(file)
     header.pop(_METADATA, None)
@@ -150,7 +152,7 @@ def read_header(file: Path) -> dict[str, Entry]:
 
 
 def read_metadata(file: Path) -> dict[str, str]:
-    """The texts that a safetensors file has beside its tensors.
+    """Return the metadata of a safetensors file.
 
     Raises:
         OSError, ValueError: as :func:`read_header`.
@@ -160,14 +162,14 @@ def read_metadata(file: Path) -> dict[str, str]:
 
 
 def _header(file: Path) -> tuple[dict[str, Any], int, int]:
-    """A header as it stands there, with texts for metadata; where data begin, and the file's size."""
+    """The raw header, with its metadata checked; the offset of the data; the file's size."""
     check_regular(file)
     with reading(file), file.open("rb") as stream:
         size = file.stat().st_size
         length = int.from_bytes(stream.read(_LENGTH_BYTES), "little")
         if not 0 < length <= size - _LENGTH_BYTES:
             raise ValueError(
-                f"{file}: {size} bytes, cut short within its header or no safetensors file; {AGAIN}"
+                f"{file}: {size} bytes, cut short within its header or not a safetensors file; {AGAIN}"
             )
         if length > _JSON_BYTES:
             raise ValueError(
@@ -176,29 +178,31 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
         header = _json_object(stream.read(length), file)
     metadata = header.get(_METADATA) or {}
     if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-        raise ValueError(f"{file}: {_METADATA} in its header holds more than texts; {AGAIN}")
+        raise ValueError(
+            f"{file}: {_METADATA} in its header has values other than strings; {AGAIN}"
+        )
     return header, _LENGTH_BYTES + length, size
 
 
 def _entry(file: Path, name: str, record: Any, start: int) -> Entry:
     with reading(file):
-        name.encode()  # fails for half a surrogate pair, which nothing could print
+        name.encode()  # fails for half a surrogate pair, which cannot be printed
     try:
         dtype, shape, (begin, end) = (record[k] for k in ("dtype", "shape", "data_offsets"))
         numbers = [*shape, begin, end]
         if any(type(number) is not int or number < 0 for number in numbers):
-            raise ValueError("numbers that are no counts")
+            raise ValueError("a number is not a count")
         if not isinstance(shape, list):
             raise TypeError("a shape is a list")
         itemsize = DTYPES[dtype].itemsize
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{name}: its record in the header of {file} cannot be read: {_short(record)}; needed are a "
-            f"dtype of safetensors, a shape and two data_offsets: {AGAIN}"
+            f"{name}: its record in the header of {file} cannot be read: {_short(record)}; it needs a "
+            f"safetensors dtype, a shape and two data_offsets: {AGAIN}"
         ) from error
     if begin > end or math.prod(shape) * itemsize != end - begin:
         raise ValueError(
-            f"{name}: shape {tuple(shape)} in {dtype} takes {math.prod(shape) * itemsize} bytes, and the "
+            f"{name}: shape {tuple(shape)} in {dtype} takes {math.prod(shape) * itemsize} bytes, but the "
             f"header of {file} places it at [{begin}, {end}); {AGAIN}"
         )
     return Entry(file, dtype, tuple(shape), start + begin, start + end)
@@ -210,7 +214,7 @@ def _short(value: Any, limit: int = 120) -> str:
 
 
 def _check_spans(file: Path, entries: dict[str, Entry], start: int, size: int) -> None:
-    """Refuse tensors that overlap, leave holes, or end elsewhere than the file does."""
+    """Refuse tensors that overlap, leave gaps, or do not end where the file ends."""
     spans = sorted((entry.begin, entry.end, name) for name, entry in entries.items())
     if spans and spans[-1][1] > size:
         _, end, name = spans[-1]
@@ -227,26 +231,26 @@ def _check_spans(file: Path, entries: dict[str, Entry], start: int, size: int) -
         position = end
     if position != size:
         raise ValueError(
-            f"{file}: {size - position} bytes after its last tensor, which belong to none; {AGAIN}"
+            f"{file}: {size - position} bytes after its last tensor belong to no tensor; {AGAIN}"
         )
 
 
 def read_tensor(entries: dict[str, Entry], name: str) -> torch.Tensor:
-    """The tensor ``name``, in the CPU's memory."""
+    """Read the tensor ``name`` into CPU memory."""
     file = entries[name].file
     with reading(file, f"{name} is in it: {AGAIN}"), safe_open(file, "pt") as tensors:
         return tensors.get_tensor(name)
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a file, in the CPU's memory, once its header is checked."""
+    """Check a file's header and read all its tensors into CPU memory."""
     names = read_header(file)
     with reading(file), safe_open(file, "pt") as tensors:
         return {name: tensors.get_tensor(name) for name in names}
 
 
 def same_bytes(one: Entry, other: Entry) -> bool:
-    """Whether two tensors are equal in dtype, shape and every bit."""
+    """Whether two tensors have the same dtype, shape and bytes."""
     if one == other:
         return True
     if (one.dtype, one.shape) != (other.dtype, other.shape):

@@ -1,7 +1,7 @@
-"""The hooks of transformers v4: gpt-oss's experts as a class of ours, and how a packed weight is loaded.
+"""Hooks into transformers v4: a replacement for gpt-oss's expert class, and the loading of packed weights.
 
-v4 has no registry of experts implementations and knows one tensor a parameter: blocks and scales are
-parameters of the module while it loads and become the weight afterwards, so they may lie in different shards.
+v4 has no registry of experts implementations, and loads one tensor per parameter. So blocks and scales are
+parameters of the module while it loads and become the weight afterwards; they may lie in different shards.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from torchao_mx.nn.modules import twin_of
 
 
 class MXGptOssExperts(GptOssExperts):
-    """v4's GptOssExperts, computed by the pipeline of ``pipeline.py``.
+    """v4's GptOssExperts, computed by ``nn.experts.pipeline``.
 
-    PEFT reads ``is_transposed``, which v4's own lacks, and so gives adapters the layout that v5's have.
+    PEFT reads ``is_transposed``, which v4's own class lacks; with it, adapters get the same layout as in v5.
     """
 
     is_transposed = True
@@ -57,14 +57,14 @@ register_experts(MXGptOssExperts, "transformers_v4_gpt_oss")
 
 
 def swap_experts(model: nn.Module) -> None:
-    """Put a :class:`MXGptOssExperts` of the same parameters in the place of each GptOssExperts."""
+    """Replace each GptOssExperts with a :class:`MXGptOssExperts` that has the same parameters."""
     for name, module in list(packed_modules(model)):
         if not isinstance(module, MXGptOssExperts):
             model.set_submodule(name, twin_of(MXGptOssExperts, module))
 
 
 class MXQuantizerV4(MXQuantizer):
-    """Loads packed experts as two parameters and joins them."""
+    """Loads each packed expert weight as two parameters, and joins them."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         swap_experts(model)
@@ -91,11 +91,11 @@ class MXQuantizerV4(MXQuantizer):
         return model
 
     def get_accelerator_warm_up_factor(self) -> int:
-        return 2  # while loading, the declared tensors have the sizes of the files'
+        return 2  # while loading, the declared tensors are as large as those in the files
 
 
 class PTQQuantizerV4(PTQQuantizer):
-    """Is handed each tensor and puts it into the model itself."""
+    """Receives one tensor at a time from transformers and puts it into the model."""
 
     def create_quantized_param(
         self,
@@ -112,12 +112,12 @@ class PTQQuantizerV4(PTQQuantizer):
     def update_missing_keys(
         self, model: PreTrainedModel, missing_keys: list[str], prefix: str
     ) -> list[str]:
-        """Refuse before anything is read: transformers would have uninitialized weights packed."""
+        """Refuse before anything is read; otherwise uninitialized weights would be packed."""
         self.refuse(model, [n for n in missing_keys if self.param_needs_quantization(model, n)])
         return missing_keys
 
     def adjust_target_dtype(self, dtype: torch.dtype) -> Any:
-        """For device maps, a dtype as large as the elements; scales are in :meth:`adjust_max_memory`."""
+        """For device maps: a dtype as large as the elements; :meth:`adjust_max_memory` allows for scales."""
         from accelerate.utils import CustomDtype
 
         return CustomDtype.INT4 if self.format.elem_bits == 4 else torch.int8
@@ -125,12 +125,12 @@ class PTQQuantizerV4(PTQQuantizer):
     def get_special_dtypes_update(
         self, model: PreTrainedModel, dtype: torch.dtype
     ) -> dict[str, torch.dtype]:
-        """For device maps, the dtype of all that is not packed."""
+        """For device maps: the dtype of every parameter that is not packed."""
         names = (name for name, _ in model.named_parameters())
         return {n: dtype for n in names if not self.param_needs_quantization(model, n)}
 
 
 def register() -> None:
-    """Add the quantizers to transformers' registry, once a process."""
+    """Add the quantizers to transformers' registry, once per process."""
     register_quantizer(NAME)(MXQuantizerV4)
     register_quantizer(PTQ_NAME)(PTQQuantizerV4)

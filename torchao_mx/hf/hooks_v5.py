@@ -1,7 +1,7 @@
-"""The hooks of transformers v5: the registered experts implementation, and how a packed weight is loaded.
+"""Hooks into transformers v5: the registered experts implementation, and the loading of packed weights.
 
-v5 collects the tensors whose names match a converter's patterns and hands them to its operation, which
-returns the parameter.
+v5 collects the tensors whose names match a converter's patterns and passes them to the converter's operation,
+which returns the parameter.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from torchao_mx.hf.while_loading import PTQ_NAME, PTQQuantizer
 
 try:
     from transformers.core_model_loading import ConversionOps, WeightConverter
-except ImportError:  # v4, where doctests are collected from this file too
+except ImportError:  # v4; doctest collection imports this file there too
     ConversionOps = object
 
 
 def _bytes_a_value(fmt: BlockFormat) -> float:
-    """From which device maps and reservations are made."""
+    """The bytes per value that device maps and memory reservations assume."""
     return 1 / fmt.elems_per_byte + 1 / fmt.block_size
 
 
 class Assembly(ConversionOps):
-    """A weight's blocks and scales to its parameter, in the logical dtype that the model declares."""
+    """Makes a weight's blocks and scales its parameter, in the logical dtype that the model declares."""
 
     def convert(
         self,
@@ -48,15 +48,15 @@ class Assembly(ConversionOps):
 
     @property
     def reverse_op(self) -> ConversionOps:
-        """None; see ``drop_conversions``."""
+        """Not available; see ``drop_conversions``."""
         raise NotImplementedError(
-            "transformers' save_pretrained would undo how packed experts were loaded, which it cannot: use "
+            "transformers' save_pretrained cannot reverse the loading of packed experts: use "
             "torchao_mx.hf.save_pretrained"
         )
 
 
 def _only(tensors: dict[str, Any], suffix: str) -> torch.Tensor:
-    """The tensor collected under the pattern that ends so; a list of one under most patterns."""
+    """The tensor collected under the pattern that ends in ``suffix``, often as a list of one."""
     [found] = (value for pattern, value in tensors.items() if pattern.endswith(suffix))
     return found[0] if isinstance(found, list) else found
 
@@ -83,13 +83,13 @@ class MXQuantizerV5(MXQuantizer):
     def _process_model_after_weight_loading(
         self, model: PreTrainedModel, **kwargs: Any
     ) -> PreTrainedModel:
-        # Stock save_pretrained would run them backwards over what get_state_dict_and_metadata gives.
+        # Stock save_pretrained would apply their reverse to what get_state_dict_and_metadata returns.
         drop_conversions(model, lambda operation: isinstance(operation, Assembly))
         return model
 
 
 class Packing(ConversionOps):
-    """The last operation on what was read and merged for a weight to be quantized: to its parameter."""
+    """The last operation on a weight that was read and merged: quantizes it into its parameter."""
 
     def __init__(self, quantizer: PTQQuantizer) -> None:
         self.quantizer = quantizer
@@ -103,7 +103,7 @@ class Packing(ConversionOps):
             if self.quantizer.param_needs_quantization(model, name):
                 try:
                     value = self.quantizer.packed(model, name, value)
-                except ValueError as error:  # transformers would log it, and raise "see above"
+                except ValueError as error:  # transformers would log it and raise only "see above"
                     self.quantizer.problems[name] = str(error)
                     continue
                 _mark_initialized(model, name)
@@ -112,13 +112,13 @@ class Packing(ConversionOps):
 
 
 def _mark_initialized(model: PreTrainedModel, name: str) -> None:
-    """The owner of the weight ``name``, if it lacks nothing else: 5.8 would fill a copy of its weight."""
+    """Mark the owner of the weight ``name`` if it lacks nothing else: 5.8 would fill a copy of the weight."""
     owner, _, weight = name.rpartition(".")
     mark_initialized(model.get_submodule(owner), but_for=weight)
 
 
 class PTQQuantizerV5(PTQQuantizer):
-    """Gives transformers the operation that packs."""
+    """Gives transformers :class:`Packing` as its quantizing operation."""
 
     def get_quantize_ops(self) -> Packing:
         return Packing(self)
@@ -131,7 +131,7 @@ class PTQQuantizerV5(PTQQuantizer):
 
 
 def register() -> None:
-    """Add the quantizers and the experts implementation to transformers' registries, once a process."""
+    """Add the quantizers and the experts implementation to transformers' registries, once per process."""
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     register_quantizer(NAME)(MXQuantizerV5)

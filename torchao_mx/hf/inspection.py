@@ -1,4 +1,4 @@
-"""What a packed checkpoint holds, weight by weight."""
+"""Inspect a packed checkpoint, one weight at a time."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ _EXPONENT_BIAS = 127
 
 
 def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
-    """(a row for each packed weight, totals).
+    """Return a row for each packed weight, and totals.
 
     Args:
         folder: a checkpoint with weights in blocks and scales.
-        compare: one with the same weights in high precision, ``[E, in, out]`` as transformers has gpt-oss's.
+        compare: a checkpoint of the same weights in high precision, ``[E, in, out]`` as in gpt-oss.
 
     Raises:
-        ValueError: a checkpoint that cannot be read, has no packed weight, or lacks half of one; tensors of
-            ``compare`` that are missing or of another shape.
+        ValueError: a checkpoint cannot be read, has no packed weight, or lacks a weight's blocks or scales;
+            tensors of ``compare`` are missing or misshapen.
     """
     entries = read_folder(folder)
     names = sorted(n.removesuffix(BLOCKS) for n in entries if n.endswith(BLOCKS))
     halves = {n.removesuffix(SCALES) for n in entries if n.endswith(SCALES)} ^ set(names)
     if halves:
         raise ValueError(
-            f"{min(halves)}: {folder} has its blocks or its scales, and not the other; "
+            f"{min(halves)}: {folder} has its blocks or its scales, but not both; "
             f"download or export both again"
         )
     if not names:
         raise ValueError(
-            f"{folder}: no weights in blocks and scales, so nothing packed to inspect; give a packed "
+            f"{folder}: nothing to inspect, since no weights are in blocks and scales; give a packed "
             f"checkpoint's folder"
         )
     others = None if compare is None else read_folder(compare)
@@ -48,7 +48,7 @@ def inspect(folder: Path, compare: Path | None = None) -> tuple[list[Row], Row]:
     for name in tqdm(names, desc="Inspecting", disable=None, file=sys.stderr):
         blocks, scales = (read_tensor(entries, name + suffix) for suffix in (BLOCKS, SCALES))
         if not blocks.numel():
-            raise ValueError(f"{name}: {folder} has it without elements; export it again")
+            raise ValueError(f"{name}: has no elements in {folder}; export it again")
         try:
             weight = MXTensor.from_blocks(blocks, scales, torch.bfloat16)
         except (TypeError, ValueError) as error:
@@ -89,20 +89,20 @@ def _error(name: str, weight: MXTensor, others: dict[str, Entry], folder: Path) 
     if name not in others:
         raise ValueError(
             f"{name}: {folder} has no such tensor to compare with; give "
-            f"the checkpoint in high precision that this one was packed from"
+            f"the high-precision checkpoint that this one was packed from"
         )
     original = read_tensor(others, name)
     if original.shape != weight.mT.shape:
         raise ValueError(
             f"{name}: has shape {tuple(original.shape)} in {folder}; the packed weight is "
-            f"{tuple(weight.mT.shape)} as transformers has it, [E, in, out]; give the checkpoint in high "
-            f"precision that this one was packed from"
+            f"{tuple(weight.mT.shape)} in transformers' layout, [E, in, out]; give the high-precision "
+            f"checkpoint that this one was packed from"
         )
     return relative_error(weight, original)
 
 
 def relative_error(packed: MXTensor, original: torch.Tensor) -> float:
-    """``|packed - original| / |original|`` of ``[E, out, in]`` and ``[E, in, out]``, an expert at a time."""
+    """``|packed - original| / |original|`` of ``[E, out, in]`` and ``[E, in, out]``, one expert at a time."""
     difference = norm = 0.0
     for got, wanted in zip(packed, original, strict=True):
         wanted = wanted.double().mT

@@ -1,4 +1,4 @@
-"""from_pretrained: a causal language model whose weights stay packed, or are packed as they are read."""
+"""from_pretrained: load a causal language model with packed weights, or pack them while loading."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from torchao_mx.hf.while_loading import PTQConfig, packs_while_loading, report_o
 from torchao_mx.nn.check_model import check_layers
 
 _HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-# Given to transformers with the model's config and when it loads; and only then.
+# Options for transformers, both when it reads the model's config and when it loads.
 _LOAD_OPTIONS = (*_HUB_OPTIONS, "code_revision", "trust_remote_code")
 _IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
 _REFUSED = frozenset(
@@ -61,54 +61,53 @@ def from_pretrained(
 ) -> PreTrainedModel:
     """Load a model of transformers with its weights in a block format, ready to be trained.
 
-    A checkpoint in MXFP4 (gpt-oss) is loaded as it is: each expert weight becomes a frozen :class:`MXTensor`
-    of the logical shape that the model's class declares, ``gate_up_proj [E, H, 2 I]`` and ``down_proj
-    [E, I, H]``, whose bytes are the file's; no bf16 copy is made, on the host or the device. All else is
-    trainable and in ``dtype``. Experts compute through
-    ``nn.experts.pipeline``. The whole checkpoint is checked first.
+    A checkpoint in MXFP4 (gpt-oss) stays packed: each expert weight becomes a frozen :class:`MXTensor` that
+    holds the file's bytes and has the logical shape that the model's class declares, ``gate_up_proj
+    [E, H, 2 I]`` and ``down_proj [E, I, H]``. No bf16 copy is made on the host or the device. All other
+    parameters are trainable and in ``dtype``. Experts compute through ``nn.experts.pipeline``. The whole
+    checkpoint is checked first.
 
-    A checkpoint in high precision is quantized with ``config``: every ``nn.Linear`` but the output head,
-    routers, gates and layers of one output, and every module of experts that :func:`torchao_mx.is_experts`
-    knows, as far as their sizes fit the format. One warning names what else stays in high precision, and why:
-    routers and gates, layers that do not fit, 3-D weights of a class that is not known
-    (:func:`torchao_mx.register_experts`). With a config of weights,
-    ``MXWeightOnlyConfig`` or ``MXDynamicActivationMXWeightConfig``, each is packed as soon as it has been
-    read, in ``dtype``, so that beside the packed ones a few are in memory in high precision and not the
-    model. The result is that of loading the model in ``dtype`` and then calling ``quantize_``, which is what
-    is done with every other config: ``QATConfig`` trains the weights in high precision. For LoRA, load with
-    ``MXWeightOnlyConfig`` and give ``quantize_`` an ``MXWeightOnlyLoRAConfig``, which keeps packed weights.
+    A checkpoint in high precision is quantized with ``config``: every module of experts that
+    :func:`torchao_mx.is_experts` knows and every ``nn.Linear``, except output heads, routers, gates, layers
+    with one output, and sizes that do not fit the format. One warning lists what stays in high precision
+    apart from heads, and why; this includes 3-D weights of unknown classes
+    (:func:`torchao_mx.register_experts`). With ``MXWeightOnlyConfig`` or
+    ``MXDynamicActivationMXWeightConfig``, each weight is read in ``dtype`` and packed at once, so only a few
+    weights are in high precision at a time. The result is the same as loading the model in ``dtype`` and then
+    calling ``quantize_``, which is what happens with every other config: ``QATConfig`` trains the weights in
+    high precision. For LoRA, load with ``MXWeightOnlyConfig`` and then call ``quantize_`` with an
+    ``MXWeightOnlyLoRAConfig``, which keeps packed weights.
 
     With an ``auto_class`` other than ``AutoModelForCausalLM``, tensors outside the base model that the
-    checkpoint lacks, such as a classifier's ``score``, are initialized anew, as transformers does and warns;
+    checkpoint lacks, such as a classifier's ``score``, are newly initialized, and transformers warns of it;
     heads stay in high precision.
 
-    ``model.save_pretrained`` of such a model saves adapters alone and otherwise raises, as transformers has
-    no layout for it; ``model.config`` names no quantization.
+    transformers has no layout for a model packed by ``config``: its ``model.save_pretrained`` saves adapters
+    alone and otherwise raises, and ``model.config`` names no quantization.
 
     Args:
         path: a folder, or a name on the Hub.
-        config: for a checkpoint in high precision, a config of ``quantize_`` such as
-            ``MXWeightOnlyConfig()``.
-        filter_fn: ``(module, name) -> bool``, which modules ``config`` quantizes, in the place of what is
-            said above: heads and routers too, if it selects them. What is packed already is never asked for.
-        auto_class: of transformers: ``AutoModelForSequenceClassification``, say.
+        config: for a checkpoint in high precision, a ``quantize_`` config such as ``MXWeightOnlyConfig()``.
+        filter_fn: ``(module, name) -> bool``, selects the modules to quantize instead of the rules above,
+            heads and routers included. It is not called for weights that are packed already.
+        auto_class: an auto class of transformers, such as ``AutoModelForSequenceClassification``.
         device_map: as in transformers; packed weights are not offloaded to the CPU or to disk.
-        dtype: of all that is not packed, and the logical dtype of what is.
+        dtype: the dtype of everything that is not packed, and the logical dtype of packed weights.
         kw: further options of ``auto_class.from_pretrained``.
 
     Returns:
         The model, in evaluation mode as transformers returns it.
 
     Raises:
-        TypeError: ``config`` is no config of ``quantize_``, ``filter_fn`` no function, ``auto_class`` none of
-            transformers' auto classes, ``dtype`` no floating dtype, or ``kw`` has options that this function
-            sets or does not take.
-        ValueError: the checkpoint is damaged, or of another quantization, or ``config`` can quantize none of
-            its layers or not all that ``filter_fn`` selects, or ``filter_fn`` selects nothing or is given
-            for a packed checkpoint; or it lacks tensors of the model, has more, or other shapes. The
-            message names each. (Parts of another model, such as an encoder of images, are left out.)
+        TypeError: ``config`` is not a ``quantize_`` config, ``filter_fn`` not a function, ``auto_class`` not
+            an auto class of transformers, ``dtype`` not a floating dtype, or ``kw`` has options that this
+            function sets or does not take.
+        ValueError: the checkpoint is damaged or has another quantization; tensors are missing, left over or
+            misshapen, each named (parts of other models, such as an image encoder, are ignored); ``config``
+            fits no layer, or not all that ``filter_fn`` selects; ``filter_fn`` selects nothing or is given
+            for a packed checkpoint.
         OSError: a file cannot be opened.
-        NotImplementedError: it is in MXFP4 and its experts are of no class known here.
+        NotImplementedError: the checkpoint is in MXFP4 and its experts are of no known class.
 
     Example::
 
@@ -119,7 +118,7 @@ def from_pretrained(
     check_high_precision(dtype, "dtype")
     if config is not None and not isinstance(config, AOBaseConfig):
         raise TypeError(
-            f"config is a {type(config).__name__}; it is a config of quantize_ such as MXWeightOnlyConfig(); "
+            f"config is a {type(config).__name__}; give a config of quantize_ such as MXWeightOnlyConfig(); "
             f"transformers' own is read from the folder"
         )
     if filter_fn is not None and not callable(filter_fn):
@@ -132,8 +131,8 @@ def from_pretrained(
     refused = sorted(kw.keys() & _REFUSED)
     if refused:
         raise TypeError(
-            f"{', '.join(refused)}: not taken here, where a folder is read whole by each process; the "
-            f"quantization is config=, the dtype dtype=, the places device_map="
+            f"{', '.join(refused)}: not supported, since each process reads the whole folder; use config= "
+            f"for the quantization, dtype= for the dtype, device_map= for the placement"
         )
     if kw.pop("use_safetensors", None) is False:
         raise TypeError(
@@ -150,8 +149,8 @@ def from_pretrained(
         )
     elif method != "mxfp4":
         raise ValueError(
-            f"{folder}: config.json says quant_method={method!r}; 'mxfp4' is read here, and checkpoints in "
-            f"high precision with config=: load this one with transformers' own from_pretrained"
+            f"{folder}: config.json says quant_method={method!r}; only 'mxfp4' is read here, and "
+            f"high-precision checkpoints with config=: load this one with transformers' own from_pretrained"
         )
     elif config is not None or filter_fn is not None:
         raise ValueError(
@@ -161,13 +160,13 @@ def from_pretrained(
         )
     else:
         model = _load_packed(folder, entries, model_config, auto_class, options)
-    # PEFT stores it: the Hub's name, not that of a folder in its cache.
+    # PEFT stores this name: it must be the Hub's, not that of a cache folder.
     model.name_or_path = model.config.name_or_path = str(path)
     return model
 
 
 def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
-    """Where the files are; the Hub's options are taken out of ``kw`` once it was asked."""
+    """The folder with the files, downloaded if necessary; the Hub's options are then removed from ``kw``."""
     if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"path is {path!r}; give a checkpoint's folder, or a name on the Hub")
     if Path(path).is_dir():
@@ -183,7 +182,7 @@ def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
     if kw.get("trust_remote_code"):
         wanted.append("*.py")
     with from_transformers(path, "give a checkpoint's folder, or a name on the Hub"):
-        # Subfolders have other programs' copies of the weights.
+        # Subfolders hold copies of the weights for other programs.
         folder = snapshot_download(
             str(path), allow_patterns=wanted, ignore_patterns=["*/*"], **options
         )
@@ -193,7 +192,7 @@ def _local_folder(path: str | Path, kw: dict[str, Any]) -> Path:
 def _read_configs(
     folder: Path, entries: dict[str, Entry], kw: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]]:
-    """The model's config with what ``kw`` sets in it, and what of ``kw`` is for the model."""
+    """The model's config, with the fields that ``kw`` sets, and the rest of ``kw``, for loading."""
     loads = {name: kw[name] for name in _LOAD_OPTIONS if name in kw}
     fields = {name: value for name, value in kw.items() if name not in _IMPLEMENTATIONS}
     config, unused = load_config(folder, entries.values(), **fields)
@@ -218,7 +217,7 @@ def _load_packed(
 
 
 def _without_new_heads(entries: dict[str, Entry], skeleton: PreTrainedModel) -> dict[str, Entry]:
-    """Of ``entries`` those that the skeleton or its base model has, and of the skeleton's heads likewise."""
+    """Drop the skeleton's heads that ``entries`` lack; return the ``entries`` that belong to the rest."""
     inside = f"{skeleton.base_model_prefix}."
     for name, child in list(skeleton.named_children()):
         stored = any(f"{name}.{key}" in entries for key in child.state_dict())
@@ -240,7 +239,7 @@ def _load_and_quantize(
     if config is None:
         raise ValueError(
             f"{folder}: config.json has no quantization_config, so the checkpoint is in high precision; say "
-            f"how to quantize it, as with config=MXWeightOnlyConfig()"
+            f"how to quantize it, for example with config=MXWeightOnlyConfig()"
         )
     skeleton = build_skeleton(
         auto_class, model_config, folder, dtype=options["dtype"],
@@ -251,8 +250,8 @@ def _load_and_quantize(
     if not any(selects(module, name) for name, module in skeleton.named_modules()):
         raise ValueError(
             f"{folder}: {type(skeleton).__name__} has nothing to quantize: filter_fn selects no module, or "
-            f"there is no linear layer and no module of experts that is known; load it with transformers' "
-            f"own from_pretrained"
+            f"there is no linear layer and no known module of experts; load it with transformers' own "
+            f"from_pretrained"
         )
     new_head = auto_class is not AutoModelForCausalLM
     ignore_mismatched = bool(options.get("ignore_mismatched_sizes"))

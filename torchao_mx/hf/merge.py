@@ -1,8 +1,8 @@
-"""Adapters added to the weights beside which they were trained: ``Q(W + D)`` with ``D = s B A``.
+"""Add adapters to the weights that they were trained with: ``Q(W + D)`` with ``D = s B A``.
 
-W is dequantized, the sum is made in fp32, an expert at a time, and quantized into W's own format; an unpacked
-W is rounded once, to its dtype. What that costs is returned: 4 bits are coarse, and an update is small. A
-warning names the weights that keep less than ``LOST`` of theirs.
+W is dequantized, summed with D in fp32, one expert at a time, and quantized again in its own format; an
+unpacked W is rounded once, to its dtype. The rounding error is returned, since 4 bits are coarse and updates
+are small. A warning names the weights that keep less than ``LOST`` of their update.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from torchao_mx.nn.lora import MXLoRAExperts, MXLoRALinear, MXWeightOnlyLoRAConf
 from torchao_mx.tensor import MXTensor
 from torchao_mx.torch_internals import parameters_of
 
-# Of sums. In RCEIL a block whose largest element is the format's gets twice the scale, and half the
-# resolution, when that grows at all; in EVEN it stays as it is.
+# For merged sums. Under RCEIL, a block whose largest element is the format's maximum gets twice the scale,
+# and half the resolution, as soon as that element grows; under EVEN the scale stays.
 SCALING_MODE = ScaleCalculationMode.EVEN
 # A weight that keeps less than this share of its update has lost it.
 LOST = 0.1
@@ -44,18 +44,18 @@ _KEY = re.compile(rf"{re.escape(PREFIX)}(.+?)((?:\.base_layer)*)\.lora_[AB]\.wei
 
 
 class MergeError(NamedTuple):
-    """What is lost where an update ``D`` is merged into a weight: ``Q(W + D) - (W + D)``, in Frobenius norm.
+    """The rounding error of merging an update ``D``: ``Q(W + D) - (W + D)``, in Frobenius norm.
 
-    ``delta_error`` is often 1 and more in 4 bits: a typical update is smaller than half a step of the grid,
-    so that rounding takes it back, and where a block's scale changes, the whole block is rounded anew.
-    Serving the adapter beside the packed weight loses nothing.
+    ``delta_error`` is often 1 or more in 4 bits: a typical update is smaller than half a step of the grid, so
+    rounding undoes it; and if a block's scale changes, the whole block is rounded anew. Serving the adapter
+    beside the packed weight loses nothing.
 
     Attributes:
         weight_error: relative to ``|W + D|``.
-        delta_error: relative to ``|D|``, so that 1 is what leaving the update out costs; 0 where D is zero.
-        kept: what has arrived of D in the change ``C = Q(W + D) - W``, ``<C, D> / max(|C|, |D|)^2``: 1
-            without rounding or where D is zero, 0 where the weight is as it was or moved by rounding alone.
-            Below 0.1 the update counts as lost.
+        delta_error: relative to ``|D|``, so 1 is the cost of leaving the update out; 0 if D is zero.
+        kept: the share of D in the change ``C = Q(W + D) - W``, ``<C, D> / max(|C|, |D|)^2``: 1 without
+            rounding or if D is zero, 0 if the weight is unchanged or moved by rounding alone. Below 0.1 the
+            update counts as lost.
     """
 
     weight_error: float
@@ -64,11 +64,11 @@ class MergeError(NamedTuple):
 
 
 class MergeWarning(UserWarning):
-    """Rounding has taken the update of some weights back."""
+    """Warns that rounding has undone the update of some weights."""
 
 
 class Update(NamedTuple):
-    """A weight and what is to be added to it."""
+    """A weight and the update to add to it."""
 
     weight: torch.Tensor  # W [out, in] or [E, out, in]; if transposed, [E, in, out]
     lora_a: torch.Tensor  # [r, in] or [E, r, in]
@@ -84,31 +84,31 @@ def merge_adapter(
     *,
     scaling_mode: ScaleCalculationMode = SCALING_MODE,
 ) -> dict[str, MergeError]:
-    """Add an adapter, as :func:`save_adapter` or PEFT saved it, to the weights of a model without adapters.
+    """Add an adapter that :func:`save_adapter` or PEFT saved to the weights of a model without adapters.
 
-    ``W + s B A`` is summed in fp32, of experts one at a time. A packed weight is quantized again in its
-    format, except for experts whose update is zero: these keep their bytes. A plain one is rounded once, to
+    ``W + s B A`` is summed in fp32, one expert at a time. A packed weight is quantized again in its format,
+    except for experts whose update is zero, which keep their bytes. An unpacked weight is rounded once, to
     its dtype. Parameters stay the same objects.
 
     Args:
         model: from :func:`from_pretrained`; ``nn.Linear`` and modules of experts, packed or not.
         path: a folder with ``adapter_config.json`` and ``adapter_model.safetensors``. Experts' adapters may
-            be in the layout of PEFT under transformers 5 or 4. Where they adapt some of a module's weights
-            only, ``target_parameters`` in the config has to tell which.
-        scaling_mode: how a block's E8M0 scale follows from its largest magnitude. Measured of a Gaussian
-            weight in MXFP4 (by RCEIL) and an update of 1 % of its norm: a ``weight_error`` of 0.010 by EVEN,
-            0.045 by FLOOR, 0.049 by RCEIL, 0.107 by CEIL.
+            be in PEFT's layout under transformers 5 or 4. If they adapt only some of a module's weights,
+            ``target_parameters`` in the config must name them.
+        scaling_mode: how a block's E8M0 scale follows from its largest magnitude. Measured for a Gaussian
+            weight in MXFP4 (by RCEIL) and an update of 1 % of its norm: ``weight_error`` is 0.010 with EVEN,
+            0.045 with FLOOR, 0.049 with RCEIL, 0.107 with CEIL.
 
     Returns:
-        What rounding cost, by the full name of each weight. **Small updates vanish in 4 bits**: see
-        :class:`MergeError` before serving the result. Weights that lost theirs are warned of.
+        The rounding error of each weight, by full name. **Small updates vanish in 4 bits**: check
+        :class:`MergeError` before serving the result. A warning lists the weights that lost their update.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
         TypeError: ``scaling_mode`` is not a ``ScaleCalculationMode``.
-        ValueError: a kind of adapter that has no counterpart here; tensors missing, unknown, of other shapes,
-            not floating, or so large that products overflow; weights that cannot be merged into, adapters
-            already there. All is checked before the first weight is changed, and the message names each.
+        ValueError: an unsupported kind of adapter; tensors that are missing, unknown, misshapen, not
+            floating, or so large that products overflow; weights that cannot be merged into; a model that
+            has adapters. The message names each, and no weight is changed.
 
     Example::
 
@@ -138,14 +138,14 @@ def merge_adapter(
 
 
 def lost_updates(errors: dict[str, MergeError]) -> str | None:
-    """What to say of the weights that have lost their update; None where none has."""
+    """The message about weights that have lost their update; None if there are none."""
     lost = {name: error.kept for name, error in errors.items() if error.kept < LOST}
     if not lost:
         return None
     lines = listed([f"{name}: {100 * kept:.1f} % is kept" for name, kept in lost.items()])
     return (
-        f"rounding takes back the update of {len(lost)} of {len(errors)} weights; serve the adapter beside "
-        f"the packed weights, which loses nothing:\n{lines}"
+        f"rounding undoes the update of {len(lost)} of {len(errors)} weights; serve the adapter beside the "
+        f"packed weights, which loses nothing:\n{lines}"
     )
 
 
@@ -156,7 +156,7 @@ def warn_of_lost(errors: dict[str, MergeError]) -> None:
 
 
 def updates_of(model: nn.Module) -> dict[str, Update]:
-    """What the adapters in a model add to which parameter, by its name; of linear layers not to be packed.
+    """The update of each adapted parameter, by name; linear layers are to be stored unpacked.
 
     Raises:
         ValueError: adapters so large that their product overflows.
@@ -179,7 +179,7 @@ def updates_of(model: nn.Module) -> dict[str, Update]:
 
 @torch.no_grad()
 def merge(update: Update) -> tuple[torch.Tensor, MergeError]:
-    """``W + s B A`` stored as W is, of W's shape and dtype, and what that cost; no input is changed."""
+    """Return ``W + s B A`` in W's format, shape and dtype, and the rounding error; inputs are unchanged."""
     weight, a, b = update.weight, update.lora_a, update.lora_b
     base = weight.mT if update.transposed else weight  # [..., out, in]
     parts, norms = [], []
@@ -203,7 +203,7 @@ def _merge_matrix(
     scaling: float,
     mode: ScaleCalculationMode | None,
 ) -> tuple[torch.Tensor, tuple[float, ...]]:
-    """``w [out, in]`` with its update D; norms of what rounding lost, the sum, D, the change C; <C, D>."""
+    """``w [out, in]`` plus its update D; norms of rounding error, sum, D and change C; and <C, D>."""
     values = _values(w)
     if mode is None:
         w = values.to(w.dtype)
@@ -227,7 +227,7 @@ def _values(w: torch.Tensor) -> torch.Tensor:
 def _stored(
     values: torch.Tensor, like: torch.Tensor, mode: ScaleCalculationMode | None
 ) -> torch.Tensor:
-    """fp32 ``values`` quantized as ``like`` is, or rounded to its dtype."""
+    """Quantize fp32 ``values`` to the format of ``like``, or round them to its dtype."""
     if not isinstance(like, MXTensor):
         return values.to(like.dtype)
     packed = MXTensor.from_hp(values, like.format, mode, activation=like.activation)
@@ -239,7 +239,7 @@ def _ratio(part: float, whole: float) -> float:
 
 
 def _scaling(config: dict[str, Any]) -> float:
-    """What an adapter's product is multiplied by; its rank and scale are checked as those of ours are."""
+    """The factor of an adapter's product; rank and scale are checked by ``MXWeightOnlyLoRAConfig``."""
     fields = {name: config.get(name) for name in ("r", "lora_alpha")}
     try:
         ours = MXWeightOnlyLoRAConfig(use_rslora=config.get("use_rslora", False), **fields)
@@ -249,24 +249,24 @@ def _scaling(config: dict[str, Any]) -> float:
 
 
 def _check_bare(model: nn.Module) -> None:
-    """Refuse a model with adapters: those of a file belong to weights that have none."""
+    """Refuse a model that has adapters: a file's adapters belong to the weights without any."""
     for name, module in model.named_modules():
         if isinstance(module, (MXLoRALinear, MXLoRAExperts)) or hasattr(module, "base_layer"):
             raise ValueError(
-                f"{name} has adapters already, {type(module).__name__}'s; merge into the model as "
-                f"from_pretrained gives it. Those that quantize_ made are merged by "
-                f"save_pretrained(merge_adapters=True), PEFT's are taken out by its unload()"
+                f"{name} already has adapters, in a {type(module).__name__}; merge into the model that "
+                f"from_pretrained returns. To merge adapters made by quantize_, use "
+                f"save_pretrained(merge_adapters=True); remove PEFT's with its unload()"
             )
 
 
 def _adapters_in(
     tensors: dict[str, torch.Tensor], config: dict[str, Any], model: nn.Module
 ) -> list[Adapter]:
-    """What a file with keys as those of ``tensors`` has to hold to be merged into ``model``.
+    """The adapters that a file with the keys of ``tensors`` must hold to be merged into ``model``.
 
     Raises:
-        ValueError: no adapters; experts of which the file adapts it is not told which; weights that cannot be
-            merged into.
+        ValueError: no adapters; the config does not tell which of a module's weights are adapted; weights
+            that cannot be merged into.
     """
     found: dict[str, set[str]] = {}  # module: how deep PEFT's wrappers are nested
     for key in tensors:
@@ -282,8 +282,8 @@ def _adapters_in(
         named = [w for w in weights if f".{name}.{w}".endswith(tuple(f".{t}" for t in targets))]
         if len(weights) > 1 and not named and len(found[name]) < len(weights):
             problems.append(
-                f"{name}: {ADAPTER_WEIGHTS} has adapters of {len(found[name])} of {', '.join(weights)}, and "
-                f"target_parameters={config.get('target_parameters')!r} in {ADAPTER_CONFIG} does not tell of "
+                f"{name}: {ADAPTER_WEIGHTS} has adapters for {len(found[name])} of {', '.join(weights)}, but "
+                f"target_parameters={config.get('target_parameters')!r} in {ADAPTER_CONFIG} does not tell "
                 f"which: name them there"
             )
             continue
@@ -299,11 +299,11 @@ def _adapters_in(
             a, b = (torch.empty(shape, device="meta") for shape in shapes)
             adapters.append(Adapter(f"{name}.{weight}", key, a, b, transposed))
     names = config.get("target_modules")
-    for name in names if isinstance(names, list) else []:  # PEFT's files have last names
+    for name in names if isinstance(names, list) else []:  # PEFT's files give last parts only
         linear = isinstance(name, str) and isinstance(modules.get(name), nn.Linear)
         if linear and name not in found:
             problems.append(
-                f"{name}: target_modules in {ADAPTER_CONFIG} names it, and its adapter is missing; copy both "
+                f"{name}: target_modules in {ADAPTER_CONFIG} names it, but its adapter is missing; copy both "
                 f"files again, or save the adapter again"
             )
     raise_problems(problems, f"{ADAPTER_WEIGHTS} cannot be merged")
@@ -313,7 +313,7 @@ def _adapters_in(
 
 
 def _weights_of(module: nn.Module) -> list[str]:
-    """The parameters that adapters may be of, in their registered order."""
+    """The parameters that may have adapters, in the order of registration."""
     if isinstance(module, nn.Linear):
         return ["weight"] if parameters_of(module).get("weight") is not None else []
     layout = layout_of(module)
@@ -323,7 +323,7 @@ def _weights_of(module: nn.Module) -> list[str]:
 def _refusal(weight: nn.Parameter, transposed: bool, uses: int) -> str | None:
     """Why nothing can be merged into ``weight``."""
     if uses > 1:
-        return "other modules have this parameter too (tied embeddings), and would change with it; untie it"
+        return "other modules share this parameter (tied embeddings) and would change with it; untie it"
     if isinstance(weight, MXTensor):
         along_input = weight.packed_axis == (-2 if transposed else -1)
         return (
@@ -331,18 +331,18 @@ def _refusal(weight: nn.Parameter, transposed: bool, uses: int) -> str | None:
         )
     if type(weight.data) is not torch.Tensor or weight.dtype not in HIGH_PRECISION_DTYPES:
         return (
-            f"a {type(weight.data).__name__} of {weight.dtype}; adapters are merged into MXTensors and into "
-            f"plain bfloat16, float16 or float32"
+            f"a {type(weight.data).__name__} of {weight.dtype}; adapters can be merged into MXTensors and "
+            f"into plain bfloat16, float16 or float32"
         )
     return None
 
 
 def _check_size(updates: dict[str, Update]) -> None:
-    """Refuse adapters that are not finite, or whose product may not be in the weight's dtype."""
+    """Refuse adapters that are not finite, or whose product may overflow the weight's dtype."""
     problems = []
     for name, update in updates.items():
         a, b = (t.detach().float().abs().max().item() for t in (update.lora_a, update.lora_b))
         limit = torch.finfo(update.weight.dtype).max / 2
-        if not update.scaling * update.lora_a.shape[-2] * a * b < limit:  # NaN is not less either
+        if not update.scaling * update.lora_a.shape[-2] * a * b < limit:  # NaN fails it too
             problems.append(f"{name}: lora_A of up to {a:g} and lora_B of up to {b:g}")
-    raise_problems(problems, "adapters that overflow; take them from before training diverged")
+    raise_problems(problems, "adapters overflow; take them from before training diverged")

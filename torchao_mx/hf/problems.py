@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint: one error of it all, in the same words wherever it is found."""
+"""Report all problems of a checkpoint in one error, in the same words wherever they are found."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _LINES = 12
 
 
 def listed(lines: list[str]) -> str:
-    """A list for a message, cut where it grows long."""
+    """Join lines for a message; a long list is cut."""
     more = [f"... and {len(lines) - _LINES} more"] if len(lines) > _LINES else []
     return "\n".join([*lines[:_LINES], *more])
 
 
 def raise_problems(problems: Collection[str], what: str) -> None:
-    """One error of all ``problems``, if there are any.
+    """Raise one error that lists ``problems``, if there are any.
 
     Raises:
-        ValueError: there are.
+        ValueError: ``problems`` is not empty.
     """
     if problems:
         raise ValueError(f"{what}:\n{listed(list(problems))}")
@@ -36,8 +36,8 @@ def unplaced(name: str) -> str:
 
 
 def misshapen(name: str, found: object, wanted: tuple[int, ...]) -> str:
-    return f"{name}: has shape {found} and config.json asks for {tuple(wanted)}; {FIT}"
+    return f"{name}: has shape {found}, but config.json asks for {tuple(wanted)}; {FIT}"
 
 
 def mistyped(name: str, found: str, wanted: tuple[str, ...]) -> str:
-    return f"{name}: has dtype {found} and needs {' or '.join(wanted)}; export it again"
+    return f"{name}: has dtype {found}, but needs {' or '.join(wanted)}; export it again"

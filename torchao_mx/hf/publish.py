@@ -1,7 +1,7 @@
-"""A new checkpoint in the old one's place: at every instant transformers finds one of the two complete.
+"""Replace a checkpoint with a new one; at every instant transformers finds one of the two complete.
 
-The new one is filled into a hidden folder inside the target. :func:`replacing` then puts its files there, in
-an order with one moment of change: the ``os.replace`` of config.json.
+The new checkpoint is written to a hidden folder inside the target. :func:`replacing` then moves its files
+into the target in an order with a single moment of change: the ``os.replace`` of config.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from torchao_mx.hf.files import ADAPTER_CONFIG, CONFIG, INDEX, SINGLE, WEIGHTS_KEY
 from torchao_mx.hf.staging import check_folder, pending_name, staging, sync, write_json, writing
 
-# What a checkpoint in the target's place would otherwise leave there.
+# Files of an old checkpoint, which the new one replaces or removes.
 _REPLACED = re.compile(
     r"(model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
     r"|config\.json|generation_config\.json"
@@ -26,16 +26,16 @@ _REPLACED = re.compile(
 
 @contextlib.contextmanager
 def replacing(path: str | Path, size: int) -> Iterator[Path]:
-    """A new folder to be filled with a checkpoint, of ``size`` bytes of weights, which then goes to ``path``.
+    """Yield a folder to fill with a checkpoint of ``size`` bytes of weights; it then replaces ``path``.
 
-    On an error ``path`` is as it was. The weights take longest, so that what may fail is written before them.
+    On any error ``path`` stays unchanged. Weights take longest, so write whatever may fail before them.
 
     Raises:
-        ValueError, OSError: as :func:`check_target`; too little room; another save into it is under way.
+        ValueError, OSError: as :func:`check_target`; too little space; another save into it is under way.
     """
     target = check_target(path)
     for folder in () if target.exists() else _siblings(target):
-        if folder.name.endswith(".old"):  # an earlier version had moved it away when it was killed
+        if folder.name.endswith(".old"):  # moved away by an earlier version that was then killed
             folder.rename(target)
     with staging(target, size) as stage:
         yield stage
@@ -45,32 +45,32 @@ def replacing(path: str | Path, size: int) -> Iterator[Path]:
 
 
 def check_target(path: str | Path, merged: bool = False) -> Path:
-    """The folder behind links; refuse one into which no checkpoint, or none with ``merged`` adapters, can go.
+    """Resolve links; refuse a folder that cannot take a checkpoint or, with ``merged``, merged adapters.
 
     Raises:
-        ValueError: it is a file, or has a folder in a file's place; it has an adapter, which would be added a
-            second time.
-        OSError: it may not be written into.
+        ValueError: it is a file, or has a folder in place of a checkpoint's file; with ``merged``, it has an
+            adapter, which would be added a second time.
+        OSError: it is not writable.
     """
     target = check_folder(path)
     for entry in target.iterdir() if target.exists() else ():
         if _REPLACED.fullmatch(entry.name) and entry.is_dir():
-            raise ValueError(f"{entry} is a folder in the place of a checkpoint's file; remove it")
+            raise ValueError(f"{entry} is a folder in place of a checkpoint's file; remove it")
     if merged and (target / ADAPTER_CONFIG).exists():
         raise ValueError(
-            f"{path} has an {ADAPTER_CONFIG}, and transformers would load that adapter over the merged "
-            f"weights; give another folder"
+            f"{path} has an {ADAPTER_CONFIG}, and transformers would add that adapter to the merged weights; "
+            f"give another folder"
         )
     return target
 
 
 def _publish(stage: Path) -> None:
-    """Put the checkpoint in ``stage`` in the place of its parent's; at every instant one of the two loads.
+    """Replace the checkpoint in the parent of ``stage`` with that in ``stage``; one of the two always loads.
 
-    The new weights get names of their own beside the old ones. Replacing config.json with one that names them
-    by transformers' own key is the switch. The usual names, which nothing reads now, are replaced one by one,
-    and config.json last, by the one without the key. Where there was none, there was nothing to load, and
-    writing it is the switch.
+    The new weights first get pending names beside the old ones. The switch replaces config.json with one that
+    names them by transformers' own key. Nothing reads the usual names now; they are replaced one by one, and
+    finally config.json by the one without the key. If the target had no config.json, nothing could be loaded
+    from it, and writing config.json is the switch.
     """
     target = stage.parent
     files = sorted(file.name for file in stage.iterdir())
@@ -92,7 +92,7 @@ def _publish(stage: Path) -> None:
 
 
 def _pending_config(stage: Path) -> Path:
-    """A config for weights under their pending names, which they get; to be put in the old one's place."""
+    """Give the weights their pending names; return a config that names them, to replace the old one."""
     target, index = stage.parent, stage / INDEX
     for file in stage.glob("*.safetensors"):
         with writing(stage / pending_name(stage, file.name), file.stat().st_size):
@@ -120,7 +120,7 @@ def _link(source: Path, destination: Path) -> None:
 
 
 def _siblings(target: Path) -> list[Path]:
-    """Where earlier versions, if killed, left the old checkpoint or an unfinished one, beside ``target``."""
+    """Folders beside ``target`` where earlier versions, when killed, left an old or unfinished checkpoint."""
     name = re.compile(rf"\.{re.escape(target.name)}\.(old|[0-9a-f]{{8}})")
     try:
         found = [entry for entry in target.parent.iterdir() if name.fullmatch(entry.name)]

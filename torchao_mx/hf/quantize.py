@@ -1,4 +1,4 @@
-"""A gpt-oss checkpoint in high precision to the published layout, file to file: no model is built."""
+"""Quantize a high-precision gpt-oss checkpoint to the published layout, file to file, without a model."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from torchao_mx.nn.ptq import MXWeightOnlyConfig
 def quantize_checkpoint(
     source: Path, target: Path, scaling_mode: ScaleCalculationMode, limit: int
 ) -> tuple[list[Row], Row]:
-    """Quantize the experts of the checkpoint ``source`` to MXFP4 into ``target``; (rows, totals).
+    """Quantize the experts of the checkpoint ``source`` to MXFP4 into ``target``; return (rows, totals).
 
-    Tensors are read and quantized one by one, and written by shards. All others stay as they are, as do files
-    such as a tokenizer's; those that the model has no place for are left out.
+    Tensors are read and quantized one at a time, and written shard by shard. Other tensors are copied, as are
+    files such as a tokenizer's; tensors that the model has no place for are left out.
 
     Args:
-        source: experts as ``gate_up_proj [E, in, out]`` and ``down_proj``, in one file or in shards.
-        target: the folder to write, new or existing; on any error it is as it was.
+        source: has the experts as ``gate_up_proj [E, in, out]`` and ``down_proj``, in one file or in shards.
+        target: the folder to write, new or existing; unchanged on any error.
         scaling_mode: how a block's scale follows from its largest magnitude.
-        limit: bytes a shard may have.
+        limit: maximum bytes per shard.
 
     Raises:
-        ValueError: ``source`` cannot be read, is packed already, is of another architecture, or has tensors
+        ValueError: ``source`` cannot be read, is packed already, has another architecture, or has tensors
             that are missing, misshapen, of another dtype or not finite; the message names each.
     """
     rows: list[Row] = []
@@ -50,7 +50,7 @@ def quantize_checkpoint(
 
 
 def folder_source(source: Path, scaling_mode: ScaleCalculationMode, rows: list[Row]) -> Source:
-    """The tensors of a checkpoint in high precision; ``rows`` gets one for each weight that is quantized.
+    """A high-precision checkpoint as a source; reading a weight quantizes it and adds a row to ``rows``.
 
     Raises:
         ValueError: as :func:`quantize_checkpoint`.
@@ -64,7 +64,7 @@ def folder_source(source: Path, scaling_mode: ScaleCalculationMode, rows: list[R
         )
         what = next(packed, f"quant_method={method!r} in {CONFIG}")
         raise ValueError(
-            f"{source}: quantized already, {what}; give the checkpoint in high precision that it is from"
+            f"{source}: quantized already, {what}; give the high-precision checkpoint that it was made from"
         )
     skeleton = build_skeleton(AutoModelForCausalLM, config, source)
     raise_problems(header_problems(entries, skeleton, []), f"{source} cannot be quantized")

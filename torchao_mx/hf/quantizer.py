@@ -1,6 +1,6 @@
-"""What the quantizer "torchao_mx" is under both versions; ``_v5.py`` and ``_v4.py`` add how each loads.
+"""The quantizer "torchao_mx" for transformers 4 and 5; ``hooks_v4.py`` and ``hooks_v5.py`` add the loading.
 
-Stored configs say "mxfp4", as the published ones do, so that any loader of gpt-oss reads what is saved.
+Stored configs say "mxfp4", as the published ones do, so any loader of gpt-oss can read a saved model.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ NAME = "torchao_mx"
 
 @register_quantization_config(NAME)
 class MXQuantizationConfig(QuantizationConfigMixin):
-    """What ``model.config.quantization_config`` is for a model loaded here; stored as "mxfp4".
+    """The ``model.config.quantization_config`` of a model that was loaded packed; stored as "mxfp4".
 
     Args:
-        modules_to_not_convert: what a checkpoint's config says of the modules that are not packed.
+        modules_to_not_convert: the modules that are not packed, from the checkpoint's config.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class MXQuantizationConfig(QuantizationConfigMixin):
 
 
 class MXQuantizer(HfQuantizer):
-    """What both versions share: the model may be trained, is not offloaded, and is stored packed."""
+    """The part that both versions share: models are trainable, never offloaded, and stored packed."""
 
     is_trainable = True
     is_qat_trainable = True
@@ -51,12 +51,12 @@ class MXQuantizer(HfQuantizer):
     requires_parameters_quantization = False
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse to offload; called again with the places that ``device_map="auto"`` comes to."""
+        """Refuse to offload; called again with the devices that ``device_map="auto"`` resolves to."""
         places = {str(d) for d in device_map.values()} if isinstance(device_map, dict) else set()
         if "disk" in places or ("cpu" in places and len(places) > 1):
             raise ValueError(
                 f"device_map places parts of the model on {', '.join(sorted(places))}; packed weights are "
-                f"not offloaded: use more or larger GPUs, or device_map='cpu' for all of it"
+                f"not offloaded: use more or larger GPUs, or device_map='cpu' for the whole model"
             )
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
@@ -65,10 +65,10 @@ class MXQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any, **kwargs: Any
     ) -> tuple[dict[str, torch.Tensor] | None, dict]:
-        """What transformers' own save_pretrained writes; None where it takes adapters alone.
+        """What transformers' save_pretrained writes; None if it saves PEFT's adapters by itself.
 
-        Of a model with our adapters those alone, from which Trainer resumes: it saves in the midst of
-        training, where an error would lose the run.
+        For a model with this library's adapters, only the adapters, from which Trainer resumes: it saves
+        during training, where an error would lose the run.
         """
         if holds_adapters_of_peft(model):
             return None, {}
@@ -76,12 +76,12 @@ class MXQuantizer(HfQuantizer):
         if not adapters:
             return packed_state_dict(model), {}
         warnings.warn(
-            f"{type(model).__name__} is saved as its adapters alone, which is what Trainer resumes from; "
-            f"torchao_mx.hf.save_adapter saves them for others, torchao_mx.hf.save_pretrained with "
-            f"merge_adapters=True the whole",
+            f"{type(model).__name__} is saved as its adapters alone, from which Trainer resumes; use "
+            f"torchao_mx.hf.save_adapter to save them for other programs, torchao_mx.hf.save_pretrained with "
+            f"merge_adapters=True to save the whole model",
             stacklevel=2,
         )
         return adapters, {}
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
-        """Nothing; in v4 the base class imports accelerate to look for Llama 4."""
+        """Do nothing; in v4 the base class would import accelerate to look for Llama 4."""

@@ -1,13 +1,13 @@
-"""Which linear layers stay in high precision for what they do: those that choose, and those of the output.
+"""Find the linear layers whose role keeps them in high precision: routers, gates and output heads.
 
-A small error in a router's logits gives a token other experts. So a layer stays
+A small error in a router's logits sends a token to other experts. So a layer stays in high precision if it is
 
-- inside a router, gate or indexer: a module whose class or name says router, gating or indexer (the layers
-  that choose which tokens sparse attention sees), or one called ``gate`` beside experts. A ``gate`` without
-  experts, a ``gate_proj``, ``output_gate`` or ``forget_gate`` scales activations and is packed as any other;
-- beside experts, under any name, with an output for each of them;
-- with one output, as the gates of shared experts and the heads of reward models have;
-- of the output: what ``get_output_embeddings`` returns, and what lies outside the base model or right under
+- inside a router, gate or indexer: a module whose class or name says router, gating or indexer (indexers
+  choose which tokens sparse attention sees), or one called ``gate`` beside experts. A ``gate`` without
+  experts, a ``gate_proj``, ``output_gate`` or ``forget_gate`` scales activations and is packed as usual;
+- beside experts, under any name, with one output per expert;
+- a layer with a single output, such as the gates of shared experts and the heads of reward models;
+- an output head: what ``get_output_embeddings`` returns, and layers outside the base model or directly under
   the model, such as ``score`` and ``classifier``.
 
 Nothing is run: the roles follow from the modules' places, classes and sizes.
@@ -33,7 +33,7 @@ ROUTER, ONE, HEAD = "a router or gate", "a gate or head of one output", "an outp
 
 
 def kept_linears(model: PreTrainedModel) -> dict[str, str]:
-    """The linear layers of ``model`` that are to stay in high precision, by name; what each is."""
+    """The role of each linear layer of ``model`` that stays in high precision, by name."""
     modules = dict(model.named_modules())
     counts = _experts_beside(modules)
     holders = {prefix for name in counts for prefix in _prefixes(name)} | counts.keys()
@@ -41,9 +41,9 @@ def kept_linears(model: PreTrainedModel) -> dict[str, str]:
     inside = set() if base is model else {id(module) for module in base.modules()}
 
     def chooses(name: str) -> bool:
-        """Whether the module ``name`` chooses."""
+        """Whether the module ``name`` is a router, gate or indexer."""
         owner, _, own = name.rpartition(".")
-        if name in holders:  # of experts, and not beside them
+        if name in holders:  # it contains the experts
             return False
         kind = type(modules[name]).__name__
         return bool(
@@ -69,7 +69,7 @@ def kept_linears(model: PreTrainedModel) -> dict[str, str]:
 
 
 def _experts_beside(modules: dict[str, nn.Module]) -> dict[str, set[int]]:
-    """The modules that hold experts right below them, by name; how many experts there are."""
+    """The possible numbers of experts directly below each module that holds some, by its name."""
     counts: dict[str, set[int]] = {}
     for name, module in modules.items():
         owner, _, own = name.rpartition(".")
@@ -83,12 +83,12 @@ def _experts_beside(modules: dict[str, nn.Module]) -> dict[str, set[int]]:
 
 
 def _prefixes(name: str) -> list[str]:
-    """The names of the modules around the module ``name``, the model's own, "", among them."""
+    """The names of the modules that contain the module ``name``, including the model's own, ""."""
     parts = name.split(".")
     return [".".join(parts[:i]) for i in range(len(parts))]
 
 
 def _is_layered(modules: dict[str, nn.Module], name: str) -> bool:
-    """Whether ``name`` is in a part of the model that has layers, as an encoder beside the base model has."""
+    """Whether ``name`` is in a part of the model with layers, such as an encoder beside the base model."""
     top = modules[name.split(".")[0]]
     return any(isinstance(module, nn.ModuleList) for module in top.modules())

@@ -1,4 +1,4 @@
-"""save_pretrained: a model in memory as the source of a checkpoint."""
+"""save_pretrained: write a checkpoint from a model in memory."""
 
 from __future__ import annotations
 
@@ -23,37 +23,35 @@ def save_pretrained(
     max_shard_size: int | str = "5GB",
     merge_adapters: bool = False,
 ) -> dict[str, MergeError]:
-    """Save a gpt-oss model as published ones are: experts in MXFP4 blocks and scales, the rest as it is.
+    """Save a gpt-oss model in the published layout: experts in MXFP4 blocks and scales, the rest unchanged.
 
-    Stock transformers of both versions loads the folder, where it dequantizes to the values of
-    ``MXTensor.dequantize()`` bit for bit; so does :func:`from_pretrained`, to the same bytes. Other files of
-    an existing folder, such as a tokenizer's, stay. On any error the folder is as it was; if the process is
-    killed, the old checkpoint loads or the new one, and the next save removes what is left. How weights
-    quantize their activations (``MXTensor.activation``) is not part of the layout, nor are packed linear
-    layers: their values are written unpacked.
+    Stock transformers 4 and 5 load the folder and dequantize to the values of ``MXTensor.dequantize()`` bit
+    for bit; :func:`from_pretrained` loads the same bytes. Other files in an existing folder, such as a
+    tokenizer's, stay. On any error the folder is unchanged; if the process is killed, either the old or the
+    new checkpoint loads, and the next save cleans up. The layout does not record how weights quantize their
+    activations (``MXTensor.activation``). It has no packed linear layers: their values are written unpacked.
 
     Args:
-        model: every expert weight an MXFP4 :class:`MXTensor`, from :func:`from_pretrained` or converted after
-            quantization-aware training; no adapters but with ``merge_adapters``.
+        model: every expert weight is an MXFP4 :class:`MXTensor`, from :func:`from_pretrained` or converted
+            after quantization-aware training; adapters require ``merge_adapters``.
         path: the folder to write, new or existing.
-        max_shard_size: of a file, in bytes, or as "5GB"; a tensor is never split.
-        merge_adapters: add the adapters of :class:`MXLoRAExperts` and :class:`MXLoRALinear` to what is
-            written, as :func:`merge_adapter` does, one weight at a time; into linear layers unpacked, in the
-            weight's logical dtype.
-            The model itself stays as it is.
+        max_shard_size: maximum size per file, in bytes or as "5GB"; a tensor is never split.
+        merge_adapters: add the adapters of :class:`MXLoRAExperts` and :class:`MXLoRALinear` to the written
+            weights, as :func:`merge_adapter` does, one weight at a time. Linear layers are written unpacked,
+            in the weight's logical dtype. The model itself is unchanged.
 
     Returns:
-        What rounding cost, by the full name of each weight with merged adapters; empty where there are none.
-        **Small updates vanish in 4 bits**: see :class:`MergeError` before serving the result. Weights that
-        lost theirs are warned of.
+        The rounding error of each weight with merged adapters, by full name. **Small updates vanish in
+        4 bits**: check :class:`MergeError` before serving the result. A warning lists the weights that lost
+        their update.
 
     Raises:
-        TypeError: the model is wrapped in another, of PEFT say.
-        NotImplementedError: the model has no experts that the layout is for.
-        ValueError: a tensor that the layout has no place for or that could not be loaded again, each named;
-            adapters that overflow; ``max_shard_size`` is no size, or ``path`` a file; with
+        TypeError: the model is wrapped in another, such as PEFT's.
+        NotImplementedError: the model has no experts that the layout supports.
+        ValueError: tensors that the layout has no place for or that could not be loaded again, each named;
+            adapters that overflow; ``max_shard_size`` is not a size, or ``path`` is a file; with
             ``merge_adapters``, a folder with an adapter; a generation config that transformers refuses.
-        OSError: the folder may not be written into, has no room, or another save into it is under way.
+        OSError: the folder is not writable, lacks space, or another save into it is under way.
 
     Example::
 
@@ -63,8 +61,8 @@ def save_pretrained(
     limit = bytes_of(max_shard_size)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
-            f"model is a {type(model).__name__}; it is transformers' own, as from_pretrained gives: take it "
-            f"out of what wraps it, of PEFT's adapters by unload()"
+            f"model is a {type(model).__name__}, not a transformers model as from_pretrained returns: take "
+            f"it out of its wrapper, with unload() if that is PEFT's"
         )
     check_target(path, merge_adapters)
     return save_model(model, path, limit, updates_of(model) if merge_adapters else {})
@@ -77,7 +75,7 @@ def save_model(
     updates: Mapping[str, Update],
     others: Path | None = None,
 ) -> dict[str, MergeError]:
-    """:func:`save_pretrained` with ``updates`` merged, and files as those of the folder ``others`` beside."""
+    """:func:`save_pretrained` with ``updates`` merged, and with other files copied from ``others``."""
     errors: dict[str, MergeError] = {}
     source = model_source(model, updates, errors)._replace(others=others)
     write(source, gpt_oss, path, limit)
@@ -86,7 +84,7 @@ def save_model(
 
 
 def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The model's ``state_dict`` with blocks and scales, views, for each packed weight; tied tensors once.
+    """The model's ``state_dict`` with views of blocks and scales for packed weights; tied tensors once.
 
     Raises:
         NotImplementedError, ValueError: as :func:`save_pretrained`.
@@ -98,13 +96,13 @@ def packed_state_dict(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 def model_source(
     model: PreTrainedModel, updates: Mapping[str, Update], errors: dict[str, MergeError]
 ) -> Source:
-    """The model's tensors; without its adapters if there are ``updates``, which are merged as they are read.
+    """A model as a source; with ``updates``, adapters are left out and each update is merged when read.
 
-    What merging costs comes to ``errors``.
+    Merging adds the rounding error of each weight to ``errors``.
     """
     for name in tied_names(model) & updates.keys():
         raise ValueError(
-            f"{name}: has adapters, and model.config ties it to another tensor; set "
+            f"{name}: has adapters, but model.config ties it to another tensor; set "
             f"tie_word_embeddings=False there"
         )
     state = {
@@ -123,7 +121,7 @@ def model_source(
 
 
 def adapters_in(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Our adapters, by their names in the model."""
+    """The adapters of this library, by their names in the model."""
     return {name: t for name, t in model.state_dict().items() if _is_adapter(model, name)}
 
 

@@ -1,8 +1,8 @@
-"""save_distributed: from a checkpoint of many ranks to gpt-oss's layout, a tensor at a time.
+"""save_distributed: convert a checkpoint of many ranks to gpt-oss's layout, one tensor at a time.
 
-A checkpoint of ``torch.distributed.checkpoint`` lists its tensors by name and says in which files their parts
-lie. One process draws them in the order of the layout, without the model and without the ranks that wrote
-them, and holds one output file's tensors at most.
+A ``torch.distributed.checkpoint`` lists its tensors by name and the files that hold their parts. One process
+reads them in the order of the layout, without the model or the ranks that wrote them, and holds the tensors
+of at most one output file.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ def save_distributed(
     quantize: MXWeightOnlyConfig | None = None,
     max_shard_size: int | str = "5GB",
 ) -> None:
-    """Write what ``dcp.save`` wrote as a folder that stock transformers loads; see :func:`save_pretrained`.
+    """Convert a ``dcp.save`` checkpoint to one that stock transformers loads; see :func:`save_pretrained`.
 
-    One process does it, whatever the number of ranks that saved; on any error ``path`` stays as it was.
+    One process suffices, however many ranks saved; on any error ``path`` is unchanged.
 
     Args:
         checkpoint: a folder of ``torch.distributed.checkpoint`` with a gpt-oss model's ``state_dict``. Its
-            ``.metadata`` is a pickle, as torch writes it: give folders that you trust.
+            ``.metadata`` is a pickle, as torch writes it: pass only folders that you trust.
         path: the folder to write, new or existing.
         config: the model's config, a ``GptOssConfig``.
-        prefix: what names in the checkpoint begin with: "model." after ``dcp.save({"model": state, ...})``.
-            Those that begin otherwise are left out.
-        quantize: how to pack the experts' weights, one at a time, where the checkpoint has them in high
-            precision: those of quantization-aware training. What ``step="convert"`` gives, bit for bit.
-        max_shard_size: of a file, in bytes, or as "5GB"; a tensor is never split.
+        prefix: the prefix of the model's names: "model." after ``dcp.save({"model": state, ...})``. Tensors
+            without the prefix are left out.
+        quantize: how to pack expert weights that the checkpoint has in high precision, from
+            quantization-aware training; one at a time, and bit for bit as ``step="convert"`` does.
+        max_shard_size: maximum size per file, in bytes or as "5GB"; a tensor is never split.
 
     Raises:
-        NotImplementedError: a model with no experts that the layout is for.
-        ValueError: tensors that are missing, misshapen, or that the layout has no place for (adapters:
-            they are saved by :func:`save_adapter`), each named; an expert weight of another format, or of
-            high precision without ``quantize``; a scale that is NaN, a weight of zeros; ``path`` a file.
+        NotImplementedError: the model has no experts that the layout supports.
+        ValueError: tensors that are missing, misshapen, or that the layout has no place for, each named (use
+            :func:`save_adapter` for adapters); an expert weight in another format, or in high precision
+            without ``quantize``; NaN scales; a weight that is all zeros; ``path`` is a file.
         OSError: as :func:`save_pretrained`.
 
     Example::
@@ -66,7 +66,7 @@ def save_distributed(
     ):
         raise ValueError(
             f"quantize={quantize!r}; the layout holds experts in {MXFP4.name}: give MXWeightOnlyConfig(), "
-            f"with the scaling_mode of the training"
+            f"with the scaling_mode used in training"
         )
     check_target(path)
     write(sharded_source(checkpoint, config, prefix, quantize), gpt_oss, path, limit)
@@ -75,7 +75,7 @@ def save_distributed(
 def sharded_source(
     checkpoint: str | Path, config: Any, prefix: str, quantize: MXWeightOnlyConfig | None
 ) -> Source:
-    """The tensors of a checkpoint, for the arguments of :func:`save_distributed`."""
+    """A distributed checkpoint as a source; the arguments are those of :func:`save_distributed`."""
     model = skeleton_of(AutoModelForCausalLM.from_config, config)
     weights = gpt_oss.packed_weights(model)
     tensors = {
@@ -94,7 +94,7 @@ def sharded_source(
         except dcp.api.CheckpointException as error:
             cause = next(iter(error.failures.values()))[0]
             raise ValueError(
-                f"{prefix}{name}: {cause}. Experts are read as {MXFP4.name} or, with quantize, in high "
+                f"{prefix}{name}: {cause}. Experts are read in {MXFP4.name} or, with quantize, in high "
                 f"precision"
             ) from error
         if name in weights and quantize is not None:
@@ -108,11 +108,11 @@ def sharded_source(
 
 
 def _records(checkpoint: str | Path, prefix: str) -> dict[str, TensorStorageMetadata]:
-    """Shape, dtype and so on of each tensor, by its name without the prefix."""
+    """The metadata (shape, dtype and so on) of each tensor, by its name without the prefix."""
     if not (Path(checkpoint) / ".metadata").is_file():
         raise ValueError(
-            f"{checkpoint}: no .metadata is there, which torch.distributed.checkpoint writes last; give the "
-            f"folder of a save that was finished"
+            f"{checkpoint}: has no .metadata, which torch.distributed.checkpoint writes last; give the "
+            f"folder of a finished save"
         )
     found = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     records = {
@@ -122,7 +122,7 @@ def _records(checkpoint: str | Path, prefix: str) -> dict[str, TensorStorageMeta
     }
     if not records:
         raise ValueError(
-            f"{checkpoint}: no name there begins with prefix={prefix!r}; give what those of the model begin "
-            f"with, as {next(iter(found), 'nothing')} does"
+            f"{checkpoint}: no name begins with prefix={prefix!r}, the first is "
+            f"{next(iter(found), 'missing')}; give the prefix of the model's names"
         )
     return records

@@ -1,7 +1,7 @@
-"""Files written into a hidden folder inside their own, and renamed from there once all of them are complete.
+"""Write files into a hidden folder inside the target, and rename them once all are complete.
 
-Write permission in the target is all that is needed, so mount points, ".", and links to folders will do,
-and whatever else the target holds is not touched. What a killed save leaves there, the next one removes.
+This needs only write permission in the target, so mount points, ".", and links to folders work; other files
+in the target are not touched. The next save removes whatever a killed save leaves there.
 """
 
 from __future__ import annotations
@@ -26,24 +26,24 @@ from torchao_mx.hf.files import CONFIG, WEIGHTS_KEY
 
 _TOKEN = "[0-9a-f]{8}"
 _PENDING = re.compile(rf"model-saving-({_TOKEN})(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
-# The second is what earlier versions called an adapter's.
+# The second pattern is an adapter's folder from earlier versions.
 _STAGE = re.compile(rf"\.torchao_mx-{_TOKEN}|\.adapter-[a-z0-9_]{{8}}")
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
 
 
 @contextlib.contextmanager
 def staging(path: str | Path, size: int) -> Iterator[Path]:
-    """A new folder inside ``path``, on whose files the caller calls :func:`sync` and then ``os.replace``.
+    """Yield a new folder inside ``path``; the caller fills it, then calls :func:`sync` and ``os.replace``.
 
-    It is removed in the end, and a folder ``path`` that was made for it too if there was an error.
+    The folder is removed at the end. If ``path`` was created for it, an error removes ``path`` too.
 
     Args:
         path: the folder to write into, new or existing.
-        size: how many bytes will be written, at least.
+        size: the least number of bytes that will be written.
 
     Raises:
         ValueError: ``path`` is a file.
-        OSError: it cannot be written into, has less than ``size`` bytes free, or another save is under way.
+        OSError: it is not writable, has less than ``size`` bytes free, or another save is under way.
     """
     target = check_folder(path)
     made = [p for p in (target, *target.parents) if not p.exists()]
@@ -68,11 +68,11 @@ def staging(path: str | Path, size: int) -> Iterator[Path]:
 
 
 def check_folder(path: str | Path) -> Path:
-    """The folder behind links that files for ``path`` go to; nothing is written.
+    """Resolve links in ``path`` and check that it can be written into; nothing is written.
 
     Raises:
         ValueError: it is a file, or below one.
-        OSError: it, or the folder to make it in, may not be written into.
+        OSError: it, or the folder to create it in, is not writable.
     """
     target = Path(os.path.realpath(path))
     present = target
@@ -80,7 +80,7 @@ def check_folder(path: str | Path) -> Path:
         present = present.parent
     if not present.is_dir():
         raise ValueError(f"{present} is a file; give the folder to write into")
-    # Not mode bits: of a file system mounted read-only, this is False for root too.
+    # os.access rather than mode bits: on a read-only file system it is False for root too.
     if not os.access(
         present, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids
     ):
@@ -110,7 +110,7 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def clean(folder: Path) -> None:
-    """Remove what saves left: their hidden folders, and weights that config.json does not name as pending."""
+    """Remove leftovers of saves: hidden folders, and pending weights that config.json does not name."""
     try:
         token = _PENDING.fullmatch(json.loads((folder / CONFIG).read_text())[WEIGHTS_KEY])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -125,14 +125,14 @@ def clean(folder: Path) -> None:
 
 
 def pending_name(stage: Path, name: str) -> str:
-    """What the file ``name`` of ``stage`` is called in the target until it has its own name there."""
+    """The temporary name in the target of the file ``name`` in ``stage``."""
     token = stage.name.rpartition("-")[2]
     return name.replace("model", f"model-saving-{token}", 1)
 
 
 def _check_space(folder: Path, size: int) -> None:
     usage = shutil.disk_usage(folder)
-    if usage.total and size > usage.free:  # some file systems tell nothing
+    if usage.total and size > usage.free:  # some file systems report nothing
         raise OSError(
             errno.ENOSPC,
             f"{size:,} bytes are needed and {usage.free:,} are free; make room, or give another folder",
@@ -142,16 +142,16 @@ def _check_space(folder: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def writing(file: Path, size: int = 0) -> Iterator[None]:
-    """Have an error of the system tell what could not be written: ``file``, in a stage, of ``size`` bytes.
+    """Make system errors tell what could not be written: ``file``, in a stage, of ``size`` bytes.
 
     Raises:
-        OSError: in the place of that, or of safetensors' error.
+        OSError: replaces the system's or safetensors' error.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         code = getattr(error, "errno", None)
-        if code is None:  # safetensors has it in its text alone
+        if code is None:  # safetensors gives it only in its text
             match = re.search(r"os error (\d+)", str(error))
             code = int(match[1]) if match else errno.EIO
         target = file.parent.parent
@@ -159,21 +159,21 @@ def writing(file: Path, size: int = 0) -> Iterator[None]:
         room = "make room there, or " if code in (errno.ENOSPC, errno.EDQUOT) else ""
         raise OSError(
             code,
-            f"{os.strerror(code)}: {file.name}{what} could not be written, and the folder is as it was; "
+            f"{os.strerror(code)}: {file.name}{what} could not be written, and the folder is unchanged; "
             f"{room}give another folder",
             str(target),
         ) from error
 
 
 def save_tensors(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str]) -> None:
-    """A file of safetensors in a stage, readable by those who may read its folder."""
+    """Write a safetensors file in a stage, readable by everyone who can read its folder."""
     with writing(file, sum(tensor.nbytes for tensor in tensors.values())):
         save_file(tensors, file, metadata=metadata)
-        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors has others read nothing
+        file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors makes it private
 
 
 def write_json(record: dict[str, Any], file: Path, sort_keys: bool = False) -> None:
-    """A file of JSON in a stage, synced."""
+    """Write and sync a JSON file in a stage."""
     with writing(file):
         file.write_text(json.dumps(record, indent=2, sort_keys=sort_keys) + "\n")
     sync(file)
@@ -190,7 +190,7 @@ def _naming(what: str, folder: Path) -> Iterator[None]:
 
 
 def sync(*paths: Path) -> None:
-    """Have files and folders on the disk, and not in its cache alone."""
+    """Flush files and folders to disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:

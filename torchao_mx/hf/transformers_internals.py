@@ -1,8 +1,8 @@
-"""What this library uses of transformers beyond its documented API; no other file names any of it.
+"""All use of transformers beyond its documented API; no other file names any of it.
 
-Where transformers has a public way to the same answer, that is the fallback for a release without the name.
-The methods of ``HfQuantizer`` that a quantizer has to define, underscores and all, are with our quantizers.
-``nn/experts/layouts.py`` knows the gates of experts, which a model's own code declares.
+If a release lacks a name, the fallback is a public way to the same answer, where transformers has one.
+Exceptions: the methods that every ``HfQuantizer`` must define, underscores and all, are with the quantizers,
+and ``nn/experts/layouts.py`` reads the gates that a model's own code declares for its experts.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def holds_adapters_of_peft(model: PreTrainedModel) -> bool:
 
 
 def tied_keys(model: PreTrainedModel) -> set[str]:
-    """The tensors that are others under a second name."""
+    """The second names of tied tensors."""
     if hasattr(model, "_tied_weights_keys"):
         return set(model._tied_weights_keys or ())  # a list in v4, a dict in v5
     first = {name for name, _ in model.named_parameters()}
@@ -30,15 +30,15 @@ def tied_keys(model: PreTrainedModel) -> set[str]:
 
 
 def declared_dtype(model: PreTrainedModel) -> torch.dtype:
-    """The dtype that v4 loads in, while a quantizer puts its parameters together."""
+    """The dtype that v4 loads in, for a quantizer that assembles parameters."""
     found = getattr(model.config, "_pre_quantization_dtype", None)
     return model.dtype if found is None else found
 
 
 def drop_conversions(model: PreTrainedModel, is_ours: Callable[[Any], bool]) -> None:
-    """Have stock save_pretrained not undo the conversions of loading that have an operation of ours.
+    """Keep stock save_pretrained from reversing the loading conversions for which ``is_ours`` holds.
 
-    Where v5 keeps them elsewhere it asks the operation for its reverse, which raises.
+    A release that stores conversions elsewhere asks the operation for its reverse, which raises.
     """
     found = getattr(model, "_weight_conversions", None)
     if found is not None:
@@ -50,9 +50,10 @@ def drop_conversions(model: PreTrainedModel, is_ours: Callable[[Any], bool]) -> 
 
 
 def mark_initialized(module: nn.Module, but_for: str) -> None:
-    """Mark ``module`` as filled if all parameters but one, to be replaced, are: 5.8 would fill a copy of it.
+    """Mark ``module`` as initialized if all its parameters are, except ``but_for``, which will be replaced.
 
-    A release that marks otherwise spends that time and memory; the result is the same.
+    Otherwise 5.8 would fill a copy of that one. A release with other marks spends that time and memory; the
+    result is the same.
     """
     module._is_hf_initialized = all(
         getattr(parameter, "_is_hf_initialized", False)

@@ -1,8 +1,8 @@
-"""Weights in high precision, each packed as soon as transformers has read it.
+"""Pack high-precision weights one by one, each as soon as transformers has read it.
 
-transformers asks a model's quantizer which of the checkpoint's tensors are to be quantized and hands it each,
-in the dtype to load in and, under v5, with the tensors of single experts merged. So no more of the model is
-in memory in high precision than the weight at hand. ``_v5.py`` and ``_v4.py`` add how they hand them over.
+transformers asks a model's quantizer which tensors of the checkpoint to quantize. It then passes each one in
+the dtype to load in and, under v5, with the tensors of single experts merged. So only the current weight is
+in memory in high precision. ``hooks_v4.py`` and ``hooks_v5.py`` add how each version passes the tensors.
 """
 
 from __future__ import annotations
@@ -38,24 +38,25 @@ from torchao_mx.tensor import MXTensor
 PTQ_NAME = "torchao_mx_ptq"
 _PTQ_CONFIGS = (MXWeightOnlyConfig, MXDynamicActivationMXWeightConfig)
 
-Filter = Callable[[nn.Module, str], bool]  # of quantize_
+Filter = Callable[[nn.Module, str], bool]  # quantize_'s filter_fn
 
 
 def selection(
     skeleton: PreTrainedModel, config: AOBaseConfig, filter_fn: Filter | None = None
 ) -> tuple[Filter, dict[str, str]]:
-    """What of the model :func:`torchao_mx.hf.from_pretrained` quantizes, and what it leaves by name and why.
+    """Choose what :func:`torchao_mx.hf.from_pretrained` quantizes, and say why it leaves the rest.
 
-    Without a ``filter_fn``: linear layers and modules of experts, but for routers, gates and heads, and for
-    those whose sizes ``config`` does not fit, unless it fits none. In no case what is packed already.
+    Without ``filter_fn``, it quantizes linear layers and modules of experts, except routers, gates, heads,
+    and sizes that do not fit ``config``. If nothing fits, all sizes are selected, so that ``check_layers``
+    names them. Weights that are already packed are never selected.
 
     Args:
         skeleton: the model on ``meta``.
-        config: of ``quantize_``.
+        config: a ``quantize_`` config.
         filter_fn: the user's.
 
     Returns:
-        A ``filter_fn`` for any model of the skeleton's names, and ``{name: reason}``.
+        A ``filter_fn`` for any model with the skeleton's names, and ``{name: reason}``.
     """
     if filter_fn is not None:
         return lambda m, name: not _holds_packed(m) and bool(filter_fn(m, name)), {}
@@ -79,7 +80,7 @@ def _holds_packed(module: nn.Module) -> bool:
 
 
 def _refusal(module: nn.Module, config: AOBaseConfig) -> str | None:
-    """Why ``config`` cannot quantize a layer, if it cannot."""
+    """Why ``config`` cannot quantize a layer; None if it can."""
     try:
         check_layers(nn.ModuleDict({"layer": module}), config, lambda m, name: name == "layer")
     except ValueError as error:
@@ -88,7 +89,7 @@ def _refusal(module: nn.Module, config: AOBaseConfig) -> str | None:
 
 
 def report_of(left: dict[str, str]) -> str:
-    """One text of what is left in high precision, a line for the layers that differ in a number alone."""
+    """The report on what stays in high precision: one line for layers whose names differ only in numbers."""
     lines: dict[tuple[str, str], int] = {}
     for name, reason in left.items():
         key = re.sub(r"\.\d+(?=\.|$)", ".*", name), reason
@@ -101,16 +102,16 @@ def report_of(left: dict[str, str]) -> str:
 def packs_while_loading(
     skeleton: PreTrainedModel, config: AOBaseConfig, options: dict[str, Any]
 ) -> bool:
-    """Whether weights can be packed one by one, into what ``quantize_`` makes of the loaded model.
+    """Whether packing weights one by one gives the same model as ``quantize_`` after loading.
 
-    Not with a config that does more than pack weights, nor with ``ignore_mismatched_sizes``, which has
-    weights initialized once the others are loaded. Nor, in v4, where the model's class declares tensors of
-    another dtype (Mamba's ``A_log``, in fp32): with a quantizer, v4 casts all that it reads to ``dtype``.
+    It does not if the config does more than pack weights, or with ``ignore_mismatched_sizes``, which
+    initializes weights after the others are loaded. In v4 it also does not if the model's class declares
+    tensors of another dtype (Mamba's ``A_log``, in fp32): with a quantizer, v4 casts everything to ``dtype``.
 
     Args:
         skeleton: the model on ``meta``, in ``options["dtype"]``.
-        config: of ``quantize_``.
-        options: of transformers' from_pretrained.
+        config: a ``quantize_`` config.
+        options: keyword arguments of transformers' from_pretrained.
     """
     if type(config) not in _PTQ_CONFIGS or options.get("ignore_mismatched_sizes"):
         return False
@@ -120,11 +121,11 @@ def packs_while_loading(
 
 
 class PTQConfig(QuantizationConfigMixin):
-    """What transformers' from_pretrained is told; no stored config has it, as no loader could read it.
+    """The config for transformers' from_pretrained; it is never stored, since no loader could read it.
 
     Args:
         config: how each weight is quantized.
-        selects: which modules are.
+        selects: which modules are quantized.
     """
 
     def __init__(
@@ -139,19 +140,19 @@ class PTQConfig(QuantizationConfigMixin):
 
 
 class PTQQuantizer(MXQuantizer):
-    """What both versions share: what is quantized, how, and what the model is afterwards."""
+    """The part that both versions share: what is quantized, how, and the state of the model afterwards."""
 
     def __init__(self, quantization_config: PTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._weights: dict[nn.Module, tuple[str, ...]] = {}  # only while loading
-        self.problems: dict[str, str] = {}  # of a weight, where it could not be packed
+        self.problems: dict[str, str] = {}  # weight name: why it could not be packed
 
     @property
     def format(self) -> BlockFormat:
         return self.quantization_config.config.weight_spec.format
 
     def adjust_max_memory(self, max_memory: dict[Any, Any]) -> dict[Any, Any]:
-        """Leave room, in device maps, for a weight in high precision beside the packed ones."""
+        """Reserve room in device maps for one high-precision weight beside the packed ones."""
         return {device: 0.9 * size for device, size in max_memory.items()}
 
     def param_needs_quantization(
@@ -161,10 +162,10 @@ class PTQQuantizer(MXQuantizer):
         return weight in self._weights.get(model.get_submodule(owner), ())
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        """Put the twins of experts in their places, so that hooks on modules come to be theirs.
+        """Replace experts with their packed twins first, so that transformers' hooks go on the twins.
 
-        Weights that the model's class declares in a dtype of their own are left to ``quantize_``, as v5 reads
-        in ``dtype`` what it is to quantize.
+        Weights that the model's class declares in another dtype are left to ``quantize_``, since v5 reads
+        weights to be quantized in ``dtype``.
         """
         selects = self.quantization_config.selects
         for name, module in list(model.named_modules()):
@@ -180,10 +181,10 @@ class PTQQuantizer(MXQuantizer):
             self._weights[module] = weights
 
     def packed(self, model: PreTrainedModel, name: str, value: torch.Tensor) -> nn.Parameter:
-        """The frozen parameter for the weight ``name`` of ``value``, of the shape that the model declares.
+        """Pack ``value`` into the frozen parameter for the weight ``name``.
 
         Raises:
-            ValueError: ``value`` has another shape.
+            ValueError: ``value`` does not have the shape that the model declares.
         """
         owner, _, weight = name.rpartition(".")
         module = model.get_submodule(owner)
@@ -209,16 +210,16 @@ class PTQQuantizer(MXQuantizer):
         ]
         self.refuse(model, unpacked)
         self._weights.clear()
-        # A model as quantize_ leaves it, except that its save_pretrained says what it cannot do.
+        # Leave the model as quantize_ would, except that its save_pretrained explains what it cannot do.
         self.remove_quantization_config(model)
         model.hf_quantizer = self
         return model
 
     def refuse(self, model: PreTrainedModel, unpacked: list[str]) -> None:
-        """One error of all weights that could not be packed, if any.
+        """Raise one error about all weights that could not be packed, if any.
 
         Raises:
-            ValueError: some are in ``unpacked``.
+            ValueError: ``unpacked`` is not empty.
         """
         problems = [self.problems.get(name, missing(name)) for name in unpacked]
         raise_problems(problems, f"{model.name_or_path} cannot be loaded")
@@ -226,11 +227,11 @@ class PTQQuantizer(MXQuantizer):
     def get_state_dict_and_metadata(
         self, model: PreTrainedModel, *args: Any, **kwargs: Any
     ) -> tuple[None, dict]:
-        """Nothing where transformers' save_pretrained takes adapters alone, else a refusal."""
+        """None if transformers' save_pretrained saves PEFT's adapters by itself; otherwise refuse."""
         if holds_adapters_of_peft(model):
             return None, {}
         raise NotImplementedError(
-            f"{type(model).__name__} holds weights in {self.format.name}, and transformers' save_pretrained "
-            f"has no layout for them; use torchao_mx.hf.save_pretrained for gpt-oss in mxfp4, save_adapter "
-            f"or PEFT for adapters, torch.save(model.state_dict(), ...) for all else"
+            f"{type(model).__name__} holds weights in {self.format.name}, for which transformers' "
+            f"save_pretrained has no layout; use torchao_mx.hf.save_pretrained for gpt-oss in mxfp4, "
+            f"save_adapter or PEFT for adapters, torch.save(model.state_dict(), ...) for everything else"
         )

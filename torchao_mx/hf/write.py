@@ -1,12 +1,12 @@
-"""The writer of checkpoints: tensors of any source, in any layout, with the memory of one file.
+"""Write checkpoints from any source in any layout, with the memory of one file.
 
-A source (:class:`Source`) lists a model's tensors and reads each when it is asked: a model in memory
-(``save.py``), what many ranks saved (``save_sharded.py``), a folder of safetensors (``quantize.py``). A
-layout (``layouts/``) says what a checkpoint has for each. :func:`write` brings the two together::
+A source (:class:`Source`) lists a model's tensors and reads each on demand: a model in memory (``save.py``),
+a distributed checkpoint (``save_sharded.py``), or a folder of safetensors (``quantize.py``). A layout
+(``layouts/``) says what a checkpoint stores for each tensor. :func:`write` combines the two::
 
     names -> sizes, which give the shards -> config.json, other files -> tensors, shard by shard -> the switch
 
-What may fail comes before the tensors, which take longest, and on any error the target is as it was
+Steps that may fail come before the tensors, which take longest. On any error the target stays unchanged
 (``publish.py``).
 """
 
@@ -33,24 +33,24 @@ from torchao_mx.hf.staging import save_tensors, write_json, writing
 from torchao_mx.tensor import MXTensor
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-# What is not copied beside other weights: weights of whatever name and format, and what would change them.
+# Never copied: weights of any name and format, hidden files, and adapters, which would change the weights.
 _NOT_COPIED = re.compile(
     rf"\..*|.*\.(safetensors|bin|pth?|ckpt|gguf|h5|msgpack|onnx|onnx_data)(\.index\.json)?|{ADAPTER_CONFIG}"
 )
 
 
 class Source(NamedTuple):
-    """What a checkpoint is made of, whatever its layout.
+    """The content of a checkpoint, independent of its layout.
 
     Attributes:
         what: where the tensors come from, for messages.
-        model: whose tensors they are; it may be on ``meta``.
-        tensors: by the model's names, of the shapes and dtypes that ``read`` returns; on ``meta``, or the
-            tensors that are read, which are then checked before anything is written.
-        read: the tensor of a name, called once for each in the model's order. A packed weight is an MXTensor
-            ``[E, in, out]``.
-        config: config.json, to be kept except for its quantization; the model's if None.
-        others: a checkpoint's folder whose files beside the weights, such as a tokenizer's, are copied.
+        model: the model that the tensors belong to; it may be on ``meta``.
+        tensors: by the model's names, with the shapes and dtypes that ``read`` returns: either on ``meta``,
+            or the actual tensors, which are then checked before anything is written.
+        read: returns the tensor of a name; called once per tensor in the model's order. A packed weight is an
+            MXTensor ``[E, in, out]``.
+        config: config.json, to be kept except for its quantization; if None, the model's.
+        others: a checkpoint's folder whose other files, such as a tokenizer's, are copied.
     """
 
     what: str
@@ -66,11 +66,11 @@ def write(
 ) -> None:
     """Write ``source`` in ``layout`` into the folder ``path``, in files of up to ``limit`` bytes.
 
-    On any error ``path`` stays as it was. A tensor that is larger has a file of its own.
+    On any error ``path`` stays unchanged. A larger tensor gets a file of its own.
 
     Raises:
-        NotImplementedError, ValueError: as :func:`contents`; ``path`` is no place for a checkpoint.
-        OSError: the folder may not be written into, has no room, or another save into it is under way.
+        NotImplementedError, ValueError: as :func:`contents`; ``path`` cannot take a checkpoint.
+        OSError: the folder is not writable, lacks space, or another save into it is under way.
     """
     sizes, tensors = contents(source, layout)
     with replacing(path, sum(sizes.values())) as folder:
@@ -83,32 +83,32 @@ def write(
 def contents(
     source: Source, layout: Layout
 ) -> tuple[dict[str, int], Iterator[tuple[str, torch.Tensor]]]:
-    """What a checkpoint has: bytes by name, and the tensors in that order, read as they are drawn.
+    """Return a checkpoint's sizes in bytes by name, and an iterator that reads its tensors in that order.
 
     Raises:
-        NotImplementedError: the layout holds nothing of the model packed.
-        ValueError: one line for each tensor that is missing, misshapen, or that the layout has no place for;
-            here or when it is drawn, for each packed weight that a loader would refuse.
+        NotImplementedError: the model has no weights that the layout packs.
+        ValueError: one line per tensor that is missing, misshapen, or that the layout has no place for, and
+            (now or when it is read) per packed weight that a loader would refuse.
     """
     model = skeleton_of(type(source.model), source.model.config)
     weights, wanted, tied = set(layout.packed_weights(model)), model.state_dict(), tied_names(model)
     kind, what = type(model).__name__, f"{source.what} cannot be saved in {layout.NAME}"
     if not weights:
         raise NotImplementedError(
-            f"{what}: {kind} has no experts that it holds; those of gpt-oss are held. Use the model's own "
+            f"{what}: {kind} has no experts such as gpt-oss's, which the layout is for. Use the model's own "
             f"save_pretrained, or quantize it by from_pretrained with config=MXWeightOnlyConfig()"
         )
     problems = []
     for name, tensor in source.tensors.items():
         if name not in wanted:
             problems.append(
-                f"{name}: {kind} has no such tensor; unload adapters of PEFT, merge those that quantize_ "
-                f"made with merge_adapters=True of save_pretrained or save them alone with save_adapter, "
-                f"convert what quantization-aware training prepared"
+                f"{name}: {kind} has no such tensor; unload adapters of PEFT, merge adapters made by "
+                f"quantize_ with save_pretrained(merge_adapters=True) or save them alone with save_adapter, "
+                f"convert weights prepared for quantization-aware training"
             )
         elif tensor.shape != wanted[name].shape:
             problems.append(
-                f"{name}: has shape {tuple(tensor.shape)} and config asks for "
+                f"{name}: has shape {tuple(tensor.shape)}, but config asks for "
                 f"{tuple(wanted[name].shape)}; give the config that the model was made with"
             )
         elif name in weights and not tensor.is_meta:
@@ -142,7 +142,9 @@ def bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size).upper())
     limit = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if isinstance(size, bool) or limit <= 0:
-        raise ValueError(f"max_shard_size={size!r} is no size; give bytes, or a text such as '5GB'")
+        raise ValueError(
+            f"max_shard_size={size!r} is not a size; give bytes, or text such as '5GB'"
+        )
     return limit
 
 
@@ -153,13 +155,13 @@ def _write_tensors(
     limit: int,
     title: str,
 ) -> None:
-    """Write ``tensors``, of these names in this order and of ``sizes`` in bytes, drawn a shard at a time."""
+    """Write ``tensors``, which have the names, order and bytes of ``sizes``; read one shard at a time."""
     shards, total, stream = _shards(sizes, limit), sum(sizes.values()), iter(tensors)
     with tqdm(total=total, desc=title, unit="B", unit_scale=True, disable=None) as progress:
         for file, names in shards.items():
             held = {}
             for key, tensor in itertools.islice(stream, len(names)):
-                # A copy unless it is contiguous and on the CPU.
+                # No copy if it is already contiguous and on the CPU.
                 held[key] = tensor.to("cpu").contiguous()
                 progress.update(tensor.nbytes)
             save_tensors(held, folder / file, {"format": "pt"})
@@ -170,7 +172,7 @@ def _write_tensors(
 
 
 def _shards(sizes: dict[str, int], limit: int) -> dict[str, list[str]]:
-    """The tensors of each file: names in their order, cut where a file would pass ``limit`` bytes."""
+    """The names of each file's tensors, in order; a file that would exceed ``limit`` bytes is split."""
     shards: list[list[str]] = [[]]
     held = 0
     for name, size in sizes.items():
@@ -190,7 +192,7 @@ def _write_configs(source: Source, layout: Layout, folder: Path) -> None:
     quantization = layout.quantization_config(getattr(model.config, "quantization_config", None))
     if source.config is not None:
         record = source.config | {"quantization_config": quantization}
-        record.pop(WEIGHTS_KEY, None)  # files of the source
+        record.pop(WEIGHTS_KEY, None)  # it names the source's files
         write_json(record, folder / CONFIG)
         return
     config: Any = copy.deepcopy(model.config)
@@ -204,7 +206,7 @@ def _write_configs(source: Source, layout: Layout, folder: Path) -> None:
 
 
 def _copy_others(source: Path, folder: Path) -> None:
-    """Copy a checkpoint's files beside its weights, such as a tokenizer's, that ``folder`` has not."""
+    """Copy a checkpoint's other files, such as a tokenizer's, unless ``folder`` has them."""
     for file in source.iterdir():
         copied = folder / file.name
         if file.is_file() and not copied.exists() and not _NOT_COPIED.fullmatch(file.name):

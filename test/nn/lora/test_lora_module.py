@@ -283,7 +283,7 @@ ValueError: Linear(in_features=32, out_features=96): r=33 exceeds its smaller si
 TypeError: LayerNorm is not an nn.Linear; select linear layers with quantize_(..., filter_fn=torchao_mx.is_linear)
 TypeError: MXFakeQuantizedLinear(in_features=64, out_features=96, bias=True, weight=mxfp4 (rceil), activation=mxfp4 (rceil)) is in training; convert it first, with step='convert' and the config that prepared it, or leave it out with filter_fn
 ValueError: Linear(in_features=64, out_features=96): its weight: MXTensor(shape=(96, 64), mxfp4, orig_dtype=float32, activation=mxfp8_e4m3 (rceil), device=cpu) quantizes the other operand of its products, which LoRA products cannot do: use .replace(activation=None)
-ValueError: Linear(in_features=64, out_features=96): its weight: compute_dtype=torch.float8_e4m3fn with a weight in nvfp4; it takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, or use MXFP4
+ValueError: Linear(in_features=64, out_features=96): its weight: compute_dtype=torch.float8_e4m3fn with a weight in nvfp4; only MXFP4 weights convert to e4m3 without loss: leave compute_dtype out, or use MXFP4
 TypeError: Doubling(in_features=64, out_features=96): it has its own forward, or another module reads its weight, so adapters would be bypassed; leave this layer out with filter_fn
 TypeError: NonDynamicallyQuantizableLinear(in_features=64, out_features=64): it has its own forward, or another module reads its weight, so adapters would be bypassed; leave this layer out with filter_fn
 TypeError: ParametrizedLinear(in_features=64, out_features=96): its weight is computed, for example by a parametrization or weight_norm, and must be a parameter; remove that first, or leave this layer out with filter_fn
@@ -396,14 +396,14 @@ ValueError: no block format has dtype=torch.int8 with block_size=32; use one of 
 TypeError: dtype='mxfp4' is not a torch.dtype; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
 ValueError: no block format has dtype=torch.float8_e4m3fn with block_size=16; use one of torch.float4_e2m1fn_x2 with block_size 32, torch.float8_e4m3fn with block_size 32, torch.float8_e5m2 with block_size 32, torch.float4_e2m1fn_x2 with block_size 16
 TypeError: scaling_mode='rceil' is not a ScaleCalculationMode; use one of ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL, ScaleCalculationMode.CEIL, ScaleCalculationMode.EVEN
-ValueError: compute_dtype=torch.bfloat16; it is None (x's dtype) or torch.float8_e4m3fn
-ValueError: compute_dtype=torch.float8_e4m3fn with a weight in mxfp8_e4m3; it takes MXFP4 weights, the only ones that are e4m3 without loss: leave compute_dtype out, or use MXFP4
+ValueError: compute_dtype=torch.bfloat16; it must be None (x's dtype) or torch.float8_e4m3fn
+ValueError: compute_dtype=torch.float8_e4m3fn with a weight in mxfp8_e4m3; only MXFP4 weights convert to e4m3 without loss: leave compute_dtype out, or use MXFP4
 ValueError: lora_dropout=0.1 with compute_dtype=torch.float8_e4m3fn; dropout bypasses the fused product, the only one in 8 bits: set one of them to its default
-ValueError: grad_compute_dtype=torch.float16; it is None or torch.bfloat16 (x's dtype), torch.float8_e4m3fn or torch.float8_e5m2
+ValueError: grad_compute_dtype=torch.float16; it must be None or torch.bfloat16 (x's dtype), torch.float8_e4m3fn or torch.float8_e5m2
 ValueError: grad_compute_dtype=torch.float8_e5m2 without a compute_dtype; give compute_dtype=torch.float8_e4m3fn too
-ValueError: strategy='fast' is none of auto, fused, unpack, fused8, unpack8
-ValueError: strategy='unpack8' with compute_dtype=None; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
-ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; fused8 and unpack8 are what computes in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fast'; it must be one of auto, fused, unpack, fused8, unpack8
+ValueError: strategy='unpack8' with compute_dtype=None; only fused8 and unpack8 compute in torch.float8_e4m3fn: leave strategy out, or give both
+ValueError: strategy='fused' with compute_dtype=torch.float8_e4m3fn; only fused8 and unpack8 compute in torch.float8_e4m3fn: leave strategy out, or give both
 ValueError: adapter_dtype=torch.float64; it must be None (the weight's), torch.bfloat16, torch.float16 or torch.float32
 ValueError: max_scratch_bytes=0; it must be a positive number, or None for the default
 TypeError: max_scratch_bytes=1000000000.0; it must be an int""",

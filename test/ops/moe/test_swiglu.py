@@ -411,14 +411,14 @@ TypeError: offs has dtype torch.int64; end offsets are int32: use offs.int()
 ValueError: offs is on meta and x on cpu; move one with .to(device)
 ValueError: offs has shape (1, 2); it must be [E], the end offsets of one group or more: use the cumulative sum of the groups' row counts
 ValueError: offs has shape (0,); it must be [E], the end offsets of one group or more: use the cumulative sum of the groups' row counts
-ValueError: x has shape (1, 6, 8) and offs (2,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
-ValueError: x has shape (8,) and offs (2,); with experts they are [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
+ValueError: x has shape (1, 6, 8) and offs (2,); with experts they must be [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
+ValueError: x has shape (8,) and offs (2,); with experts they must be [R, 2 C] and [E], E at least 1: flatten x's leading axes, or leave offs out
 ValueError: offs is [4, 2] for 6 row(s); end offsets must ascend from 0 and not exceed the number of rows: use the cumulative sum of the experts' row counts
 ValueError: offs is [4, 7] for 6 row(s); end offsets must ascend from 0 and not exceed the number of rows: use the cumulative sum of the experts' row counts
-ValueError: bias has shape (2, 8) and x (6, 8), without offs; the bias that is added is [8]
-ValueError: bias has shape (4,) and x (6, 8), without offs; the bias that is added is [8]
-ValueError: bias has shape (8,) and x (6, 8), with offs; the bias that is added is [2, 8]
-ValueError: bias has shape (1, 8) and x (6, 8), with offs; the bias that is added is [2, 8]
-TypeError: bias has dtype torch.float64; it is bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
+ValueError: bias has shape (2, 8) and x (6, 8), without offs; the bias must be [8]
+ValueError: bias has shape (4,) and x (6, 8), without offs; the bias must be [8]
+ValueError: bias has shape (8,) and x (6, 8), with offs; the bias must be [2, 8]
+ValueError: bias has shape (1, 8) and x (6, 8), with offs; the bias must be [2, 8]
+TypeError: bias has dtype torch.float64; it must be bfloat16, float16 or float32: convert it with .to(torch.bfloat16)
 ValueError: bias is on meta and x on cpu; move one with .to(device)""",
     )

@@ -1,4 +1,4 @@
-"""How checkpoints hold packed weights: one file per layout, a module with what :class:`Layout` lists."""
+"""Layouts of packed weights in checkpoints: one module per layout, with everything :class:`Layout` lists."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from torch import nn
 
 
 class Layout(Protocol):
-    """What ``write.py`` asks of a layout."""
+    """The interface of a layout for ``write.py``."""
 
-    NAME: str  # in errors
+    NAME: str  # for error messages
 
     def packed_weights(self, model: nn.Module) -> list[str]:
-        """The names of the weights that a checkpoint holds packed."""
+        """The names of the weights that a checkpoint stores packed."""
 
     def empty(self, name: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-        """A packed weight on ``meta``, whose sizes alone are of interest."""
+        """A packed weight on ``meta``, to compute its stored sizes."""
 
     def stored(self, name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-        """What a checkpoint has for a parameter, packed or not."""
+        """The tensors that a checkpoint stores for a parameter, packed or not."""
 
     def weight_problems(self, name: str, weight: torch.Tensor) -> list[str]:
-        """A line for each reason why a weight cannot be held packed, or not loaded again."""
+        """One line per reason why a weight cannot be stored packed, or could not be loaded again."""
 
     def quantization_config(self, loaded: Any = None) -> dict[str, Any]:
-        """What config.json says; ``loaded`` is what the config of the model said when it was loaded."""
+        """The quantization_config for config.json; ``loaded`` is the one that the model was loaded with."""

@@ -1,13 +1,13 @@
-"""gpt-oss's experts, in memory and on disk: which modules, which tensors, which shapes.
+"""gpt-oss's experts in memory and on disk: modules, tensors and shapes.
 
-For a weight ``x @ w[e]`` that the model holds as ``NAME [E, in, out]`` a checkpoint has::
+For a weight ``x @ w[e]`` that the model holds as ``NAME [E, in, out]``, a checkpoint stores::
 
-    NAME_blocks  uint8 [E, out, in / 32, 16]     two 4-bit values a byte, blocks along the input axis
+    NAME_blocks  uint8 [E, out, in / 32, 16]     two 4-bit values per byte, blocks along the input axis
     NAME_scales  uint8 [E, out, in / 32]         E8M0
 
-so the packed bytes are the *transpose* of what the model declares: ``MXTensor.from_blocks(...).mT``. Nothing
-here looks at a shape to tell which way round a weight is; where H = I it could not. All else is the same in
-both.
+The packed bytes are therefore the *transpose* of the declared weight: ``MXTensor.from_blocks(...).mT``. The
+orientation is never guessed from a shape, which could not tell if H = I. All other tensors are the same in
+memory and on disk.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ UNPACKED_MODULES = (  # as in the published checkpoints
 
 
 def packed_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose weights a checkpoint holds in blocks and scales, by name."""
+    """The modules whose weights a checkpoint stores as blocks and scales, by name."""
     for name, module in model.named_modules():
         if isinstance(module, GptOssExperts):
             yield name, module
 
 
 def packed_weights(model: nn.Module) -> list[str]:
-    """The names of the weights that a checkpoint holds in blocks and scales."""
+    """The names of the weights that a checkpoint stores as blocks and scales."""
     return [f"{name}.{weight}" for name, _ in packed_modules(model) for weight in WEIGHTS]
 
 
@@ -54,10 +54,10 @@ def is_packed_weight(model: nn.Module, name: str) -> bool:
 
 
 def block_shapes(shape: torch.Size, name: str) -> dict[str, tuple[int, ...]]:
-    """``{suffix: shape}`` on disk of the weight ``name`` of ``shape [E, in, out]``.
+    """``{suffix: shape}`` on disk for the weight ``name`` with ``shape [E, in, out]``.
 
     Raises:
-        ValueError: its input axis is not whole blocks.
+        ValueError: its input axis is not a multiple of the block size.
     """
     e, c, d = shape
     check_blocks((e, d, c), MXFP4, -1, name)
@@ -66,19 +66,19 @@ def block_shapes(shape: torch.Size, name: str) -> dict[str, tuple[int, ...]]:
 
 
 def assemble(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """The frozen parameter ``[E, in, out]`` of a checkpoint's two tensors; no copy is made."""
+    """Make the frozen parameter ``[E, in, out]`` from a checkpoint's two tensors, without a copy."""
     return nn.Parameter(MXTensor.from_blocks(blocks, scales, dtype).mT, requires_grad=False)
 
 
 def empty(name: str, shape: torch.Size, dtype: torch.dtype, device: str = "meta") -> torch.Tensor:
-    """A packed weight ``[E, in, out]`` to be read into, or on ``meta`` to tell its sizes."""
+    """An empty packed weight ``[E, in, out]``: to be read into or, on ``meta``, to compute sizes."""
     shapes = block_shapes(shape, name).values()
     pair = (torch.empty(s, dtype=torch.uint8, device=device) for s in shapes)
     return MXTensor.from_blocks(*pair, dtype).mT
 
 
 def stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What a checkpoint has for a parameter, without a copy; blocks and scales of a packed one."""
+    """The tensors that a checkpoint stores for a parameter, without a copy; blocks and scales if packed."""
     if not isinstance(tensor, MXTensor):
         return {name: tensor}
     blocks, scales = tensor.mT.to_blocks()
@@ -86,12 +86,12 @@ def stored(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def weight_problems(name: str, weight: torch.Tensor) -> list[str]:
-    """Why the layout cannot hold ``weight [E, in, out]``, or why what is stored could not be loaded."""
+    """Why the layout cannot store ``weight [E, in, out]``, or why it could not be loaded again."""
     if not isinstance(weight, MXTensor) or weight.format != MXFP4 or weight.packed_axis != -2:
         what = weight if isinstance(weight, MXTensor) else f"a plain {weight.dtype} tensor"
         problem = (
-            f"{name}: {what}; this layout holds it in {MXFP4.name}, in blocks along the input axis: "
-            f"quantize experts with MXWeightOnlyConfig()"
+            f"{name}: {what}; this layout needs {MXFP4.name} with blocks along the input axis: quantize "
+            f"experts with MXWeightOnlyConfig()"
         )
         return [problem]
     blocks, scales = stored(name, weight).values()
@@ -101,12 +101,12 @@ def weight_problems(name: str, weight: torch.Tensor) -> list[str]:
 def value_problems(
     weight: str, blocks: Callable[[], torch.Tensor], scales: torch.Tensor
 ) -> list[str]:
-    """A line for a weight that is zeros throughout, or some of whose scales are NaN; ``blocks`` if needed."""
+    """A line if a weight is all zeros or has NaN scales; ``blocks`` is called only if all scales are zero."""
     largest = int(scales.max()) if scales.numel() else None
     if largest == 0 and not blocks().any():
         problem = (
-            f"{weight}{BLOCKS}: it and {weight.rpartition('.')[2]}{SCALES} are zero throughout, "
-            f"placeholders that nothing was written to; download or export the checkpoint again"
+            f"{weight}{BLOCKS}: it and {weight.rpartition('.')[2]}{SCALES} are all zeros, placeholders that "
+            f"were never filled; download or export the checkpoint again"
         )
     elif largest == NAN_SCALE:
         places = (scales == NAN_SCALE).nonzero()
@@ -121,7 +121,7 @@ def value_problems(
 
 
 def quantization_config(loaded: Any = None) -> dict[str, Any]:
-    """What config.json says; of modules that are not packed, what a config that was ``loaded`` said."""
+    """The quantization_config for config.json; it keeps the list of unpacked modules from ``loaded``."""
     unpacked = getattr(loaded, "modules_to_not_convert", None)
     return {
         "quant_method": "mxfp4",
