@@ -186,8 +186,7 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
                     SPLITS: gl.constexpr):  # fmt: skip
     """Compute ``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s transposed, uint16 ``[E, K / 32, N / 2]``.
 
-    s holds pairs of rows. CHUNK divides N. With SPLITS above 1 (not GROUPED), y is fp32
-    ``[SPLITS, n_rows, K]``: sums over parts of N, to be added.
+    s holds pairs of rows; CHUNK divides N. SPLITS > 1 (not GROUPED): y is fp32 sums ``[SPLITS, n_rows, K]``.
     """
     tiles_k = gl.cdiv(K, TILE_K)
     split = gl.program_id(0) % SPLITS
