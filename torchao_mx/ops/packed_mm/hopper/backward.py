@@ -184,10 +184,9 @@ def backward_kernel(x_ptr, w_ptr, s_ptr, y_ptr, offs_ptr, order_ptr, h_ptr, up_p
                     HAS_BIAS: gl.constexpr, TILE_T: gl.constexpr, STAGES: gl.constexpr,
                     TWO_OPERANDS: gl.constexpr, E_SPAN: gl.constexpr,
                     SPLITS: gl.constexpr):  # fmt: skip
-    """Compute ``y [n_rows, K]``; w int32 words ``[E, N, K / 8]``, s transposed, uint16 ``[E, K / 32, N / 2]``.
+    """Compute ``y [n_rows, K]``; w int32 ``[E, N, K / 8]``, s uint16 ``[E, K / 32, N / 2]``: transposed, rows in pairs.
 
-    s holds pairs of rows. CHUNK divides N. With SPLITS above 1 (not GROUPED), y is fp32
-    ``[SPLITS, n_rows, K]``: sums over parts of N, to be added.
+    CHUNK divides N. SPLITS > 1 (not GROUPED): y is fp32 ``[SPLITS, n_rows, K]``, sums over parts of N, to be added.
     """
     tiles_k = gl.cdiv(K, TILE_K)
     split = gl.program_id(0) % SPLITS
