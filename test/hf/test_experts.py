@@ -114,13 +114,13 @@ UNKNOWN = (
     {
         "longcat_flash": (
             "LongcatFlashExperts",
-            "LongcatFlashExperts holds gate_up_proj .*no class",
+            "LongcatFlashExperts holds gate_up_proj .*not of a known class",
         ),
         "muse_spark": ("MuseSparkExperts", "it normalizes each expert's output"),
-        "inkling": ("InklingSharedExperts", "InklingSharedExperts holds gate_proj .*no class"),
+        "inkling": ("InklingSharedExperts", "InklingSharedExperts holds gate_proj .*not of a known class"),
     }
     if V5
-    else {"qwen3_vl_moe": ("Qwen3VLMoeTextExperts", "Qwen3VLMoeTextExperts holds .*no class")}
+    else {"qwen3_vl_moe": ("Qwen3VLMoeTextExperts", "Qwen3VLMoeTextExperts holds .*not of a known class")}
 )
 
 
