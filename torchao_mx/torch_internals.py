@@ -260,5 +260,5 @@ COMPILED_CALL = "_compiled_call_impl"
 
 
 def belongs_to_object(attribute: str) -> bool:
-    """Whether ``attribute`` stays with its object when that becomes another module; hook handles refer to it."""
+    """Whether ``attribute`` stays with its object, since hook handles refer to it, when twins are swapped."""
     return "_hooks" in attribute or attribute == COMPILED_CALL

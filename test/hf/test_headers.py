@@ -120,8 +120,8 @@ def test_headers(folder):
         (b"[]", "not a JSON object"),
         (text[:-1] + b', "\\ud800": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}}', "surrogate"),
         (text[:-1] + b', "__metadata__": {"format": 1}}', "twice"),
-        (json.dumps(header | {"__metadata__": {"format": 1}}).encode(), "other than strings"),
-        (json.dumps(header | {"__metadata__": ["pt"]}).encode(), "other than strings"),
+        (json.dumps(header | {"__metadata__": {"format": 1}}).encode(), "non-string values"),
+        (json.dumps(header | {"__metadata__": ["pt"]}).encode(), "non-string values"),
     ):  # fmt: skip
         put(folder / FILE, made, data)
         refused(folder, file, part)

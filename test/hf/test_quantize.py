@@ -398,7 +398,9 @@ def test_the_config_names_no_quantization(tmp_path):
 @pytest.mark.parametrize("name", ["llama", "gpt_oss"])
 def test_transformers_save_pretrained_says_what_to_do(name, tmp_path):
     model = from_pretrained(checkpoint(tmp_path / "model", name), config=MXFP4)
-    message = r"ForCausalLM holds weights in mxfp4, .* no layout; use torchao_mx\.hf\.save_pretrained"
+    message = (
+        r"ForCausalLM holds weights in mxfp4, .* no layout; use torchao_mx\.hf\.save_pretrained"
+    )
     with pytest.raises(NotImplementedError, match=message):
         model.save_pretrained(tmp_path / "saved")
     assert not contents(tmp_path / "saved")

@@ -2,8 +2,7 @@
 
 transformers fills missing tensors at random, and only transformers knows which tensors feed a parameter: it
 renames and ties them, and merges those of single experts. So its own loader first runs on ``meta`` tensors
-with the shapes from the files' headers. It reports missing, left-over and misshapen tensors before any data
-are read.
+with the headers' shapes, and reports missing, left-over and misshapen tensors before any data are read.
 """
 
 from __future__ import annotations

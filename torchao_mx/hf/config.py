@@ -44,9 +44,7 @@ def from_transformers(place: Path, remedy: str, *passed: type[Exception]) -> Ite
     except Exception as error:
         text = " ".join(str(error).split())
         text = text if len(text) < 400 else f"{text[:400]}..."
-        if isinstance(
-            error, ImportError
-        ):  # of an attention kernel, or of code that the config names
+        if isinstance(error, ImportError):  # an attention kernel, or code that the config names
             remedy = "install that package, or use a config.json that does not need it"
         raise ValueError(
             f"{place}: transformers stopped with {type(error).__name__}: {text}; {remedy}"
@@ -129,8 +127,7 @@ def has_owner(model: PreTrainedModel, name: str) -> bool:
     """Whether a tensor that ``model`` lacks belongs to one of its modules and would change its output.
 
     True for a bias that the module was built without, or a layer after the last one. False for a part beside
-    the layers: an image encoder, a head for another task, or DeepSeek-V3's layers that predict further
-    tokens.
+    the layers: an image encoder, another task's head, or DeepSeek-V3's layers that predict further tokens.
     """
     *owners, _ = parts = name.split(".")
     module, depth = model, 0

@@ -1,8 +1,7 @@
 """Read JSON and safetensors files that may be damaged or malicious.
 
 Only regular files are read (a pipe would block), every field is checked before use, and every failure is a
-``ValueError`` or ``OSError`` that names the file. Symbolic links are followed, since the Hub's cache consists
-of them.
+``ValueError`` or ``OSError`` that names the file. Links are followed, since the Hub's cache consists of them.
 """
 
 from __future__ import annotations
@@ -36,9 +35,7 @@ DTYPES = {
 AGAIN = "download or save it again"
 _LENGTH_BYTES = 8  # a safetensors file begins with the length of its header
 _METADATA = "__metadata__"
-_JSON_BYTES = (
-    100_000_000  # safetensors' own limit for a header; the largest indexes are a tenth of it
-)
+_JSON_BYTES = 100_000_000  # safetensors' own limit for a header; the largest indexes use a tenth
 _JSON_DEPTH = 64
 _CHUNK = 1 << 24
 
@@ -178,9 +175,7 @@ def _header(file: Path) -> tuple[dict[str, Any], int, int]:
         header = _json_object(stream.read(length), file)
     metadata = header.get(_METADATA) or {}
     if not isinstance(metadata, dict) or not all(isinstance(t, str) for t in metadata.values()):
-        raise ValueError(
-            f"{file}: {_METADATA} in its header has values other than strings; {AGAIN}"
-        )
+        raise ValueError(f"{file}: {_METADATA} in its header has non-string values; {AGAIN}")
     return header, _LENGTH_BYTES + length, size
 
 

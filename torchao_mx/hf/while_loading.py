@@ -46,9 +46,8 @@ def selection(
 ) -> tuple[Filter, dict[str, str]]:
     """Choose what :func:`torchao_mx.hf.from_pretrained` quantizes, and say why it leaves the rest.
 
-    Without ``filter_fn``, it quantizes linear layers and modules of experts, except routers, gates, heads,
-    and sizes that do not fit ``config``. If nothing fits, all sizes are selected, so that ``check_layers``
-    names them. Weights that are already packed are never selected.
+    Without ``filter_fn``, it quantizes linear layers and modules of experts, except routers, gates, heads and
+    sizes that do not fit ``config`` (if none fits, all are selected). Packed weights are never selected.
 
     Args:
         skeleton: the model on ``meta``.

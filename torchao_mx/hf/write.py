@@ -142,9 +142,7 @@ def bytes_of(size: int | str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(size).upper())
     limit = int(float(match[1]) * _UNITS[match[2]]) if match else 0
     if isinstance(size, bool) or limit <= 0:
-        raise ValueError(
-            f"max_shard_size={size!r} is not a size; give bytes, or text such as '5GB'"
-        )
+        raise ValueError(f"max_shard_size={size!r} is not a size; give bytes, or text like '5GB'")
     return limit
 
 
