@@ -108,7 +108,7 @@ def test_refusals_leave_the_target(source, tmp_path):
         None, "has no experts", config=LlamaConfig(num_hidden_layers=1), error=NotImplementedError
     )
     refused(None, "not a size", max_shard_size="many")
-    refused(None, r"both need to be MXTensors", quantize=MXWeightOnlyConfig())
+    refused(None, r"both must be MXTensors", quantize=MXWeightOnlyConfig())
     refused(
         None, "the layout holds experts in mxfp4", quantize=MXWeightOnlyConfig(torch.float8_e4m3fn)
     )
