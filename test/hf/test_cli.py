@@ -299,7 +299,7 @@ BAD_CHECKPOINTS = {
     "integers": (changed(NAME, torch.Tensor.int), f"{NAME}: has dtype I32"),
     "nan": (changed(NAME, poke(math.nan)), f"{NAME}: 1 of 49152 values are not finite"),
     "inf": (changed(NAME, poke(-math.inf)), f"{NAME}: 1 of 49152 values are not finite"),
-    "zeros": (changed(NAME, torch.zeros_like), f"{NAME}_blocks: it and gate_up_proj_scales are zero throughout"),
+    "zeros": (changed(NAME, torch.zeros_like), f"{NAME}_blocks: it and gate_up_proj_scales are all zeros"),
     "cut short": (shortened, "cut short"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
