@@ -295,11 +295,11 @@ def shortened(folder):
 BAD_CHECKPOINTS = {
     "missing": (changed(NAME, lambda t: None), f"{NAME}: missing; download"),
     "another missing": (changed("model.norm.weight", lambda t: None), "model.norm.weight: missing"),
-    "transposed": (changed(NAME, lambda t: t.mT), f"{NAME}: has shape (4, 192, 64) and config.json asks for (4, 64, 192)"),
+    "transposed": (changed(NAME, lambda t: t.mT), f"{NAME}: has shape (4, 192, 64), but config.json asks for (4, 64, 192)"),
     "integers": (changed(NAME, torch.Tensor.int), f"{NAME}: has dtype I32"),
     "nan": (changed(NAME, poke(math.nan)), f"{NAME}: 1 of 49152 values are not finite"),
     "inf": (changed(NAME, poke(-math.inf)), f"{NAME}: 1 of 49152 values are not finite"),
-    "zeros": (changed(NAME, torch.zeros_like), f"{NAME}_blocks: it and gate_up_proj_scales are zero throughout"),
+    "zeros": (changed(NAME, torch.zeros_like), f"{NAME}_blocks: it and gate_up_proj_scales are all zeros"),
     "cut short": (shortened, "cut short"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "neither model.safetensors nor"),
