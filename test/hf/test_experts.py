@@ -117,10 +117,18 @@ UNKNOWN = (
             "LongcatFlashExperts holds gate_up_proj .*not of a known class",
         ),
         "muse_spark": ("MuseSparkExperts", "it normalizes each expert's output"),
-        "inkling": ("InklingSharedExperts", "InklingSharedExperts holds gate_proj .*not of a known class"),
+        "inkling": (
+            "InklingSharedExperts",
+            "InklingSharedExperts holds gate_proj .*not of a known class",
+        ),
     }
     if V5
-    else {"qwen3_vl_moe": ("Qwen3VLMoeTextExperts", "Qwen3VLMoeTextExperts holds .*not of a known class")}
+    else {
+        "qwen3_vl_moe": (
+            "Qwen3VLMoeTextExperts",
+            "Qwen3VLMoeTextExperts holds .*not of a known class",
+        )
+    }
 )
 
 

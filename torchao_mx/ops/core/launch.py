@@ -206,6 +206,9 @@ def in_words(t: torch.Tensor, size: int) -> torch.Tensor:
 class KernelFormat(NamedTuple):
     """A format in the form that kernels take: the constexpr ``FORMAT``.
 
+    In a kernel a field is a plain value. Where a constexpr is needed (a string or a format as an argument, in
+    Triton 3.6; ``tl.static_range``) it is given a name as one first: ``SCALE: tl.constexpr = FORMAT.scale``.
+
     ``scale`` is the format of the block scales' elements, or None for E8M0.
     """
 

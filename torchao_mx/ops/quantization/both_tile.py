@@ -108,6 +108,8 @@ def store_row_words(
 ):
     """Store the tile's rows in e2m1: a thread loads whole blocks and computes each scale once."""
     FORMAT: tl.constexpr = FORM.format
+    MODE: tl.constexpr = FORM.mode
+    PER_TENSOR: tl.constexpr = FORM.per_tensor
     BLOCK: tl.constexpr = FORMAT.block_size
     BLOCKS: tl.constexpr = TILE.k // BLOCK
     WORDS: tl.constexpr = BLOCK // 8
@@ -128,10 +130,10 @@ def store_row_words(
         :, None, None
     ] + elem * stride_k
     x = tl.load(x_ptrs, mask=inside[:, None, None], other=0.0).to(tl.float32)
-    pts = tile.load_per_tensor_scale(pts_ptr, 0, FORM.per_tensor)
+    pts = tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
     amax = tile.max_magnitude(x, 2, FORMAT.has_fp8_instructions)
     amax = tile.max_magnitude(amax, 1, FORMAT.has_fp8_instructions)
-    byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
+    byte, multiplier = tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
     # After the words, these stores would keep registers alive: a tenth slower on an H200.
     tl.store(s_ptr + row * (K // BLOCK) + block, byte.to(tl.uint8), mask=inside)
     packed = tile.encode_words(x * multiplier[:, None, None])
@@ -163,15 +165,17 @@ def store_rows(
     Packed rows are fp8 here; :func:`store_row_words` stores e2m1 rows.
     """
     FORMAT: tl.constexpr = FORM.format
+    MODE: tl.constexpr = FORM.mode
+    PER_TENSOR: tl.constexpr = FORM.per_tensor
     BLOCK: tl.constexpr = FORMAT.block_size
     TILE_M: tl.constexpr = TILE.m
     TILE_K: tl.constexpr = TILE.k
     BLOCKS: tl.constexpr = TILE_K // BLOCK
     q_ptr, s_ptr, v_ptr, pts_ptr = outputs
     x = x.reshape(TILE_M * BLOCKS, BLOCK)
-    pts = tile.load_per_tensor_scale(pts_ptr, 0, FORM.per_tensor)
+    pts = tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
     amax = tile.max_magnitude(x, 1, FORMAT.has_fp8_instructions)
-    byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
+    byte, multiplier = tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
     y = x * multiplier[:, None]
     if RANDOM:
         random = words & ((1 << (23 - FORMAT.mantissa_bits)) - 1)
@@ -214,6 +218,8 @@ def store_columns(
 ):
     """Store ``x [TILE_M, TILE_K]``, its rows :func:`rows_in_order`, in blocks along M; packed, transposed."""
     FORMAT: tl.constexpr = FORM.format
+    MODE: tl.constexpr = FORM.mode
+    PER_TENSOR: tl.constexpr = FORM.per_tensor
     BLOCK: tl.constexpr = FORMAT.block_size
     TILE_M: tl.constexpr = TILE.m
     TILE_K: tl.constexpr = TILE.k
@@ -223,11 +229,11 @@ def store_columns(
     q_ptr, s_ptr, v_ptr, pts_ptr = outputs
     shape: tl.constexpr = (4, STACK, BLOCKS, QUADS, TILE_K)
     x = x.reshape(shape)
-    pts = tile.load_per_tensor_scale(pts_ptr, 0, FORM.per_tensor)
+    pts = tile.load_per_tensor_scale(pts_ptr, 0, PER_TENSOR)
     amax = tile.max_magnitude(x, 0, FORMAT.has_fp8_instructions)
     amax = tile.max_magnitude(amax, 0, FORMAT.has_fp8_instructions)
     amax = tile.max_magnitude(amax, 1, FORMAT.has_fp8_instructions)
-    byte, multiplier = tile.block_scale(amax, pts, FORM.mode, SHORT_MANTISSA, FORMAT)
+    byte, multiplier = tile.block_scale(amax, pts, MODE, SHORT_MANTISSA, FORMAT)
     y = x * multiplier[None, None, :, None, :]
     if RANDOM:
         random = (words.to(tl.uint32, bitcast=True) >> (9 + FORMAT.mantissa_bits)).to(tl.int32)

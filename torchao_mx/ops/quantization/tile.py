@@ -166,12 +166,13 @@ def e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
 
 @triton.jit
 def _any_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
+    SCALE: tl.constexpr = FORMAT.scale
     ones = tl.full(amax.shape, 1.0, tl.float32)
     scale = tl.div_rn(tl.div_rn(amax, ones * FORMAT.elem_max), ones * per_tensor_scale)
     is_nan = scale != scale
     scale = tl.minimum(tl.maximum(scale, _E4M3_MIN_NORMAL), _E4M3_MAX)
-    byte = tl.where(is_nan, 0x7F, encode(scale, FORMAT.scale))
-    value = decode(byte, FORMAT.scale)
+    byte = tl.where(is_nan, 0x7F, encode(scale, SCALE))
+    value = decode(byte, SCALE)
     return byte, tl.div_rn(tl.div_rn(ones, ones * per_tensor_scale), value)
 
 
@@ -181,6 +182,7 @@ def _quick_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
 
     The corrections below get the quotients of Inf and of tiny numbers wrong; both functions clamp those.
     """
+    SCALE: tl.constexpr = FORMAT.scale
     ELEM_MAX: tl.constexpr = FORMAT.elem_max
     SIXTH: tl.constexpr = 1.0 / ELEM_MAX
     whole = tl.div_rn(1.0, per_tensor_scale)
@@ -188,8 +190,8 @@ def _quick_e4m3_scale(amax, per_tensor_scale, FORMAT: tl.constexpr):
     scale = corrected(part * whole, part, per_tensor_scale, whole)
     scale = corrected(scale, part, per_tensor_scale, whole)
     scale = tl.maximum(tl.minimum(scale, _E4M3_MAX), _E4M3_MIN_NORMAL)  # NaN becomes the largest
-    byte = tl.where(amax != amax, 0x7F, encode(scale, FORMAT.scale))
-    value = decode(byte, FORMAT.scale)
+    byte = tl.where(amax != amax, 0x7F, encode(scale, SCALE))
+    value = decode(byte, SCALE)
     reciprocal = tl.inline_asm_elementwise(
         "rcp.approx.ftz.f32 $0, $1;", "=f,f", [value], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -230,7 +232,8 @@ def scale_value(byte, per_tensor_scale, FORMAT: tl.constexpr):
         bits = tl.where(byte == 0, 0x400000, byte << 23)
         value = float_of(tl.where(byte == 255, 0x7FC00000, bits))
     else:
-        value = decode(byte, FORMAT.scale) * per_tensor_scale
+        SCALE: tl.constexpr = FORMAT.scale
+        value = decode(byte, SCALE) * per_tensor_scale
     return value
 
 

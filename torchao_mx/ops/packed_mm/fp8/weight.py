@@ -346,9 +346,10 @@ def load_values(
     wide = row.to(tl.int64)[:, None]
     word = tl.load(q_ptr + wide * q_row + word_index[None, :], mask=inside, other=0)
     byte = tl.load(s_ptr + wide * s_row + word_index[None, :] // 4, mask=inside, other=0)
-    scale = tile.scale_value(byte.to(tl.int32), 1.0, _MXFP4.value)
+    FORMAT: tl.constexpr = _MXFP4.value
+    scale = tile.scale_value(byte.to(tl.int32), 1.0, FORMAT)
     code = (word[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-    value = tile.decode(code, _MXFP4.value) * scale[:, :, None]
+    value = tile.decode(code, FORMAT) * scale[:, :, None]
     return value.reshape(row.shape[0], word_index.shape[0] * 8).to(DTYPE)
 
 
