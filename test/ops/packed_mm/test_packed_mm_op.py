@@ -116,9 +116,11 @@ def test_wide_rows(ordered, extras, kernel_device, poisoned):
 
 
 @pytest.mark.parametrize("end", [0, 5, 16, 17, 40])
-def test_zero_behind(end, kernel_device):
+def test_zero_unassigned(end, kernel_device):
     y = torch.full((40, 1100), float("nan"), device=kernel_device)
-    epilogue._zero_behind_triton(y, torch.tensor([0, end], dtype=torch.int32, device=kernel_device))
+    epilogue._zero_unassigned_triton(
+        y, torch.tensor([0, end], dtype=torch.int32, device=kernel_device)
+    )
     assert y[:end].isnan().all() and y[end:].eq(0).all()
 
 

@@ -103,7 +103,7 @@ def _add_kernel(
 
 @launched
 @triton.jit
-def _zero_behind_kernel(
+def _zero_unassigned_kernel(
     y_ptr, offs_ptr, E, n_rows, columns, y_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     end = tl.load(offs_ptr + E - 1)
@@ -137,7 +137,7 @@ def finish(
     n_rows, columns = part.shape
     if in_place and h is None and bias is None:
         if offs is not None:
-            zero_behind(y, offs)
+            zero_unassigned(y, offs)
         return
     if not y.is_cuda and dot_dtype is None:
         y.copy_(reference.add_low_rank(part, offs, added))
@@ -176,22 +176,22 @@ def finish(
         )
 
 
-def zero_behind(y: torch.Tensor, offs: torch.Tensor) -> None:
+def zero_unassigned(y: torch.Tensor, offs: torch.Tensor) -> None:
     """Zero the rows of ``y [R, C]`` after the last group, without asking the device where it ends.
 
     On the GPU, programs before that row return at once; a ``masked_fill_`` would rewrite all of y.
     """
     if y.is_cuda:
-        _zero_behind_triton(y, offs)
+        _zero_unassigned_triton(y, offs)
     else:
         y[offs[-1] :] = 0
 
 
-def _zero_behind_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
+def _zero_unassigned_triton(y: torch.Tensor, offs: torch.Tensor) -> None:
     rows, columns = y.shape
     grid = (cdiv(rows, ZERO_ROWS.m), cdiv(columns, ZERO_ROWS.k))
     with on_device_of(y):
-        _zero_behind_kernel[grid](
+        _zero_unassigned_kernel[grid](
             y,
             offs,
             offs.shape[0],

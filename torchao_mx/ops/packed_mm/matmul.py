@@ -36,7 +36,7 @@ from torchao_mx.ops.core.arguments import (
 from torchao_mx.ops.core.operands import aligned_rows
 from torchao_mx.ops.core.register import define_op
 from torchao_mx.ops.moe.gather import tokens_of
-from torchao_mx.ops.packed_mm.epilogue import zero_behind
+from torchao_mx.ops.packed_mm.epilogue import zero_unassigned
 from torchao_mx.ops.packed_mm.exact_fp4 import mxfp4_product_op, takes_mxfp4_product
 from torchao_mx.ops.packed_mm.op import mm_op
 from torchao_mx.ops.packed_mm.strategy import check_strategy
@@ -156,7 +156,7 @@ def _grouped_mm(*args: Any) -> torch.Tensor:
     if x.shape[0] == 0:
         return x.new_empty((0, w.shape[-1]))
     out = torch_internals.grouped_mm(aligned_rows(x), w, offs=offs).contiguous()
-    zero_behind(out, offs)  # torch leaves unassigned rows unwritten
+    zero_unassigned(out, offs)  # torch leaves unassigned rows unwritten
     return out
 
 

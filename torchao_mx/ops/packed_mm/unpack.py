@@ -249,7 +249,7 @@ def grouped_product(
     """
     reduced, columns = (w.k, w.n) if transpose_weight else (w.n, w.k)
     wide = rows.order is not None or reduced <= columns
-    along, behind = (added, Added()) if wide else (Added(), added)
+    along, after = (added, Added()) if wide else (Added(), added)
     y = None
     if token_sum is not None:
         y = x.new_empty((rows.n_rows // token_sum.top_k, columns))
@@ -261,7 +261,7 @@ def grouped_product(
         if token_sum is None and end - first < columns:
             y = x.new_empty((rows.n_rows, columns)) if y is None else y
             target = y[:, first:end]
-        finish(part, target, rows.offs, behind.at((slice(None), slice(first, end))))
+        finish(part, target, rows.offs, after.at((slice(None), slice(first, end))))
         if token_sum is not None:
             _sum_into(y[:, first:end], part, token_sum, slots)
     return part.contiguous() if y is None else y
