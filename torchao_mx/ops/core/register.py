@@ -98,6 +98,15 @@ def _no_view(result: Any) -> Any:
     return result.data if isinstance(result, torch.Tensor) else result
 
 
+def no_second_derivative(verb: str, remedy: str) -> Callable[..., Any]:
+    """Return the ``backward`` of a verb's backward op that has no derivative itself: it raises."""
+
+    def refuse(ctx: Any, *grads: torch.Tensor) -> None:
+        raise NotImplementedError(f"{verb} has no second derivative: {remedy}")
+
+    return refuse
+
+
 def as_dense(t: torch.Tensor) -> torch.Tensor:
     """Return ``t``, copied unless it is contiguous and starts where a kernel can load 16 bytes at once."""
     if t.is_contiguous() and t.data_ptr() % _ALIGNMENT == 0:

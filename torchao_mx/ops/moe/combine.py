@@ -17,7 +17,7 @@ import torch
 from torchao_mx import reference
 from torchao_mx.errors import HIGH_PRECISION_DTYPES, check_offs, check_on_device_of, check_tensors
 from torchao_mx.ops.core.arguments import check_order
-from torchao_mx.ops.core.register import define_op
+from torchao_mx.ops.core.register import define_op, no_second_derivative
 from torchao_mx.ops.core.replay import replayed
 from torchao_mx.ops.moe.rows import rows_functions
 
@@ -77,12 +77,6 @@ def _combine_backward_fake(
     return y.new_empty(y.shape), weights.new_empty(weights.shape)
 
 
-def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
-    raise NotImplementedError(
-        "combine has no second derivative: sum the rows with torch's own operations instead"
-    )
-
-
 combine_backward_op = define_op(
     "combine_backward",
     "(Tensor dout, Tensor y, Tensor weights, Tensor order, Tensor? offs) -> (Tensor, Tensor)",
@@ -90,8 +84,7 @@ combine_backward_op = define_op(
     cuda=replayed(_combine_backward),
     fake=_combine_backward_fake,
     strided=("dout", "y"),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_refuse_second_derivative,
+    backward=no_second_derivative("combine", "sum the rows with torch's own operations instead"),
 )
 
 

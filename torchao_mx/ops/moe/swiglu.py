@@ -28,7 +28,7 @@ from torchao_mx import reference
 from torchao_mx.errors import HIGH_PRECISION_DTYPES, check_offs, check_on_device_of, check_tensors
 from torchao_mx.ops.core.arguments import as_rows, operands
 from torchao_mx.ops.core.launch import cdiv, launched, next_power_of_2, on_device_of
-from torchao_mx.ops.core.register import define_op
+from torchao_mx.ops.core.register import define_op, no_second_derivative
 from torchao_mx.ops.core.replay import replayed
 from torchao_mx.ops.core.tiles import SWIGLU
 from torchao_mx.ops.moe import groups, narrow
@@ -322,12 +322,6 @@ def _swiglu_backward_fake(
     return x.new_empty(x.shape), dbias
 
 
-def _refuse_second_derivative(ctx: Any, *grads: torch.Tensor) -> None:
-    raise NotImplementedError(
-        "swiglu has no second derivative: write the activation with torch's own operations instead"
-    )
-
-
 swiglu_backward_op = define_op(
     "swiglu_backward",
     "(Tensor dy, Tensor x, Tensor? bias, Tensor? offs, bool interleaved, float alpha, float? limit,"
@@ -336,8 +330,9 @@ swiglu_backward_op = define_op(
     cuda=replayed(_swiglu_backward_triton),
     fake=_swiglu_backward_fake,
     strided=("dy", "x"),
-    setup_context=lambda ctx, inputs, output: None,
-    backward=_refuse_second_derivative,
+    backward=no_second_derivative(
+        "swiglu", "write the activation with torch's own operations instead"
+    ),
 )
 
 
