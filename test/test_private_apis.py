@@ -40,7 +40,7 @@ USES = [
     Use("_are_functorch_transforms_active", TORCH, "torch._C", "an autograd kernel of our own"),
     Use("_current_level", TORCH, "torch.autograd.forward_ad", "an autograd kernel of our own"),
     Use("_AutoDispatchBelowADInplaceOrView", TORCH, "torch._C", "results that are no views"),
-    Use("_schema", TORCH, "torch.ops.aten.add.Tensor", "the arguments of a collective"),
+    Use("_schema", TORCH, "torch.ops.aten.add.Tensor", "the arguments of a collective; what an operator writes to"),
     Use("_python_dispatch", TORCH, "torch.utils", "recorded launches; views of a packed weight"),
     Use("_pytree", TORCH, "torch.utils", "arguments in lists"),
     Use("_make_wrapper_subclass", TORCH, "torch.Tensor", "tensors without memory of their own"),
@@ -496,6 +496,17 @@ def test_fsdp2_without_its_flag(sharded, internals):
         del module._is_fsdp_managed_module
     assert internals.is_under_fsdp(sharded)
     assert not internals.is_under_fsdp(nn.Linear(2, 2))
+
+
+def test_operators_that_write(internals):
+    aten = torch.ops.aten
+    writing = [aten.add_.Tensor, aten.copy_.default, aten.add.out, aten._foreach_add_.List]
+    reading = [aten.add.Tensor, aten.max.dim, aten.__and__.Tensor, aten.new_zeros.default]
+    unusual = [aten.max.dim_max, aten.gelu_backward.grad_input]  # only the schema tells
+    assert all(map(internals.is_mutable, writing + unusual))
+    assert not any(map(internals.is_mutable, reading))
+    named = [types.SimpleNamespace(name=op.name) for op in writing + reading]
+    assert [internals.is_mutable.__wrapped__(op) for op in named] == [True] * 4 + [False] * 4
 
 
 def test_what_has_no_public_way_says_so(internals, monkeypatch):

@@ -7,6 +7,7 @@ installed and which versions work. ``test/test_private_apis.py`` reports the nam
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,6 +66,16 @@ def argument_names(op: Any) -> list[str]:
     if schema is None:
         raise missing("OpOverload._schema", "tells the arguments of a collective")
     return [argument.name for argument in schema.arguments]
+
+
+@functools.cache
+def is_mutable(op: Any) -> bool:
+    """Whether an operator writes to an argument. The fallback knows ``add_`` and ``add.out`` by name."""
+    schema = getattr(op, "_schema", None)
+    if schema is not None:
+        return schema.is_mutable
+    name, _, overload = op.name().partition("::")[2].partition(".")
+    return (name.endswith("_") and not name.endswith("__")) or "out" in overload
 
 
 try:

@@ -12,7 +12,6 @@ rank, unless each expert has its own scale.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ from torchao_mx.formats import QuantizeSpec
 from torchao_mx.tensor.fsdp import move_with_padding, note_padding, outside_inference, padded_shard
 from torchao_mx.tensor.mx_tensor import MXTensor
 from torchao_mx.tensor.storage import wrapper
-from torchao_mx.torch_internals import return_and_correct_aliasing, tree_map
+from torchao_mx.torch_internals import is_mutable, return_and_correct_aliasing, tree_map
 
 aten = torch.ops.aten
 
@@ -113,7 +112,7 @@ class MasterTensor(torch.Tensor):
             out.is_padded_shard = True  # see fsdp.py
         elif func is aten.slice.Tensor and args[1:3] == (0, 0):
             note_padding(out, args[0])
-        elif func not in _KEPT and not (_writes(func) and isinstance(args[0], cls)):
+        elif func not in _KEPT and not (is_mutable(func) and isinstance(args[0], cls)):
             return out
         return return_and_correct_aliasing(func, args, kwargs or {}, out)
 
@@ -146,13 +145,6 @@ class MasterTensor(torch.Tensor):
     def __repr__(self, *, tensor_contents: object = None) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"MasterTensor(shape={tuple(self.shape)}, {dtype}, gathered as {self.spec})"
-
-
-@functools.cache
-def _writes(func: Any) -> bool:
-    """Return whether an operator writes to an argument, by its name: ``add_.Tensor``, ``add.out``."""
-    name, _, overload = func.name().partition("::")[2].partition(".")
-    return name.endswith("_") or "out" in overload
 
 
 def _data_method(name: str) -> Callable[..., Any]:
